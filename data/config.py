@@ -1,0 +1,248 @@
+"""Data YAML or folder -> `DataConfig`.
+
+Keys of a data YAML:
+
+    path: ../datasets/coco      # folder of the data, relative to this file; its own folder if absent
+    train: images/train         # a folder, a .txt list of images, or several of them (YOLO);
+    val: images/val             #   a .json (COCO); a folder of .xml or an ImageSets list (VOC)
+    test: images/test           # may be absent
+    names: {0: cat, 1: dog}     # or a list; may be absent for COCO and VOC (`nc: 2` is understood)
+    images: {train: train2017}  # COCO, VOC: image folders, where they are not found by themselves
+    one_based: true             # VOC: corners count from 1
+    sources:                    # what --download fetches; nothing is fetched without it
+      - {url: https://..., to: images, md5: ..., size: 815585330}
+
+A `download` key in the manner of other projects, a script or an address, is never run.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data.formats import coco, voc
+from data.formats.description import SPLITS, DataConfig, DownloadSource
+from data.recognise import describe_folder, recognise_entry, yaml_in
+from data.shapes import draw_if_absent
+from utils.errors import DatasetError, nearest
+
+__all__ = ["DataConfig", "DownloadSource", "load_data_config"]
+
+LOGGER = logging.getLogger("yoke.data")
+ROOT = Path(__file__).resolve().parents[1]
+FORMATS = ("yolo", "coco", "voc")
+ALIASES = {"valid": "val", "validation": "val"}
+
+
+def load_data_config(source: str | Path) -> DataConfig:
+    """Read a data YAML, or recognise the data in a folder.
+
+    The files of the splits need not exist yet (see `data.download`), unless the class names have
+    to be taken from them. The built-in set (`builtin: shapes`) is drawn if it is absent.
+
+    Args:
+        source: YAML file or folder; a relative name is also looked for in this project and its
+            `data` folder.
+
+    Raises:
+        DatasetError: no such file, or problems in it, all of them in one message.
+    """
+    file = _find_source(Path(source))
+    if file.is_dir():
+        file = yaml_in(file) or file
+    document = describe_folder(file) if file.is_dir() else _read_yaml(file)
+    config = _build(document, file)
+    if file.is_dir() and config.splits.get("val") in _other_splits(config):
+        LOGGER.warning("%s: no val split of its own, it is scored on train or test", file)
+    builtin = document.get("builtin")
+    if builtin == "shapes":
+        _draw_shapes(config)
+    elif builtin is not None:
+        raise DatasetError(f"{file}: builtin - got {builtin!r}, expected shapes.")
+    return config
+
+
+def _other_splits(config: DataConfig) -> list[tuple[Path, ...]]:
+    return [entries for split, entries in config.splits.items() if split != "val"]
+
+
+def _draw_shapes(config: DataConfig) -> None:
+    try:
+        if draw_if_absent(config.path):
+            LOGGER.info("%s: drew the built-in shapes into %s", config.file, config.path)
+    except OSError as error:
+        raise DatasetError(
+            f"{config.path}: the built-in shapes cannot be written - got {error.strerror}."
+        ) from error
+
+
+def _find_source(source: Path) -> Path:
+    for place in (source, ROOT / source, ROOT / "data" / source):
+        if place.exists():
+            return place
+    known = [path.name for path in (ROOT / "data").glob("*.yaml")]
+    raise DatasetError(
+        f"{source}: no such data YAML or folder, expected for example data/shapes.yaml."
+        f"{nearest(source.name, known)}"
+    )
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise DatasetError(f"{file}: got no YAML ({reason}).") from error
+    except OSError as error:
+        raise DatasetError(f"{file}: cannot be read - got {error.strerror}.") from error
+    if not isinstance(document, dict):
+        raise DatasetError(f"{file}: got no mapping, expected keys train, val, names.")
+    return document
+
+
+def _build(document: Mapping[str, Any], file: Path) -> DataConfig:
+    problems: list[str] = []
+    folder = file if file.is_dir() else file.parent
+    path = _data_folder(document.get("path"), folder, problems)
+    splits, detected = _read_splits(document, path, problems)
+    form = document.get("format", detected)
+    if form not in FORMATS:
+        problems.append(f"format - got {form!r}, expected one of {', '.join(FORMATS)}")
+    names = _read_names(document, problems)
+    sources = _read_sources(document.get("sources"), problems)
+    images = _read_image_folders(document.get("images"), path, problems)
+    if problems:
+        raise DatasetError(f"{file}: {'; '.join(problems)}.")
+    script = document.get("download")
+    config = DataConfig(
+        path=path,
+        names=names,
+        splits=splits,
+        format=str(form),
+        file=file,
+        images=images,
+        one_based=bool(document.get("one_based", False)),
+        sources=sources,
+        script=" ".join(str(script).split())[:60] if script else "",
+    )
+    return config if names else _with_names_of_files(config)
+
+
+def _data_folder(value: Any, folder: Path, problems: list[str]) -> Path:
+    if value is not None and not isinstance(value, str):
+        problems.append(f"path - got {value!r}, expected a folder")
+        return folder
+    path = Path(os.path.expanduser(value or "."))
+    if path.is_absolute():
+        return path
+    places = [Path(os.path.normpath(base / path)) for base in (folder, Path.cwd(), ROOT)]
+    return next((place for place in places if place.is_dir()), places[0])
+
+
+def _read_splits(
+    document: Mapping[str, Any], path: Path, problems: list[str]
+) -> tuple[dict[str, tuple[Path, ...]], str]:
+    """Entries of every split and the format that they show."""
+    splits: dict[str, tuple[Path, ...]] = {}
+    forms: dict[str, str] = {}
+    for key, value in document.items():
+        split = ALIASES.get(key, key)
+        if split not in SPLITS or value is None or (key in ALIASES and split in document):
+            continue
+        entries = value if isinstance(value, list) else [value]
+        if not entries or not all(isinstance(entry, str) and entry for entry in entries):
+            problems.append(f"{key} - got {value!r}, expected a path or a list of paths")
+            continue
+        found = [recognise_entry(_entry_path(entry, path)) for entry in entries]
+        splits[split] = tuple(place for _, place in found)
+        # A folder that is not there yet shows nothing.
+        forms.update({form: key for form, place in found if form != "yolo" or place.exists()})
+    if not splits:
+        problems.append("no split found, expected train and val")
+    if len(forms) > 1 and "format" not in document:
+        shown = ", ".join(f"{form} ({key})" for form, key in forms.items())
+        problems.append(f"got splits in several forms: {shown}, expected one form")
+    return {split: splits[split] for split in SPLITS if split in splits}, next(iter(forms), "yolo")
+
+
+def _entry_path(entry: str, path: Path) -> Path:
+    place = Path(os.path.normpath(path / os.path.expanduser(entry)))
+    # Exports of a labelling service write ../train/images for what lies beside the YAML.
+    inside = Path(os.path.normpath(path / entry.lstrip("./")))
+    if entry.startswith("../") and not place.exists() and inside.exists():
+        return inside
+    return place
+
+
+def _read_names(document: Mapping[str, Any], problems: list[str]) -> tuple[str, ...]:
+    names, count = document.get("names"), document.get("nc")
+    if count is not None and (not isinstance(count, int) or count < 1):
+        problems.append(f"nc - got {count!r}, expected a number of classes")
+        return ()
+    if names is None:
+        return tuple(f"class{k}" for k in range(count or 0))
+    if isinstance(names, dict):
+        if sorted(names, key=str) != sorted(range(len(names)), key=str):
+            problems.append(f"names - got keys {list(names)[:20]}, expected 0 to {len(names) - 1}")
+            return ()
+        names = [names[k] for k in range(len(names))]
+    if not isinstance(names, list) or not names:
+        problems.append(f"names - got {names!r}, expected a list or a mapping of class names")
+        return ()
+    wrong = [name for name in names if isinstance(name, (bool, list, dict)) or name is None]
+    if wrong:
+        problems.append(f"names - got {wrong[0]!r}, expected text. Put the name in quotes")
+    texts = tuple(str(name) for name in names)
+    repeated = sorted({name for name in texts if texts.count(name) > 1})
+    if repeated:
+        problems.append(f"names - got {repeated[0]!r} twice, expected each name once")
+    if count is not None and count != len(texts):
+        problems.append(f"nc - got {count}, expected {len(texts)}, the number of names")
+    return texts
+
+
+def _read_sources(value: Any, problems: list[str]) -> tuple[DownloadSource, ...]:
+    known = {field.name for field in fields(DownloadSource)}
+    sources = []
+    for number, row in enumerate(value or []):
+        if isinstance(row, str):
+            row = {"url": row}
+        if not isinstance(row, dict) or "url" not in row or set(row) - known:
+            expected = ", ".join(sorted(known))
+            problems.append(f"sources[{number}] - got {row!r}, expected keys {expected}")
+            continue
+        size = int(row.get("size", 0))
+        texts = {key: str(row[key]) for key in row if key != "size"}
+        sources.append(DownloadSource(size=size, **texts))
+    return tuple(sources)
+
+
+def _read_image_folders(value: Any, path: Path, problems: list[str]) -> dict[str, Path]:
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        value = dict.fromkeys(SPLITS, value)
+    if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+        problems.append(f"images - got {value!r}, expected a folder, or one per split")
+        return {}
+    return {ALIASES.get(key, key): _entry_path(folder, path) for key, folder in value.items()}
+
+
+def _with_names_of_files(config: DataConfig) -> DataConfig:
+    entries = [entry for split in config.splits for entry in config.entries(split)]
+    if config.format == "coco":
+        names = coco.names_of(entries)
+    elif config.format == "voc":
+        names = voc.names_of(entries)
+    else:
+        names = ()
+    if not names:
+        raise DatasetError(f"{config.file}: no class names. Add `names: [...]`.")
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    return DataConfig(**{**values, "names": names})

@@ -1,0 +1,78 @@
+"""Faults of labels and images: collected over a whole split, then reported together."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from utils.errors import DatasetError
+
+KINDS = {
+    "unreadable": "unreadable images skipped",
+    "background": "images without a label file taken as background",
+    "outside": "boxes cut at the edge of their image",
+    "away": "boxes wholly outside their image dropped",
+    "empty": "objects without width or height dropped",
+    "duplicate": "repeated objects dropped",
+    "size": "images not of the size that their annotation states",
+}
+"""What was done about each kind of fault that does not stop the run."""
+ORDINARY = frozenset({"background"})
+"""Kinds that are no mistake."""
+SHOWN = 5
+
+
+class Fault(NamedTuple):
+    """One thing wrong with a label or an image.
+
+    Attributes:
+        path: file.
+        where: `line 3`, `object 2`, `annotation 17`, or empty for the whole file.
+        problem: what was got and what was expected.
+        kind: key of `KINDS`; empty for a fault that stops the run.
+    """
+
+    path: str
+    where: str
+    problem: str
+    kind: str = ""
+
+    def __str__(self) -> str:
+        place = f"{self.path} {self.where}" if self.where else self.path
+        return f"{place}: {self.problem}"
+
+
+class LabelError(DatasetError):
+    """Faults that stop a run; all of them are in `faults`."""
+
+    def __init__(self, message: str, faults: Sequence[Fault] = ()) -> None:
+        super().__init__(message)
+        self.faults = tuple(faults)
+
+
+def raise_if_fatal(faults: Iterable[Fault], advice: str) -> None:
+    """Raise one `LabelError` for all faults that stop a run.
+
+    Raises:
+        LabelError: one line: the first few faults, the number of the others, and the advice.
+    """
+    fatal = [fault for fault in faults if not fault.kind]
+    if not fatal:
+        return
+    shown = "; ".join(str(fault) for fault in fatal[:SHOWN])
+    others = fatal[SHOWN:]
+    if others:
+        files = len({fault.path for fault in others})
+        shown += f"; and {len(others)} further faults in {files} files"
+    raise LabelError(f"{shown}. {advice}", fatal)
+
+
+def summarise(faults: Sequence[Fault], split: str) -> list[str]:
+    """One line per kind of mended fault: how many, what was done, the first one."""
+    counts = Counter(fault.kind for fault in faults if fault.kind and fault.kind not in ORDINARY)
+    lines = []
+    for kind, count in counts.items():
+        first = next(fault for fault in faults if fault.kind == kind)
+        lines.append(f"{split}: {count} {KINDS[kind]}, the first: {first}")
+    return lines

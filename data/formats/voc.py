@@ -1,0 +1,187 @@
+"""Pascal VOC XML: one file per image.
+
+A split is a folder of XML files, or a list of image ids (`ImageSets/Main/train.txt`) whose
+annotations lie in `Annotations` beside `ImageSets`. Corners are taken as they stand; the key
+`one_based: true` of the data YAML moves the upper left corner by one pixel, for files that count
+pixels from 1 as the original challenge does. `difficult` objects are not trained on and count as
+crowds in the evaluation.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+
+from data.formats.description import DataConfig, Listing
+from data.formats.faults import Fault
+from data.formats.table import Headers, Rows, Table, image_ids_from_names, read_headers
+from data.images import is_image_path
+from utils.errors import DatasetError
+
+CORNERS = ("xmin", "ymin", "xmax", "ymax")
+
+
+def find(config: DataConfig, split: str) -> Listing:
+    """The XML files of a split and the images that they describe."""
+    files: list[str] = []
+    images: list[str] = []
+    for entry in config.entries(split):
+        found = xml_files(entry)
+        if not found:
+            raise DatasetError(f"{config.file}: {split} - got no .xml in {entry}, expected some.")
+        folders = _image_folders(config, split, Path(found[0]).parent)
+        files += found
+        images += _match_images(found, folders, config)
+    return Listing(files, images)
+
+
+def xml_files(entry: Path) -> list[str]:
+    """The annotation files behind one entry of a split."""
+    if entry.is_dir():
+        return sorted(str(path) for path in entry.rglob("*.xml"))
+    annotations = entry.parent
+    for parent in entry.parents:
+        if (parent / "Annotations").is_dir():
+            annotations = parent / "Annotations"
+            break
+    lines = [line.split() for line in entry.read_text(encoding="utf-8").splitlines()]
+    # Per-class lists have a second column: -1 means that the class is not in the image.
+    chosen = [line[0] for line in lines if line and line[1:2] != ["-1"]]
+    return [str(annotations / f"{name.removesuffix('.xml')}.xml") for name in chosen]
+
+
+def names_of(entries: Iterable[Path]) -> tuple[str, ...]:
+    """Class names that occur in the annotations, sorted."""
+    names = set()
+    for entry in entries:
+        for file in xml_files(entry):
+            root = _parse(file)
+            if isinstance(root, ElementTree.Element):
+                names |= {(node.findtext("name") or "").strip() for node in root.iter("object")}
+    return tuple(sorted(names - {""}))
+
+
+def _image_folders(config: DataConfig, split: str, folder: Path) -> list[Path]:
+    if split in config.images:
+        return [config.images[split]]
+    root = config.path
+    beside = [folder, folder.parent / "JPEGImages", folder.parent / "images"]
+    return [*beside, root / "images" / split, root / "images" / folder.name, root / "images"]
+
+
+def _match_images(files: Sequence[str], folders: Sequence[Path], config: DataConfig) -> list[str]:
+    """The image of each annotation: the same name in the first folder that has the first image."""
+    stem = Path(files[0]).stem
+    for folder in folders:
+        by_stem = _images_by_stem(folder)
+        if stem in by_stem:
+            break
+    else:
+        looked = ", ".join(map(str, folders))
+        raise DatasetError(
+            f"{files[0]}: no image named {stem!r} in {looked}. Name the folder in the data YAML, "
+            f"`images: ...`. {config.advice()}"
+        )
+    return [by_stem.get(Path(file).stem) or _stated_image(file, folder) for file in files]
+
+
+def _images_by_stem(folder: Path) -> dict[str, str]:
+    if not folder.is_dir():
+        return {}
+    names = [name for name in sorted(os.listdir(folder)) if is_image_path(name)]
+    return {os.path.splitext(name)[0]: str(folder / name) for name in names}
+
+
+def _stated_image(file: str, folder: Path) -> str:
+    """The image that an annotation names in its text."""
+    root = _parse(file)
+    stated = root.findtext("filename") if isinstance(root, ElementTree.Element) else None
+    return str(folder / (stated or Path(file).with_suffix(".jpg").name).strip())
+
+
+def _parse(file: str) -> ElementTree.Element | Fault:
+    try:
+        return ElementTree.parse(file).getroot()
+    except ElementTree.ParseError as error:
+        return Fault(file, "", f"got no XML ({error}), expected a VOC annotation")
+    except OSError as error:
+        raise DatasetError(f"{file}: cannot be read - got {error.strerror}.") from error
+
+
+def read(config: DataConfig, split: str, listing: Listing) -> Table:
+    """Read the annotations of a split."""
+    assert listing.images is not None
+    faults: list[Fault] = []
+    headers = read_headers(listing.images, faults)
+    rows = Rows(faults)
+    readable = headers.readable
+    for k in readable:
+        _add_image(listing.annotations[k], listing.images[k], headers, int(k), config, rows)
+    paths = [listing.images[k] for k in readable]
+    return rows.table(paths, image_ids_from_names(paths), headers.sizes[readable])
+
+
+def _add_image(
+    file: str, image: str, headers: Headers, k: int, config: DataConfig, rows: Rows
+) -> None:
+    root = _parse(file)
+    height, width = (int(value) for value in headers.sizes[k])
+    labels, boxes, crowd, places = [], [], [], []
+    if isinstance(root, Fault):
+        rows.faults.append(root)
+    else:
+        _compare_size(image, root, (height, width), rows.faults)
+        for number, node in enumerate(root.iter("object"), 1):
+            row = _read_object(node, config)
+            if isinstance(row, str):
+                rows.faults.append(Fault(file, f"object {number}", row))
+                continue
+            labels.append(row[0])
+            boxes.append(row[1])
+            crowd.append((node.findtext("difficult") or "0").strip() == "1")
+            places.append(f"object {number}")
+    objects = (
+        np.array(labels, dtype=np.int64),
+        np.array(boxes, dtype=np.float64).reshape(-1, 4),
+        np.array(crowd, dtype=np.bool_),
+    )
+    rows.add(file, (height, width), objects, places)
+
+
+def _read_object(
+    node: ElementTree.Element, config: DataConfig
+) -> tuple[int, tuple[float, ...]] | str:
+    """Class and xyxy pixels, or what is wrong with the object."""
+    name = (node.findtext("name") or "").strip()
+    if name not in config.names:
+        shown = ", ".join(config.names[:20])
+        return f"name - got {name!r}, expected one of {shown}"
+    corners = []
+    for key in CORNERS:
+        text = node.findtext(f"bndbox/{key}")
+        try:
+            value = float(text or "")
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            return f"{key} - got {text!r}, expected a number"
+        corners.append(value)
+    if config.one_based:
+        corners[0] -= 1
+        corners[1] -= 1
+    return config.names.index(name), tuple(corners)
+
+
+def _compare_size(
+    image: str, root: ElementTree.Element, size: tuple[int, int], faults: list[Fault]
+) -> None:
+    stated = (root.findtext("size/height"), root.findtext("size/width"))
+    if all(text and text.strip().isdigit() and int(text) > 0 for text in stated):
+        if tuple(int(text) for text in stated if text) != size:
+            problem = f"got {size[1]} x {size[0]}, expected {stated[1]} x {stated[0]} as annotated"
+            faults.append(Fault(image, "", problem, "size"))

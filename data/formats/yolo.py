@@ -1,0 +1,176 @@
+"""YOLO text labels: one file per image, one object per line.
+
+`<class> <x centre> <y centre> <width> <height>`, fractions of the image, or `<class> <x1> <y1>
+<x2> <y2> <x3> <y3> ...`, a polygon, of which the surrounding box is taken. The labels of
+`.../images/.../a.jpg` stand in `.../labels/.../a.txt` (the last folder named `images` counts);
+without such a folder they stand beside the image.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.formats.description import DataConfig, Listing, image_files
+from data.formats.faults import Fault
+from data.formats.table import Rows, Table, image_ids_from_names, read_headers
+from data.images import is_image_path
+from utils.errors import DatasetError
+
+TOLERANCE = 0.01
+"""By how much a fraction may leave 0..1 before the row is held to be in other units."""
+
+
+def label_path(image_path: str) -> str:
+    """The text file with the labels of an image."""
+    folder, name = os.path.split(image_path)
+    parts = folder.split(os.sep)
+    for place in range(len(parts) - 1, -1, -1):
+        if parts[place] == "images":
+            parts[place] = "labels"
+            break
+    return os.path.join(os.sep.join(parts), os.path.splitext(name)[0] + ".txt")
+
+
+def find(config: DataConfig, split: str) -> Listing:
+    """The images of a split and their label files."""
+    images: list[str] = []
+    for entry in config.entries(split):
+        if entry.is_dir():
+            images += image_files(entry)
+        elif entry.suffix.lower() == ".txt":
+            images += read_list(entry, config.path)
+        elif is_image_path(entry):
+            images.append(str(entry))
+        else:
+            raise DatasetError(
+                f"{config.file}: {split} - got {entry}, expected a folder of images or a .txt "
+                "list of them."
+            )
+    if not images:
+        raise DatasetError(
+            f"{config.file}: {split} - got no image in "
+            f"{', '.join(map(str, config.entries(split)))}, expected at least one."
+        )
+    return Listing([label_path(image) for image in images], images)
+
+
+def read_list(path: Path, root: Path) -> list[str]:
+    """Image files named in a text file, one per line.
+
+    A relative name is looked for beside the list, then in the data set's folder, then in the
+    current one.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines()
+    names = [line.strip() for line in lines if line.strip()]
+    return [_place(name, (path.parent, root, Path.cwd())) for name in names]
+
+
+def _place(name: str, folders: Sequence[Path]) -> str:
+    if os.path.isabs(name):
+        return name
+    places = [os.path.normpath(folder / name) for folder in folders]
+    return next((place for place in places if os.path.exists(place)), places[0])
+
+
+def read(config: DataConfig, split: str, listing: Listing) -> Table:
+    """Read the labels of a split.
+
+    Raises:
+        DatasetError: no image has a label file, or an image is missing.
+    """
+    assert listing.images is not None
+    faults: list[Fault] = []
+    _check_that_labels_exist(config, split, listing)
+    headers = read_headers(listing.images, faults)
+    rows = Rows(faults)
+    readable = headers.readable
+    for k in readable:
+        size = (int(headers.sizes[k, 0]), int(headers.sizes[k, 1]))
+        _read_file(listing.annotations[k], size, config, rows)
+    paths = [listing.images[k] for k in readable]
+    return rows.table(paths, image_ids_from_names(paths), headers.sizes[readable])
+
+
+def _check_that_labels_exist(config: DataConfig, split: str, listing: Listing) -> None:
+    if not any(os.path.exists(path) for path in listing.annotations):
+        raise DatasetError(
+            f"{config.file}: {split} - none of {len(listing.annotations)} images has a label "
+            f"file, expected for example {listing.annotations[0]}."
+        )
+
+
+def _read_file(path: str, size: tuple[int, int], config: DataConfig, rows: Rows) -> None:
+    nothing = (np.zeros(0, np.int64), np.zeros((0, 4)), np.zeros(0, np.bool_))
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            lines = file.read().splitlines()
+    except FileNotFoundError:
+        rows.faults.append(Fault(path, "", "no such file", "background"))
+        return rows.add(path, size, nothing, [])
+    except UnicodeDecodeError as error:
+        rows.faults.append(Fault(path, "", f"got bytes that are no text ({error.reason})"))
+        return rows.add(path, size, nothing, [])
+    except OSError as error:
+        raise DatasetError(f"{path}: cannot be read - got {error.strerror}.") from error
+
+    labels, boxes, places = [], [], []
+    for number, line in enumerate(lines, 1):
+        fields = line.split()
+        if not fields:
+            continue
+        row = _read_row(fields, config.names)
+        if isinstance(row, str):
+            rows.faults.append(Fault(path, f"line {number}", row))
+            continue
+        labels.append(row[0])
+        boxes.append(row[1])
+        places.append(f"line {number}")
+    return rows.add(path, size, _to_pixels(labels, boxes, size), places)
+
+
+def _to_pixels(
+    labels: list[int], boxes: list[tuple[float, float, float, float]], size: tuple[int, int]
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.bool_]]:
+    height, width = size
+    scaled = np.array(boxes, dtype=np.float64).reshape(-1, 4) * [width, height, width, height]
+    return np.array(labels, dtype=np.int64), scaled, np.zeros(len(labels), dtype=np.bool_)
+
+
+def _read_row(
+    fields: list[str], names: tuple[str, ...]
+) -> tuple[int, tuple[float, float, float, float]] | str:
+    """Class and xyxy as fractions, or what is wrong with the row."""
+    try:
+        numbers = [float(field) for field in fields]
+    except ValueError:
+        wrong = next(field for field in fields if not _is_number(field))
+        return f"got {wrong!r}, expected a number"
+    count = len(numbers)
+    if count != 5 and (count < 7 or count % 2 == 0):
+        return f"got {count} columns, expected 5 (a box) or 7, 9, ... (a polygon)"
+    label, points = numbers[0], numbers[1:]
+    if not 0 <= label < len(names) or label != int(label):
+        expected = f"0 to {len(names) - 1} ({len(names)} names)"
+        return f"class id - got {fields[0]}, expected {expected}"
+    # Written so that NaN fails too.
+    if not all(-TOLERANCE <= value <= 1 + TOLERANCE for value in points):
+        wrong = next(f for f in fields[1:] if not -TOLERANCE <= float(f) <= 1 + TOLERANCE)
+        return f"got {wrong}, expected fractions of the image, 0 to 1"
+    if count == 5:
+        x, y, width, height = points
+        return int(label), (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+    xs, ys = points[0::2], points[1::2]
+    return int(label), (min(xs), min(ys), max(xs), max(ys))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

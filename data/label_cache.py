@@ -1,0 +1,101 @@
+"""Reading a split through a cache of its labels and image sizes.
+
+The cache is an `.npz` of plain arrays, read with `allow_pickle=False`. It holds as long as the
+names, sizes and modification times of all annotation and image files, the settings that matter and
+the version below are the same; otherwise everything is read again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import zipfile
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from data.formats import coco, voc, yolo
+from data.formats.description import DataConfig, Listing
+from data.formats.faults import Fault, raise_if_fatal, summarise
+from data.formats.table import Table, Texts
+from data.storage import cache_file, digest_of_files, write_atomically
+
+LOGGER = logging.getLogger("yoke.data")
+VERSION = 1
+SUFFIX = ".yoke.npz"
+READERS = {"yolo": yolo, "coco": coco, "voc": voc}
+
+
+def load_table(config: DataConfig, split: str) -> Table:
+    """The annotations of a split, from the cache if it holds, else from the files.
+
+    Mended faults are summarised as warnings, one line per kind, each time.
+
+    Raises:
+        DatasetError: files are missing, or hold faults that cannot be mended; all in one line.
+    """
+    reader = READERS[config.format]
+    listing = reader.find(config, split)
+    file = _cache_path(listing, split)
+    settings = (VERSION, config.format, config.names, config.one_based, config.images.get(split))
+    annotation_key = digest_of_files([*listing.annotations, *(listing.images or [])], settings)
+    table = _load(file, annotation_key)
+    if table is None:
+        table = reader.read(config, split, listing)
+        raise_if_fatal(table.faults, f"Correct the labels, or the names in {config.file}.")
+        write_atomically(file, lambda stream: _save(stream, table, annotation_key))
+    for line in summarise(table.faults, split):
+        LOGGER.warning(line)
+    return table
+
+
+def image_key(table: Table) -> str:
+    """A digest of the image files of a table."""
+    return digest_of_files(table.paths)
+
+
+def _cache_path(listing: Listing, split: str) -> Path:
+    first = Path(listing.annotations[0])
+    if listing.images is None:
+        return cache_file(first, SUFFIX)
+    return cache_file(first.parent.with_name(f"{first.parent.name}-{split}"), SUFFIX)
+
+
+def _save(stream: BinaryIO, table: Table, annotation_key: str) -> None:
+    faults = json.dumps([list(fault) for fault in table.faults]).encode("utf-8", "surrogateescape")
+    np.savez(
+        stream,
+        key=np.array([annotation_key, image_key(table)]),
+        paths=table.paths.data,
+        path_offsets=table.paths.offsets,
+        image_ids=table.image_ids,
+        sizes=table.sizes,
+        offsets=table.offsets,
+        labels=table.labels,
+        boxes=table.boxes,
+        crowd=table.crowd,
+        faults=np.frombuffer(faults, dtype=np.uint8),
+    )
+
+
+def _load(file: Path, annotation_key: str) -> Table | None:
+    """The cached table; None if there is none, or it does not fit the files any more."""
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+        faults = json.loads(arrays["faults"].tobytes().decode("utf-8", "surrogateescape"))
+        table = Table(
+            Texts(arrays["paths"], arrays["path_offsets"]),
+            arrays["image_ids"],
+            arrays["sizes"],
+            arrays["offsets"],
+            arrays["labels"],
+            arrays["boxes"],
+            arrays["crowd"],
+            tuple(Fault(*row) for row in faults),
+        )
+        keys = [str(key) for key in arrays["key"]]
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+        return None
+    return table if keys == [annotation_key, image_key(table)] else None

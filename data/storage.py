@@ -1,0 +1,72 @@
+"""Where derived files go, and how they are written: beside the data or in the project, atomically."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import BinaryIO
+
+LOGGER = logging.getLogger("yoke.data")
+FALLBACK = Path(__file__).resolve().parents[1] / "datasets" / ".cache"
+_WRITE_BITS = 0o222
+
+
+def is_writable(folder: Path) -> bool:
+    """True if a file may be made in a folder.
+
+    The mode counts besides the permission: for the superuser every folder is writable, also one
+    that its owner has marked read-only.
+    """
+    try:
+        mode = folder.stat().st_mode
+    except OSError:
+        return False
+    return bool(mode & _WRITE_BITS) and os.access(folder, os.W_OK)
+
+
+def cache_file(beside: Path, suffix: str) -> Path:
+    """Path of a derived file: next to `beside`, or in the project if that folder is read-only."""
+    name = f"{beside.stem or 'data'}{suffix}"
+    if is_writable(beside.parent):
+        return beside.parent / name
+    digest = hashlib.sha256(os.fsencode(beside.resolve())).hexdigest()[:12]
+    return FALLBACK / f"{digest}-{name}"
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> bool:
+    """Write a file under a temporary name and rename it, so that a reader never sees a part.
+
+    Returns:
+        False, after one line in the log, if the place cannot be written; nothing is left behind.
+    """
+    temporary = ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(descriptor, "wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    except OSError as error:
+        LOGGER.info("%s: not cached - %s", path, error.strerror or error)
+        return False
+    finally:
+        if temporary and os.path.exists(temporary):
+            os.unlink(temporary)
+    return True
+
+
+def digest_of_files(paths: Iterable[str], *settings: object) -> str:
+    """A digest of names, sizes and modification times, and of settings; absent files count too."""
+    digest = hashlib.sha256(repr(settings).encode())
+    for path in paths:
+        try:
+            status = os.stat(path)
+            state = f"{status.st_size} {status.st_mtime_ns}"
+        except OSError:
+            state = "absent"
+        digest.update(os.fsencode(path) + b"\0" + state.encode() + b"\n")
+    return digest.hexdigest()

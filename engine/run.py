@@ -1,0 +1,217 @@
+"""Everything a training needs, built from its flags: `prepare` is the only place where the parts meet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from data.config import DataConfig, load_data_config
+from data.dataset import DetectionDataset, build_dataset
+from data.loader import build_loader
+from engine.setup import automatic_batch_size, check_anchors, freeze, recipe
+from engine.weights import build_from_flags
+from models.losses import build_criterion
+from models.yolo import DetectionModel
+from utils.config import parse_imgsz
+from utils.device import autocast_dtype
+from utils.distributed import World
+from utils.ema import ModelEMA
+from utils.errors import ConfigError
+from utils.logger import get_logger
+from utils.metrics import CocoEvaluator
+from utils.optim import Schedule, Warmup, build_optimizer, build_schedule
+
+LEAST_WARMUP = 100  # iterations; three epochs of a small data set are too short to warm up
+
+
+@dataclass
+class Run:
+    """The parts of one training and how far it is.
+
+    Attributes:
+        options: the flags.
+        folder: where the run writes.
+        world: this process among all.
+        device: where the model stands.
+        hyp: the recipe, flags applied.
+        imgsz: (height, width).
+        model: the network, without wrappers.
+        wrapped: what `forward` is called on: the model, or DistributedDataParallel around it.
+        ema: the averaged model (on the main process).
+        frozen: modules that stay in eval mode.
+        autocast: type of mixed precision, None: off.
+        epoch: the next epoch.
+        last_step: iteration of the last optimiser step.
+        best_fitness: of the best epoch so far.
+        best_epoch: that epoch.
+        skipped: batches left out for a loss that was not finite, in a row.
+    """
+
+    options: Any
+    folder: Path
+    world: World
+    device: torch.device
+    hyp: Mapping[str, Any]
+    imgsz: tuple[int, int]
+    data: DataConfig
+    model: DetectionModel
+    wrapped: nn.Module
+    ema: ModelEMA
+    frozen: list[nn.Module]
+    criterion: Any
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    schedule: Schedule
+    warmup: Warmup
+    accumulate: int
+    autocast: torch.dtype | None
+    train_set: DetectionDataset
+    train_loader: Any
+    val_set: DetectionDataset
+    val_loader: Any
+    evaluator: CocoEvaluator
+    val_criterion: Any
+    epoch: int = 0
+    last_step: int = -1
+    best_fitness: float = -1.0
+    best_epoch: int = 0
+    skipped: int = 0
+
+
+def prepare(options: Any, folder: Path, device: torch.device, world: World) -> Run:
+    """Build every part of a training.
+
+    Raises:
+        ConfigError, DatasetError, CheckpointError: what a user can mend, before anything is trained.
+    """
+    data = load_data_config(options.data, download=options.download)
+    names = ("item",) if options.single_cls else data.names
+    model = build_from_flags(options, names)
+    imgsz = parse_imgsz(options.imgsz, model.max_stride)
+    hyp = _recipe(options, model)
+    model.to(device)
+    frozen = freeze(model, options.freeze) if options.freeze else []
+    batch_size = options.batch_size
+    if batch_size == -1:
+        batch_size = options.batch_size = automatic_batch_size(model, imgsz, device)
+    if batch_size % world.size:
+        raise ConfigError(f"--batch-size: got {batch_size}, expected a multiple of the {world.size} processes.")
+    train_set, train_loader = _train_data(options, data, hyp, imgsz, model.max_stride, world)
+    val_set, val_loader = _val_data(options, data, imgsz, model.max_stride, world)
+    if model.head.loss == "anchor" and not (options.noautoanchor or options.resume):
+        check_anchors(model, _sizes_at(train_set, imgsz), hyp["anchor_t"], options.seed)
+    accumulate = max(round(hyp["nbs"] / batch_size), 1)
+    hyp = _settle_optimizer(hyp, model.head.num_classes, len(train_loader) * options.epochs, accumulate)
+    decay = hyp["weight_decay"] * batch_size * accumulate / hyp["nbs"]
+    if options.sync_bn and world.is_distributed:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    optimizer = build_optimizer(model, hyp["optimizer"], hyp["lr0"], hyp["momentum"], decay)
+    ema = ModelEMA(model, hyp["ema_decay"], hyp["ema_tau"])
+    autocast = autocast_dtype(options.amp, device)
+    warmup_steps = round(hyp["warmup_epochs"] * len(train_loader))
+    return Run(
+        options=options, folder=folder, world=world, device=device, hyp=hyp, imgsz=imgsz, data=data, model=model,
+        wrapped=_wrap(model, device, world), ema=ema, frozen=frozen,
+        criterion=build_criterion(model.head, hyp, imgsz), optimizer=optimizer,
+        scaler=torch.amp.GradScaler(device.type, enabled=autocast is torch.float16),
+        schedule=build_schedule(hyp["schedule"], options.epochs, hyp["lrf"]),
+        warmup=Warmup(max(warmup_steps, LEAST_WARMUP) if warmup_steps else 0, hyp["warmup_bias_lr"], hyp["warmup_momentum"]),
+        accumulate=accumulate, autocast=autocast, train_set=train_set, train_loader=train_loader, val_set=val_set,
+        val_loader=val_loader,
+        evaluator=CocoEvaluator(val_set.coco_ground_truth(), val_set.category_ids, val_set.names),
+        val_criterion=build_criterion(ema.model.head, hyp, imgsz),
+    )  # fmt: skip
+
+
+def _recipe(options: Any, model: DetectionModel) -> dict[str, Any]:
+    schedules = {"cos_lr": "cosine", "flat_cos_lr": "flat_cosine", "fixed_lr": "fixed"}
+    schedule = next((kind for flag, kind in schedules.items() if getattr(options, flag)), None)
+    overrides = {
+        "optimizer": options.optimizer, "schedule": schedule, "close_mosaic": options.close_mosaic,
+        "label_smoothing": options.label_smoothing or None,
+    }  # fmt: skip
+    return recipe(model.head.family, options.hyp, overrides)
+
+
+def _settle_optimizer(hyp: Mapping[str, Any], num_classes: int, iterations: int, accumulate: int) -> dict[str, Any]:
+    """Decide what `optimizer: auto` means for a training of this length."""
+    if hyp["optimizer"] != "auto":
+        return dict(hyp)
+    settled = dict(hyp)
+    short = iterations <= hyp["auto_iterations"]
+    settled["optimizer"] = "AdamW" if short else "SGD"
+    if short:
+        settled["lr0"] = round(hyp["auto_lr_scale"] * 5 / (4 + num_classes), 6)
+        settled["momentum"] = hyp["auto_momentum"]
+        settled["warmup_bias_lr"] = 0.0
+    get_logger().info(
+        f"optimizer: {settled['optimizer']}, lr0 {settled['lr0']}, momentum {settled['momentum']} "
+        f"({iterations} iterations; --optimizer to choose)"
+    )
+    return settled
+
+
+def _train_data(
+    options: Any, data: DataConfig, hyp: Mapping[str, Any], imgsz: tuple[int, int], stride: int, world: World
+) -> tuple[DetectionDataset, Any]:
+    close = options.epochs - hyp.get("close_mosaic", 0) if hyp.get("close_mosaic", 0) else None
+    dataset = build_dataset(
+        data, "train", imgsz=imgsz, augment=True, hyp=hyp, rect=options.rect, batch_size=options.batch_size,
+        stride=stride, cache=options.cache, single_cls=options.single_cls, seed=options.seed, close_mosaic_epoch=close,
+    )  # fmt: skip
+    weights = None
+    if options.image_weights:
+        weights = _image_weights(dataset)
+    loader = build_loader(
+        dataset, options.batch_size // world.size, workers=options.workers, shuffle=not options.rect,
+        seed=options.seed, rank=world.rank, world_size=world.size, image_weights=weights,
+    )  # fmt: skip
+    return dataset, loader
+
+
+def _image_weights(dataset: DetectionDataset) -> np.ndarray:
+    """Images with rare classes are drawn more often: an image weighs the sum of its objects' inverse class counts."""
+    inverse = 1 / np.maximum(dataset.class_counts(), 1)
+    return np.array([inverse[labels].sum() for labels in dataset.labels_per_image]) + 1e-9
+
+
+def _val_data(
+    options: Any, data: DataConfig, imgsz: tuple[int, int], stride: int, world: World
+) -> tuple[DetectionDataset, Any]:
+    batch_size = 2 * options.batch_size // world.size
+    dataset = build_dataset(
+        data, "val", imgsz=imgsz, batch_size=batch_size, stride=stride, cache=options.cache,
+        single_cls=options.single_cls,
+    )  # fmt: skip
+    loader = build_loader(dataset, batch_size, workers=options.workers, rank=world.rank, world_size=world.size)
+    return dataset, loader
+
+
+def _sizes_at(dataset: DetectionDataset, imgsz: tuple[int, int]) -> np.ndarray:
+    """Object sizes in pixels, images scaled to fit `imgsz`."""
+    sizes, image_sizes = dataset.box_sizes_wh()
+    if len(sizes) == 0:
+        return np.zeros((0, 2))
+    scale = np.minimum(imgsz[0] / image_sizes[:, 0], imgsz[1] / image_sizes[:, 1])
+    return np.asarray(sizes * scale[:, None], dtype=np.float64)
+
+
+def _wrap(model: nn.Module, device: torch.device, world: World) -> nn.Module:
+    if not world.is_distributed:
+        return model
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=ids)
+
+
+def whole_val_loader(run: Run) -> Any:
+    """All validation images, not this process's share only."""
+    if not run.world.is_distributed:
+        return run.val_loader
+    return build_loader(run.val_set, 2 * run.options.batch_size, workers=run.options.workers)

@@ -1,0 +1,154 @@
+"""From flags to the parts of a training: recipe, model, what is frozen, loaders, anchors."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from models.yolo import DetectionModel
+from utils.anchors import anchor_fit, fit_anchors
+from utils.config import load_hyp
+from utils.errors import ConfigError, nearest
+from utils.logger import get_logger
+
+RECIPES = Path(__file__).resolve().parent.parent / "data" / "hyps"
+GOOD_RECALL = 0.98
+
+
+def recipe(family: str, hyp: str | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyper-parameters of a run: the family's file, the user's over it, then flags that are set.
+
+    Raises:
+        ConfigError: unknown keys or wrong types in the user's file.
+    """
+    default = RECIPES / f"{family}.yaml"
+    merged = dict(load_hyp(hyp, default))
+    if hyp:
+        get_logger().info(f"recipe: {hyp} over data/hyps/{family}.yaml")
+    else:
+        get_logger().info(f"recipe: data/hyps/{family}.yaml, the {family} family's own (--hyp to change it)")
+    merged.update({key: value for key, value in overrides.items() if value is not None})
+    return merged
+
+
+def freeze(model: DetectionModel, wanted: Sequence[str]) -> list[nn.Module]:
+    """Take rows out of the training.
+
+    Args:
+        model: its parameters lose `requires_grad`.
+        wanted: `10` (rows whose index in the table is below 10), `0 3 4` (those rows), or names: `backbone`,
+            `head`, a module name of the table, or a pattern of parameter names such as `model.0.*`.
+
+    Returns:
+        The frozen modules; the caller keeps them in eval mode, so that their BatchNorm statistics stay too.
+
+    Raises:
+        ConfigError: a word that fits nothing.
+    """
+    numbers = [int(word) for word in wanted if word.isdigit()]
+    chosen = set(range(numbers[0])) if len(numbers) == 1 and len(wanted) == 1 else set(numbers)
+    frozen = [m for row, m in zip(model.rows, model.model, strict=True) if _first_slot(row) in chosen]
+    highest = model.rows[-1].index
+    if chosen and max(chosen) > highest:
+        raise ConfigError(f"--freeze: got {max(chosen)}, expected indices from 0 to {highest}, as the table prints.")
+    for word in wanted:
+        if not word.isdigit():
+            frozen += _freeze_by_name(model, word)
+    for module in frozen:
+        module.requires_grad_(False)
+    return frozen
+
+
+def _first_slot(row: Any) -> int:
+    return min((slot for slot in row.map_slots if slot is not None), default=row.index) if row.map_slots else row.index
+
+
+def _freeze_by_name(model: DetectionModel, word: str) -> list[nn.Module]:
+    pairs = list(zip(model.rows, model.model, strict=True))
+    found = [m for row, m in pairs if word in (row.section, row.module)]
+    if found:
+        return found
+    names = [name for name, _ in model.named_parameters()]
+    matching = [n for n in names if fnmatch.fnmatchcase(n, word) or n == word or n.startswith(word + ".")]
+    if not matching:
+        known = [*{row.module for row in model.rows}, "backbone", "head", *names]
+        raise ConfigError(
+            f"--freeze: got {word!r}, expected an index, backbone, head, a module of the table or a parameter name."
+            f"{nearest(word, known)}"
+        )
+    parameters = dict(model.named_parameters())
+    for name in matching:
+        parameters[name].requires_grad_(False)
+    modules = dict(model.named_modules())
+    return [modules[n] for n in modules if n and all(p in matching for p in _parameters_under(n, names))]
+
+
+def _parameters_under(module: str, names: Sequence[str]) -> list[str]:
+    under = [name for name in names if name.startswith(module + ".")]
+    return under or ["nothing"]
+
+
+def check_anchors(model: DetectionModel, sizes: np.ndarray, threshold: float, seed: int) -> None:
+    """Measure the anchors on the data set's object sizes and fit new ones where they cover too little.
+
+    Args:
+        model: its head's anchors are replaced in place.
+        sizes: object widths and heights at the training size, in pixels, (N, 2).
+        threshold: largest ratio of sides, `anchor_t`.
+        seed: of the fit.
+    """
+    log, head = get_logger(), model.head
+    strides = head.anchors.new_tensor(head.strides).view(-1, 1, 1)
+    current = (head.anchors * strides).reshape(-1, 2).double().cpu().numpy()
+    if len(sizes) == 0:
+        return
+    fit = anchor_fit(sizes, current, threshold)
+    log.info(f"anchors: {fit.per_object:.2f} an object, best possible recall {fit.recall:.4f}")
+    if fit.recall >= GOOD_RECALL:
+        return
+    try:
+        new = fit_anchors(sizes, len(current), threshold, seed=seed)
+    except ValueError as error:
+        log.info(f"anchors: kept - {error}")
+        return
+    better = anchor_fit(sizes, new, threshold)
+    if better.recall <= fit.recall:
+        log.info(f"anchors: kept, a fit reaches {better.recall:.4f}")
+        return
+    head.anchors.copy_(torch.as_tensor(new, dtype=head.anchors.dtype).view_as(head.anchors) / strides)
+    log.info(f"anchors: fitted to the data, best possible recall {better.recall:.4f} ({np.round(new).astype(int).tolist()})")
+
+
+def automatic_batch_size(model: nn.Module, imgsz: tuple[int, int], device: torch.device, share: float = 0.7) -> int:
+    """The largest power of two whose training step fits into `share` of the GPU's free memory; 16 without a GPU."""
+    log = get_logger()
+    if device.type != "cuda":
+        log.info("--batch-size -1: no GPU to measure, 16 is used")
+        return 16
+    free, _ = torch.cuda.mem_get_info(device)
+    used: list[tuple[int, int]] = []
+    for batch in (1, 2, 4, 8):
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        raw = model(torch.zeros(batch, 3, *imgsz, device=device))
+        tensors = _tensors(raw)
+        sum(t.float().sum() for t in tensors).backward()
+        model.zero_grad(set_to_none=True)
+        used.append((batch, torch.cuda.max_memory_allocated(device) - before))
+    slope, offset = np.polyfit([b for b, _ in used], [m for _, m in used], 1)
+    fits = max(int((free * share - offset) / slope), 1)
+    size = 2 ** int(np.log2(fits))
+    log.info(f"--batch-size -1: {size} ({slope / 2**20:.0f} MiB an image, {free / 2**30:.1f} GiB free)")
+    return size
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value] if value.requires_grad else []
+    return [t for item in value for t in _tensors(item)] if isinstance(value, (list, tuple)) else []

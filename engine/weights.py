@@ -1,0 +1,44 @@
+"""Where a model's architecture and first weights come from: flags, a YAML, a checkpoint of any project."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from models.transfer import transfer
+from models.weights import load_backbone_weights, read_weights
+from models.yolo import DetectionModel, build_model
+from utils.config import parse_imgsz
+from utils.errors import CheckpointError
+from utils.logger import get_logger
+
+DEFAULT_CFG = "yolov5n.yaml"
+
+
+def build_from_flags(options: Any, names: tuple[str, ...]) -> DetectionModel:
+    """The model that `--cfg`, `--scale`, `--backbone` and `--weights` mean, its weights loaded.
+
+    Args:
+        options: flags; `config` (a mapping) goes before all of them, for a run that is resumed.
+        names: class names of the data set.
+
+    Raises:
+        ConfigError, CheckpointError: what a user can mend.
+    """
+    weights = read_weights(options.weights) if options.weights and not options.resume else None
+    cfg: Any = options.config or options.cfg
+    if not cfg and weights is not None:
+        if weights.config is None:
+            raise CheckpointError(f"{options.weights}: carries no model YAML that is known here. Give it with --cfg.")
+        cfg = weights.config
+    is_resumed = options.config is not None
+    model = build_model(
+        cfg or DEFAULT_CFG, num_classes=len(names), names=names, scale=None if is_resumed else options.scale,
+        imgsz=parse_imgsz(options.imgsz, 32), backbone=None if is_resumed else options.backbone,
+        allow_code=options.allow_code,
+    )  # fmt: skip
+    if weights is not None:
+        report = transfer(model, weights.state, num_anchors=getattr(model.head, "num_anchors", None))
+        get_logger().info(f"{options.weights}: {report.summary()}")
+    if options.backbone_weights and not is_resumed:
+        get_logger().info(f"{options.backbone_weights}: {load_backbone_weights(model, options.backbone_weights).summary()}")
+    return model

@@ -1,0 +1,124 @@
+"""Set matching: each object gets the one query that costs least, all objects together (DETR, arXiv 2005.12872, eq. 1).
+
+Letters: S stages matched independently, B batch, Q queries, C classes, N objects of the batch, n objects of an image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from utils.boxes import cxcywh_to_xyxy, generalized_iou
+
+PROBABILITY_EPS = 1e-8
+WORST_COST = 1e6  # in place of a cost that is no number: such a pair is matched only if nothing else is left
+
+
+class Match(NamedTuple):
+    """Matched pairs, one entry each.
+
+    Attributes:
+        stage: (P,).
+        image: (P,).
+        query: (P,).
+        object: index into the batch's objects, (P,).
+    """
+
+    stage: Tensor
+    image: Tensor
+    query: Tensor
+    object: Tensor
+
+
+@dataclass(frozen=True)
+class HungarianAssigner:
+    """One-to-one matching at least total cost, image by image.
+
+    The cost of a pair is `cost_class` x focal difference of the object's class (what the query's focal loss
+    changes by if the class is right) + `cost_l1` x sum of |difference| of the normalised cxcywh boxes
+    - `cost_giou` x their GIoU. Of an image with more objects than queries, as many objects as there are queries are
+    matched.
+
+    With costs as below the answer is query 2 for object 0 and query 0 for object 1, 1 + 1 = 2, although query 0 is
+    the best of object 0 too:
+
+        query   object 0   object 1
+          0        0          1
+          1        5          9
+          2        1          4
+
+    Attributes:
+        cost_class: weight of the class cost.
+        cost_l1: weight of the L1 cost.
+        cost_giou: weight of the GIoU cost.
+        alpha: balance of the focal cost.
+        gamma: exponent of the focal cost.
+    """
+
+    cost_class: float
+    cost_l1: float
+    cost_giou: float
+    alpha: float
+    gamma: float
+
+    @torch.no_grad()
+    def __call__(
+        self, logits: Tensor, boxes: Tensor, image_index: Tensor, labels: Tensor, object_boxes: Tensor
+    ) -> Match:
+        """Match every stage and image.
+
+        Args:
+            logits: class logits, (S, B, Q, C).
+            boxes: cxcywh, normalised, (S, B, Q, 4).
+            image_index: image of each object, (N,), in any order.
+            labels: class of each object, (N,).
+            object_boxes: cxcywh, normalised, (N, 4).
+        """
+        per_image = [(image_index == image).nonzero().squeeze(1) for image in range(logits.shape[1])]
+        costs = [
+            self.costs(logits[:, image], boxes[:, image], labels[objects], object_boxes[objects])
+            for image, objects in enumerate(per_image)
+        ]
+        merged = torch.cat(costs, -1).cpu() if costs else logits.new_zeros(0)  # one transfer for all
+        pairs = [
+            _solve(cost, image, objects.cpu())
+            for image, (cost, objects) in enumerate(
+                zip(merged.split([len(objects) for objects in per_image], -1), per_image, strict=True)
+            )
+        ]
+        stage, image, query, chosen = torch.cat(pairs, 1).to(logits.device)
+        return Match(stage, image, query, chosen)
+
+    def costs(self, logits: Tensor, boxes: Tensor, labels: Tensor, object_boxes: Tensor) -> Tensor:
+        """Cost of each query for each object, (..., Q, n), from (..., Q, C), (..., Q, 4), (n,) and (n, 4)."""
+        probability = logits.float().sigmoid()[..., labels]
+        boxes, object_boxes = boxes.float(), object_boxes.float()
+        present = self.alpha * (1 - probability) ** self.gamma * -(probability + PROBABILITY_EPS).log()
+        absent = (1 - self.alpha) * probability**self.gamma * -(1 - probability + PROBABILITY_EPS).log()
+        distance = torch.cdist(boxes, object_boxes.expand(*boxes.shape[:-2], -1, -1), p=1)
+        overlap = generalized_iou(
+            cxcywh_to_xyxy(boxes)[..., :, None, :], cxcywh_to_xyxy(object_boxes)[..., None, :, :]
+        )
+        cost = self.cost_class * (present - absent) + self.cost_l1 * distance - self.cost_giou * overlap
+        return cost.nan_to_num(WORST_COST, WORST_COST, WORST_COST)
+
+
+def solve_assignment(cost: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns of least total cost for one matrix (Q, n): min(Q, n) pairs."""
+    from scipy.optimize import linear_sum_assignment
+
+    rows, columns = linear_sum_assignment(cost.numpy())
+    return torch.from_numpy(rows), torch.from_numpy(columns)
+
+
+def _solve(costs: Tensor, image: int, objects: Tensor) -> Tensor:
+    """Pairs of one image as rows (stage, image, query, object) of a (4, P) tensor, from costs (S, Q, n)."""
+    found = [objects.new_zeros(4, 0)]
+    for stage, cost in enumerate(costs):
+        queries, columns = solve_assignment(cost)
+        place = objects.new_tensor([[stage], [image]]).expand(2, len(queries))
+        found.append(torch.cat((place, torch.stack((queries, objects[columns])))))
+    return torch.cat(found, 1)

@@ -1,0 +1,174 @@
+"""YOLOv9's heads: decoupled towers with grouped convolutions, alone or with an auxiliary twin for training.
+
+Sources: YOLOv9 (Wang et al., arXiv 2402.13616) for the auxiliary branch, DFL (arXiv 2006.04388) for distances.
+Letters: B batch, A anchor points, C classes, R bins of a distance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from models.common import Conv
+from models.heads.dfl import (
+    DFL,
+    DFLRaw,
+    channels_first_layout,
+    check_levels,
+    decode_raw,
+    predict,
+    set_biases,
+)
+from models.registry import LayerError, detection_head, register
+from utils.structures import Decoded, Targets
+
+REG_MAX = 16
+GROUPS = 4
+
+
+@register(detection_head)
+class DDetect(nn.Module):
+    """YOLOv9's head.
+
+    Args:
+        num_classes: C.
+        channels: channels of each feature map.
+    """
+
+    family = "yolov9"
+    loss = "task_aligned"
+    postprocess = "nms"
+
+    def __init__(self, num_classes: int, channels: Sequence[int]) -> None:
+        super().__init__()
+        check_levels(channels, REG_MAX)
+        self.num_classes = num_classes
+        self.reg_max = REG_MAX
+        self.strides = (1,) * len(channels)  # until `initialize`
+        self.cv2 = _box_towers(channels)
+        self.cv3 = _class_towers(channels, num_classes)
+        self.dfl = DFL(REG_MAX)
+
+    def initialize(self, strides: Sequence[int]) -> None:
+        """Set the biases, which depend on the stride of each level."""
+        self.strides = tuple(strides)
+        set_biases(self.cv2, self.cv3, self.strides)
+
+    def forward(self, features: list[Tensor], targets: Targets | None = None) -> DFLRaw:
+        """Raw predictions for one feature map (B, *, H, W) a level."""
+        return predict(features, self.cv2, self.cv3, self.strides)
+
+    def decode(self, raw: DFLRaw) -> Decoded:
+        """Boxes (B, A, 4) in xyxy pixels and class probabilities (B, A, C)."""
+        return decode_raw(raw, self.dfl)
+
+    def export_layout(self, raw: DFLRaw) -> Tensor:
+        """(B, 4 + C, A): cxcywh in pixels, then class probabilities."""
+        return channels_first_layout(self.decode(raw))
+
+
+class DualRaw(NamedTuple):
+    """Raw predictions of both branches; only `main` is decoded.
+
+    Attributes:
+        main: what inference uses.
+        aux: what helps training.
+    """
+
+    main: DFLRaw
+    aux: DFLRaw
+
+
+@register(detection_head)
+class DualDDetect(nn.Module):
+    """Two YOLOv9 heads: the first half of the inputs feeds the auxiliary one, the second half the main one.
+
+    Args:
+        num_classes: C.
+        channels: channels of each feature map, auxiliary levels first.
+    """
+
+    family = "yolov9"
+    loss = "dual_task_aligned"
+    postprocess = "nms"
+
+    def __init__(self, num_classes: int, channels: Sequence[int]) -> None:
+        super().__init__()
+        check_levels(channels, REG_MAX)
+        if len(channels) % 2:
+            raise LayerError(
+                f"got {len(channels)} feature maps, expected an even number: auxiliary, then main"
+            )
+        self.num_classes = num_classes
+        self.reg_max = REG_MAX
+        self.num_levels = len(channels) // 2
+        self.strides = self.aux_strides = (1,) * self.num_levels  # until `initialize`
+        aux, main = channels[: self.num_levels], channels[self.num_levels :]
+        self.cv2 = _box_towers(aux)
+        self.cv3 = _class_towers(aux, num_classes)
+        self.cv4 = _box_towers(main)
+        self.cv5 = _class_towers(main, num_classes)
+        self.dfl = DFL(REG_MAX)
+        self.dfl2 = DFL(REG_MAX)
+
+    @property
+    def main_inputs(self) -> slice:
+        """Which of the inputs feed the main head."""
+        return slice(self.num_levels, None)
+
+    def main_head(self) -> DDetect:
+        """The main branch as a head of its own, sharing its modules with this one."""
+        with torch.device("meta"):
+            head = DDetect(self.num_classes, [1] * self.num_levels)
+        head.cv2, head.cv3, head.dfl = self.cv4, self.cv5, self.dfl2
+        head.strides = self.strides
+        return head.train(self.training)
+
+    def initialize(self, strides: Sequence[int]) -> None:
+        """Set the biases of both branches; `self.strides` are the main branch's."""
+        self.strides = tuple(strides[self.main_inputs])
+        self.aux_strides = tuple(strides[: self.num_levels])
+        set_biases(self.cv2, self.cv3, self.aux_strides)
+        set_biases(self.cv4, self.cv5, self.strides)
+
+    def forward(self, features: list[Tensor], targets: Targets | None = None) -> DualRaw:
+        """Raw predictions of both branches for their feature maps (B, *, H, W)."""
+        aux = predict(features[: self.num_levels], self.cv2, self.cv3, self.aux_strides)
+        main = predict(features[self.main_inputs], self.cv4, self.cv5, self.strides)
+        return DualRaw(main, aux)
+
+    def decode(self, raw: DualRaw) -> Decoded:
+        """Boxes (B, A, 4) in xyxy pixels and class probabilities (B, A, C) of the main branch."""
+        return decode_raw(raw.main, self.dfl2)
+
+    def export_layout(self, raw: DualRaw) -> Tensor:
+        """(B, 4 + C, A): cxcywh in pixels, then class probabilities, of the main branch."""
+        return channels_first_layout(self.decode(raw))
+
+
+def _box_towers(channels: Sequence[int]) -> nn.ModuleList:
+    width = max(_multiple(channels[0] // 4, GROUPS), 4 * REG_MAX, 16)
+    return nn.ModuleList(
+        nn.Sequential(
+            Conv(c, width, 3),
+            Conv(width, width, 3, groups=GROUPS),
+            nn.Conv2d(width, 4 * REG_MAX, 1, groups=GROUPS),
+        )
+        for c in channels
+    )
+
+
+def _class_towers(channels: Sequence[int], num_classes: int) -> nn.ModuleList:
+    width = max(channels[0], min(2 * num_classes, 128))
+    return nn.ModuleList(
+        nn.Sequential(Conv(c, width, 3), Conv(width, width, 3), nn.Conv2d(width, num_classes, 1))
+        for c in channels
+    )
+
+
+def _multiple(value: int, divisor: int) -> int:
+    """`value` rounded up to a multiple of `divisor`."""
+    return -(-value // divisor) * divisor

@@ -1,0 +1,197 @@
+"""YOLO11's head: one anchor point a cell, distances to the four sides as distributions, class scores.
+
+Sources: DFL (Generalized Focal Loss, Li et al., arXiv 2006.04388, eq. 3-5) for distances as distributions, FCOS
+(arXiv 1904.01355) for points and sides.
+Letters: B batch, H, W size of a level, A = sum over levels of H * W, C classes, R bins of a distance.
+The functions here are shared with the YOLOv9 heads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from models.common import Conv, DWConv
+from models.registry import LayerError
+from utils.boxes import xyxy_to_cxcywh
+from utils.structures import Decoded, Targets
+
+OBJECTS_PER_IMAGE = 5  # prior behind the class biases: so many objects in an image of 640 x 640
+
+
+class DFLRaw(NamedTuple):
+    """Raw predictions, levels one after the other.
+
+    Attributes:
+        distances: logits over the R bins of left, top, right and bottom, (B, A, 4R).
+        logits: class logits, (B, A, C).
+        points: xy of the anchor points in pixels, (A, 2), float32.
+        strides: pixels of one bin, (A, 1), float32.
+    """
+
+    distances: Tensor
+    logits: Tensor
+    points: Tensor
+    strides: Tensor
+
+
+class DFL(nn.Module):
+    """Expected distance of a distribution over R bins, in bins; the fixed weight is 0, 1, ..., R - 1."""
+
+    def __init__(self, reg_max: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(reg_max, 1, 1, bias=False).requires_grad_(False)
+        self.conv.weight.data = torch.arange(reg_max, dtype=torch.float32).view(1, reg_max, 1, 1)
+
+    def forward(self, distances: Tensor) -> Tensor:
+        """(..., 4R) logits to (..., 4) bins."""
+        return expected_distance(distances, self.conv.weight.flatten().float())
+
+
+def expected_distance(distances: Tensor, bins: Tensor) -> Tensor:
+    """Softmax over each side's bins, then the mean of `bins` (R,), (..., 4R) to (..., 4) in float32."""
+    sides = distances.float().reshape(*distances.shape[:-1], 4, bins.shape[0])
+    # Not a matrix product: autocast would run it in half precision, which cannot hold a pixel at R = 16.
+    return (sides.softmax(-1) * bins).sum(-1)
+
+
+def distances_to_boxes(points: Tensor, distances: Tensor) -> Tensor:
+    """xyxy boxes (..., 4) that reach `distances` (left, top, right, bottom) from `points` (..., 2)."""
+    low, high = distances.split(2, -1)
+    return torch.cat((points - low, points + high), -1)
+
+
+def anchor_points(maps: Sequence[Tensor], strides: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Cell centres (A, 2) in pixels and the stride of each (A, 1), for maps (B, *, H, W).
+
+    Sizes are read from the maps, so that a traced graph computes them anew for every input.
+    """
+    points, sizes = [], []
+    for level, stride in zip(maps, strides, strict=True):
+        height, width = level.shape[-2:]
+        y = (torch.arange(height, device=level.device, dtype=torch.float32) + 0.5) * stride
+        x = (torch.arange(width, device=level.device, dtype=torch.float32) + 0.5) * stride
+        grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).reshape(-1, 2)
+        points.append(grid)
+        sizes.append(torch.full_like(grid[:, :1], float(stride)))
+    return torch.cat(points), torch.cat(sizes)
+
+
+def predict(
+    features: Sequence[Tensor],
+    box_towers: nn.ModuleList,
+    class_towers: nn.ModuleList,
+    strides: Sequence[int],
+) -> DFLRaw:
+    """Run one tower of each kind on each feature map (B, *, H, W)."""
+    distances = [tower(x) for tower, x in zip(box_towers, features, strict=True)]
+    logits = [tower(x) for tower, x in zip(class_towers, features, strict=True)]
+    return DFLRaw(_flat(distances), _flat(logits), *anchor_points(features, strides))
+
+
+def _flat(maps: Sequence[Tensor]) -> Tensor:
+    """(B, K, H, W) of every level to (B, A, K)."""
+    return torch.cat([level.flatten(2) for level in maps], 2).transpose(1, 2)
+
+
+def decode_raw(raw: DFLRaw, dfl: DFL) -> Decoded:
+    """Boxes (B, A, 4) in xyxy pixels and class probabilities (B, A, C), float32."""
+    boxes = distances_to_boxes(raw.points, dfl(raw.distances) * raw.strides)
+    return Decoded(boxes, raw.logits.float().sigmoid())
+
+
+def channels_first_layout(decoded: Decoded) -> Tensor:
+    """(B, 4 + C, A): cxcywh in pixels, then class probabilities."""
+    return torch.cat((xyxy_to_cxcywh(decoded.boxes), decoded.scores), -1).transpose(1, 2)
+
+
+def set_biases(
+    box_towers: nn.ModuleList, class_towers: nn.ModuleList, strides: Sequence[int]
+) -> None:
+    """Start every distance level and every class at the score of a rare object.
+
+    The class prior spreads a few objects over the cells of an image of 640 x 640.
+    """
+    for box, scores, stride in zip(box_towers, class_towers, strides, strict=True):
+        num_classes = scores[-1].out_channels
+        nn.init.constant_(box[-1].bias, 1.0)
+        prior = OBJECTS_PER_IMAGE / num_classes / (640 / stride) ** 2
+        nn.init.constant_(scores[-1].bias, math.log(prior))
+
+
+def check_levels(channels: Sequence[int], reg_max: int) -> None:
+    """Refuse a head without inputs or without distances to choose from."""
+    if not channels:
+        raise LayerError("got no feature maps, expected at least one")
+    if reg_max < 2:
+        raise LayerError(f"got reg_max {reg_max}, expected 2 or more bins of distance")
+
+
+class DFLDetect(nn.Module):
+    """YOLO11's decoupled head: plain convolutions for distances, depthwise ones for classes.
+
+    Args:
+        num_classes: C.
+        reg_max: R, bins of each distance.
+        end2end: a head without NMS, which YOLO11 is not; only None or False.
+        channels: channels of each feature map.
+    """
+
+    family = "yolo11"
+    loss = "task_aligned"
+    postprocess = "nms"
+
+    def __init__(
+        self,
+        num_classes: int,
+        reg_max: int = 16,
+        end2end: bool | None = None,
+        channels: Sequence[int] = (),
+    ) -> None:
+        super().__init__()
+        check_levels(channels, reg_max)
+        if end2end:
+            raise LayerError(f"got end2end {end2end}, expected None; this head needs NMS")
+        self.num_classes = num_classes
+        self.reg_max = reg_max
+        self.strides = (1,) * len(channels)  # until `initialize`
+        box_width = max(16, channels[0] // 4, 4 * reg_max)
+        class_width = max(channels[0], min(num_classes, 100))
+        self.cv2 = nn.ModuleList(_box_tower(c, box_width, 4 * reg_max) for c in channels)
+        self.cv3 = nn.ModuleList(_class_tower(c, class_width, num_classes) for c in channels)
+        self.dfl = DFL(reg_max)
+
+    def initialize(self, strides: Sequence[int]) -> None:
+        """Set the biases, which depend on the stride of each level."""
+        self.strides = tuple(strides)
+        set_biases(self.cv2, self.cv3, self.strides)
+
+    def forward(self, features: list[Tensor], targets: Targets | None = None) -> DFLRaw:
+        """Raw predictions for one feature map (B, *, H, W) a level."""
+        return predict(features, self.cv2, self.cv3, self.strides)
+
+    def decode(self, raw: DFLRaw) -> Decoded:
+        """Boxes (B, A, 4) in xyxy pixels and class probabilities (B, A, C)."""
+        return decode_raw(raw, self.dfl)
+
+    def export_layout(self, raw: DFLRaw) -> Tensor:
+        """(B, 4 + C, A): cxcywh in pixels, then class probabilities."""
+        return channels_first_layout(self.decode(raw))
+
+
+def _box_tower(in_channels: int, width: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(
+        Conv(in_channels, width, 3), Conv(width, width, 3), nn.Conv2d(width, outputs, 1)
+    )
+
+
+def _class_tower(in_channels: int, width: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Sequential(DWConv(in_channels, in_channels, 3), Conv(in_channels, width)),
+        nn.Sequential(DWConv(width, width, 3), Conv(width, width)),
+        nn.Conv2d(width, outputs, 1),
+    )

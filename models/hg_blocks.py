@@ -1,0 +1,188 @@
+"""Blocks of RT-DETR's convolutional parts: the HGNetv2 stem and block, and the re-parameterizable neck block.
+
+HGNetv2 was published with PP-HGNet (PaddleClas, Apache-2.0) and taken over by RT-DETR (arXiv 2304.08069);
+the neck block is RT-DETR's CSPRepLayer, made of RepVGG convolutions (arXiv 2101.03697).
+
+Letters: B batch, C channels, H height, W width. Attribute names are those of the published state dicts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from models.common import Conv, DWConv
+from models.registry import LayerError, Plan, Scaling, convolution, register, single, stacked
+
+
+def _stem_rule(in_channels: Sequence[Any], args: Sequence[Any], scaling: Scaling) -> Plan:
+    """`[mid, out]` becomes `(in, mid, out)`, unscaled: HGNetv2 brings its own widths."""
+    if len(args) < 2:
+        raise LayerError(f"got {list(args)}, expected [middle channels, output channels]")
+    return Plan([single(in_channels), *args], args[1])
+
+
+def _block_rule(in_channels: Sequence[Any], args: Sequence[Any], scaling: Scaling) -> Plan:
+    """`[mid, out, kernel, ...]` becomes `(in, mid, out, kernel, repeats, ...)`, widths unscaled."""
+    if len(args) < 3:
+        raise LayerError(f"got {list(args)}, expected [middle channels, output channels, kernel size]")
+    ready = [single(in_channels), *args[:3], scaling.repeats, *args[3:]]
+    return Plan(ready, args[1], repeats_inside=True)
+
+
+@register(_stem_rule)
+class HGStem(nn.Module):
+    """HGNetv2's stem: a strided convolution, two parallel downsampling paths, another strided convolution.
+
+    The paths are padded at the bottom and the right only, so their 2x2 windows keep the size.
+
+    Input (B, C, H, W), output (B, out, H / 4, W / 4).
+    """
+
+    def __init__(self, in_channels: int, mid_channels: int, out_channels: int) -> None:
+        super().__init__()
+        half = mid_channels // 2
+        self.stem1 = Conv(in_channels, mid_channels, 3, 2, activation=nn.ReLU())
+        self.stem2a = Conv(mid_channels, half, 2, 1, 0, activation=nn.ReLU())
+        self.stem2b = Conv(half, mid_channels, 2, 1, 0, activation=nn.ReLU())
+        self.stem3 = Conv(mid_channels * 2, mid_channels, 3, 2, activation=nn.ReLU())
+        self.stem4 = Conv(mid_channels, out_channels, 1, 1, activation=nn.ReLU())
+        self.pool = nn.MaxPool2d(kernel_size=2, stride=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.pad(self.stem1(x), (0, 1, 0, 1))
+        convolved = self.stem2b(functional.pad(self.stem2a(x), (0, 1, 0, 1)))
+        return self.stem4(self.stem3(torch.cat((self.pool(x), convolved), 1)))
+
+
+@register(convolution)
+class LightConv(nn.Module):
+    """Pointwise convolution without activation, then a depthwise one with ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3) -> None:
+        super().__init__()
+        self.conv1 = Conv(in_channels, out_channels, 1, activation=False)
+        self.conv2 = DWConv(out_channels, out_channels, kernel_size, activation=nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2(self.conv1(x))
+
+
+@register(_block_rule)
+class HGBlock(nn.Module):
+    """HGNetv2's block: a chain of convolutions whose every stage is kept, squeezed and expanded again.
+
+    Args:
+        in_channels: channels of the input.
+        mid_channels: channels of each convolution of the chain.
+        out_channels: channels of the output.
+        kernel_size: of the chain's convolutions.
+        repeats: length of the chain.
+        light: the chain is made of `LightConv`, not of plain convolutions.
+        shortcut: add the input where its channels equal the output's.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        mid_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        repeats: int = 6,
+        light: bool = False,
+        shortcut: bool = False,
+    ) -> None:
+        super().__init__()
+        widths = [in_channels, *[mid_channels] * (repeats - 1)]
+        self.m = nn.ModuleList(
+            LightConv(width, mid_channels, kernel_size)
+            if light
+            else Conv(width, mid_channels, kernel_size, activation=nn.ReLU())
+            for width in widths
+        )
+        kept = in_channels + repeats * mid_channels
+        self.sc = Conv(kept, out_channels // 2, 1, activation=nn.ReLU())
+        self.ec = Conv(out_channels // 2, out_channels, 1, activation=nn.ReLU())
+        self.has_residual = shortcut and in_channels == out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = [x]
+        for layer in self.m:
+            maps.append(layer(maps[-1]))
+        y = self.ec(self.sc(torch.cat(maps, 1)))
+        return x + y if self.has_residual else y
+
+
+@register(convolution)
+class RepConv(nn.Module):
+    """A 3x3 and a 1x1 convolution in parallel, which `reparameterize` folds into one 3x3 (arXiv 2101.03697)."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv1: Conv | None = Conv(in_channels, out_channels, 3, activation=False)
+        self.conv2: Conv | None = Conv(in_channels, out_channels, 1, activation=False)
+        self.conv: nn.Conv2d | None = None
+        self.act = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.conv is not None:
+            return self.act(self.conv(x))
+        assert self.conv1 is not None and self.conv2 is not None
+        return self.act(self.conv1(x) + self.conv2(x))
+
+    @torch.no_grad()
+    def reparameterize(self) -> None:
+        """Replace both branches, with their BatchNorms, by the one convolution equal to them in eval mode."""
+        if self.conv1 is None or self.conv2 is None:
+            return
+        kernel, bias = _folded(self.conv1)
+        point_kernel, point_bias = _folded(self.conv2)
+        wide = self.conv1.conv
+        conv = nn.Conv2d(wide.in_channels, wide.out_channels, 3, 1, 1)
+        conv = conv.to(kernel.device, kernel.dtype)
+        conv.weight.copy_(kernel + functional.pad(point_kernel, (1, 1, 1, 1)))
+        conv.bias.copy_(bias + point_bias)  # type: ignore[union-attr]
+        self.conv, self.conv1, self.conv2 = conv, None, None
+
+
+def _folded(branch: Conv) -> tuple[Tensor, Tensor]:
+    """Kernel and bias of the convolution that equals `branch` (convolution and BatchNorm) in eval mode.
+
+    `fuse` may have folded the BatchNorm already; what then stands in its place changes nothing.
+    """
+    kernel, norm = branch.conv.weight, branch.bn
+    bias = kernel.new_zeros(kernel.shape[0]) if branch.conv.bias is None else branch.conv.bias
+    if not isinstance(norm, nn.BatchNorm2d):
+        return kernel, bias
+    assert norm.running_mean is not None and norm.running_var is not None
+    gain = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+    return kernel * gain[:, None, None, None], norm.bias + (bias - norm.running_mean) * gain
+
+
+@register(stacked)
+class RepC3(nn.Module):
+    """RT-DETR's fusion block: one path through `RepConv`s, one past them, added.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        repeats: number of `RepConv`s.
+        expansion: inner channels as a share of the output's.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, repeats: int = 3, expansion: float = 1.0
+    ) -> None:
+        super().__init__()
+        hidden = int(out_channels * expansion)
+        self.cv1 = Conv(in_channels, hidden, 1)
+        self.cv2 = Conv(in_channels, hidden, 1)
+        self.m = nn.Sequential(*(RepConv(hidden, hidden) for _ in range(repeats)))
+        self.cv3 = nn.Identity() if hidden == out_channels else Conv(hidden, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.cv3(self.m(self.cv1(x)) + self.cv2(x))

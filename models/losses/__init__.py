@@ -1,0 +1,32 @@
+"""Losses: (raw predictions, targets) -> named, weighted terms. Each head says by name which one it trains with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from models.losses.anchor import AnchorLoss, scaled_gains
+from models.losses.hungarian import HungarianLoss
+from models.losses.task_aligned import DualTaskAlignedLoss, TaskAlignedLoss
+
+CRITERIA = {
+    "anchor": AnchorLoss,
+    "task_aligned": TaskAlignedLoss,
+    "dual_task_aligned": DualTaskAlignedLoss,
+    "hungarian": HungarianLoss,
+}
+
+
+def build_criterion(head: Any, hyp: Mapping[str, Any], imgsz: tuple[int, int]) -> Any:
+    """The criterion that `head` trains with at `imgsz` (height, width), with the numbers of `hyp`."""
+    if head.loss == "anchor":
+        hyp = scaled_gains(hyp, head.num_classes, len(head.strides), imgsz)
+    return CRITERIA[head.loss](head, hyp)
+
+
+def total_loss(criterion: Any, losses: Mapping[str, Tensor], batch_size: int) -> Tensor:
+    """What is back-propagated: the sum of the terms, times the batch size where the family's recipe counts that way."""
+    total = sum(losses.values())
+    return total * batch_size if criterion.times_batch else total

@@ -1,0 +1,124 @@
+"""Losses of YOLO11 and YOLOv9: classification towards alignment, CIoU, distribution focal loss.
+
+Sources: TOOD (arXiv 2108.07755) for targets and weights, CIoU (arXiv 1911.08287), DFL (arXiv 2006.04388, eq. 6),
+YOLOv9 (arXiv 2402.13616) for the weighted auxiliary branch.
+Letters: B batch, A anchor points, C classes, R bins of a distance, P positive predictions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from models.assigners.task_aligned import Assignment, assign
+from models.heads.ddetect import DualRaw
+from models.heads.dfl import DFLRaw, distances_to_boxes, expected_distance
+from utils.boxes import complete_iou
+from utils.structures import Targets
+
+# A distance stays this far below the last bin, so that there is always a bin above it.
+LAST_BIN_MARGIN = 0.01
+
+
+class TaskAlignedLoss:
+    """Loss of one branch of predictions.
+
+    Args:
+        head: gives `reg_max`.
+        hyp: weights `box`, `cls`, `dfl`; assignment `tal_topk`, `tal_alpha`, `tal_beta`.
+    """
+
+    times_batch = True
+
+    def __init__(self, head: Any, hyp: Mapping[str, Any]) -> None:
+        self.reg_max: int = head.reg_max
+        self.weights = {name: float(hyp[name]) for name in ("box", "cls", "dfl")}
+        self.topk = int(hyp["tal_topk"])
+        self.alpha, self.beta = float(hyp["tal_alpha"]), float(hyp["tal_beta"])
+
+    def __call__(self, raw: DFLRaw, targets: Targets) -> dict[str, Tensor]:
+        """Weighted terms `box`, `cls` and `dfl`, each a scalar in float32."""
+        raw = raw._replace(distances=raw.distances.float(), logits=raw.logits.float())
+        assignment = self._assign(raw, targets)
+        normaliser = assignment.weights.sum().clamp(min=1)
+        box, dfl = self._localisation(raw, targets, assignment)
+        terms = {"box": box, "cls": self._classification(raw, targets, assignment), "dfl": dfl}
+        return {name: self.weights[name] * term / normaliser for name, term in terms.items()}
+
+    @torch.no_grad()
+    def _assign(self, raw: DFLRaw, targets: Targets) -> Assignment:
+        boxes = self._boxes(raw.distances, raw.points, raw.strides)
+        return assign(
+            raw.logits.sigmoid(), boxes, raw.points, targets,
+            topk=self.topk, alpha=self.alpha, beta=self.beta,
+        )  # fmt: skip
+
+    def _boxes(self, distances: Tensor, points: Tensor, strides: Tensor) -> Tensor:
+        bins = torch.arange(self.reg_max, dtype=torch.float32, device=distances.device)
+        return distances_to_boxes(points, expected_distance(distances, bins) * strides)
+
+    def _classification(
+        self, raw: DFLRaw, targets: Targets, assignment: Assignment
+    ) -> Tensor:
+        """Binary cross-entropy towards the alignment weight of the object's class, summed."""
+        wanted = torch.zeros_like(raw.logits)
+        labels = targets.labels[assignment.objects]
+        images, places = _places(assignment, raw.points)
+        wanted[images, places, labels] = assignment.weights
+        return F.binary_cross_entropy_with_logits(raw.logits, wanted, reduction="sum")
+
+    def _localisation(
+        self, raw: DFLRaw, targets: Targets, assignment: Assignment
+    ) -> tuple[Tensor, Tensor]:
+        """CIoU and distribution focal loss of the positives, weighted by alignment, summed."""
+        images, places = _places(assignment, raw.points)
+        points, strides = raw.points[places], raw.strides[places]
+        distances = raw.distances[images, places]
+        truths = targets.boxes[assignment.objects].float()
+        missed = 1 - complete_iou(self._boxes(distances, points, strides), truths)
+        sides = torch.cat((points - truths[:, :2], truths[:, 2:] - points), 1) / strides
+        focal = distribution_focal_loss(distances.view(-1, 4, self.reg_max), sides).mean(1)
+        return (missed * assignment.weights).sum(), (focal * assignment.weights).sum()
+
+
+def _places(assignment: Assignment, points: Tensor) -> tuple[Tensor, Tensor]:
+    """Image and anchor point of each positive prediction, (P,) and (P,)."""
+    count = points.shape[0]
+    return assignment.predictions // count, assignment.predictions % count
+
+
+def distribution_focal_loss(logits: Tensor, distances: Tensor) -> Tensor:
+    """Cross-entropy towards the two bins around a distance, each weighted by its nearness.
+
+    Args:
+        logits: (..., R).
+        distances: in bins, (...); cut to the range of the bins.
+
+    Returns:
+        One value per distance, (...).
+    """
+    distances = distances.clamp(0, logits.shape[-1] - 1 - LAST_BIN_MARGIN)
+    lower = distances.floor()
+    above = distances - lower
+    nearest = torch.stack((lower, lower + 1), -1).long()
+    below_and_above = logits.log_softmax(-1).gather(-1, nearest)
+    return -(below_and_above * torch.stack((1 - above, above), -1)).sum(-1)
+
+
+class DualTaskAlignedLoss:
+    """`TaskAlignedLoss` of the main branch plus `aux_weight` times that of the auxiliary one."""
+
+    times_batch = True
+
+    def __init__(self, head: Any, hyp: Mapping[str, Any]) -> None:
+        self.branch = TaskAlignedLoss(head, hyp)
+        self.aux_weight = float(hyp["aux_weight"])
+
+    def __call__(self, raw: DualRaw, targets: Targets) -> dict[str, Tensor]:
+        """Weighted terms `box`, `cls` and `dfl`, each a scalar in float32."""
+        main, aux = self.branch(raw.main, targets), self.branch(raw.aux, targets)
+        return {name: main[name] + self.aux_weight * aux[name] for name in main}

@@ -1,0 +1,57 @@
+"""Backbones: image -> list of feature maps. Every file in this folder is found; nothing else needs editing.
+
+A file may register its layers (`@register(backbone)`) or simply define a class or function under the name that the
+YAML uses, which then counts as a backbone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from types import ModuleType
+
+from models.registry import Layer, backbone
+
+_FILES: dict[str, ModuleType] = {}
+_BROKEN: dict[str, str] = {}
+
+
+def _import_files() -> None:
+    for info in pkgutil.iter_modules(__path__):
+        try:
+            _FILES[info.name] = importlib.import_module(f"{__name__}.{info.name}")
+        except (ImportError, SyntaxError, NameError, AttributeError, TypeError, ValueError) as error:
+            # One broken file of a user must not take every other model down; it is named on a failed look-up.
+            _BROKEN[f"models/modules/{info.name}.py"] = f"{type(error).__name__}: {error}"
+
+
+def find_unregistered(name: str) -> Layer | None:
+    """A class or function called `name` that a file of this folder defines, as a backbone."""
+    for module in _FILES.values():
+        found = layer_of(module, name)
+        if found:
+            return found
+    return None
+
+
+def layer_of(module: ModuleType, name: str) -> Layer | None:
+    """The class or function `name` that `module` itself defines (not one it imports), as a backbone."""
+    value = vars(module).get(name)
+    is_own = getattr(value, "__module__", None) == module.__name__
+    if is_own and (inspect.isclass(value) or inspect.isfunction(value)):
+        return Layer(name, value, backbone)
+    return None
+
+
+def public_names() -> list[str]:
+    """Names of the classes and functions that the files of this folder define."""
+    return sorted(name for module in _FILES.values() for name in vars(module) if layer_of(module, name))
+
+
+def broken_files() -> dict[str, str]:
+    """Files of this folder that could not be imported, with the reason."""
+    return dict(_BROKEN)
+
+
+_import_files()

@@ -1,0 +1,103 @@
+"""HGNetv2, the backbone of RT-DETR-L and -X, on its own (PaddleClas PP-HGNetV2, Apache-2.0; arXiv 2304.08069).
+
+A stem at stride 4, then four stages of `HGBlock`s; stages 2-4 begin with a strided depthwise convolution.
+State keys are `stem.…`, `stages.<n>.<m>.…`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from models.common import DWConv
+from models.hg_blocks import HGBlock, HGStem
+from models.registry import backbone, register
+
+
+class Stage(NamedTuple):
+    """One stage of the published tables.
+
+    Attributes:
+        mid: channels of a block's chain.
+        out: channels of the stage's output.
+        blocks: number of `HGBlock`s.
+        kernel: kernel size of the chain.
+        light: the chain is depthwise separable.
+    """
+
+    mid: int
+    out: int
+    blocks: int
+    kernel: int
+    light: bool
+
+
+LARGE = (
+    Stage(48, 128, 1, 3, False),
+    Stage(96, 512, 1, 3, False),
+    Stage(192, 1024, 3, 5, True),
+    Stage(384, 2048, 1, 5, True),
+)
+EXTRA = (
+    Stage(64, 128, 1, 3, False),
+    Stage(128, 512, 2, 3, False),
+    Stage(256, 1024, 5, 5, True),
+    Stage(512, 2048, 2, 5, True),
+)
+CHAIN = 6
+
+
+class HGNetV2(nn.Module):
+    """HGNetv2 without its classifier.
+
+    Args:
+        stem: middle and output channels of the stem.
+        stages: one entry per stage.
+    """
+
+    def __init__(self, stem: tuple[int, int], stages: tuple[Stage, ...]) -> None:
+        super().__init__()
+        self.stem = HGStem(3, *stem)
+        widths = [stem[1], *(stage.out for stage in stages[:-1])]
+        self.stages = nn.ModuleList(
+            _stage(width, stage, is_first=number == 0)
+            for number, (width, stage) in enumerate(zip(widths, stages, strict=True))
+        )
+        self.channels = [stage.out for stage in stages]
+        self.strides = [4 * 2**number for number in range(len(stages))]
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Image (B, 3, H, W) to the maps of all stages, strides 4, 8, 16, 32."""
+        x = self.stem(x)
+        maps = []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        return maps
+
+
+def _stage(in_channels: int, stage: Stage, *, is_first: bool) -> nn.Sequential:
+    """The blocks of one stage; only blocks whose input is as wide as their output have a shortcut."""
+    layers: list[nn.Module] = []
+    if not is_first:
+        layers.append(DWConv(in_channels, in_channels, 3, 2, activation=False))
+    for number in range(stage.blocks):
+        width = stage.out if number else in_channels
+        block = HGBlock(
+            width, stage.mid, stage.out, stage.kernel, CHAIN, stage.light, shortcut=number > 0
+        )
+        layers.append(block)
+    return nn.Sequential(*layers)
+
+
+@register(backbone)
+def HGNetv2_L() -> HGNetV2:  # noqa: N802 - the published name
+    """Backbone of RT-DETR-L: 128, 512, 1024, 2048 channels."""
+    return HGNetV2((32, 48), LARGE)
+
+
+@register(backbone)
+def HGNetv2_X() -> HGNetV2:  # noqa: N802 - the published name
+    """Backbone of RT-DETR-X: the channels of L, deeper and with wider chains."""
+    return HGNetV2((32, 64), EXTRA)

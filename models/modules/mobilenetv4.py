@@ -1,0 +1,380 @@
+"""MobileNetV4 backbones with a free width factor (Qin et al., 2024, arXiv 2404.10518).
+
+At factor 1 they are the trunks of timm's `mobilenetv4_*`: same parameters, same outputs, and `weights` reads timm's files.
+Every other factor scales the widths; the kernels, strides and attention heads stay.
+
+Letters: B batch, C channels, H height, W width, N heads, D key (and value) width of a head.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import OrderedDict
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.registry import LayerError, backbone, register
+from models.tensor_files import load_strictly, read_weights
+
+
+class ConvSpec(NamedTuple):
+    """A convolution with BatchNorm and activation."""
+
+    out: int
+    kernel: int
+    stride: int = 1
+
+
+class FusedSpec(NamedTuple):
+    """A fused inverted bottleneck: kernel and expansion in one convolution, then a projection."""
+
+    out: int
+    expansion: int
+    stride: int
+
+
+class UibSpec(NamedTuple):
+    """A universal inverted bottleneck; kernel 0 leaves the depthwise convolution out."""
+
+    out: int
+    start: int
+    middle: int
+    expansion: int
+    stride: int = 1
+
+
+class AttentionSpec(NamedTuple):
+    """Mobile multi-query attention on the width that comes in."""
+
+    heads: int
+    dim: int
+    kv_stride: int = 1
+
+
+Spec = ConvSpec | FusedSpec | UibSpec | AttentionSpec
+Layers = tuple[tuple[Spec, ...], ...]
+
+
+class Variant(NamedTuple):
+    """Stem width, layers 1 to 4, activation, and where the layer scale starts (None: there is none)."""
+
+    stem: int
+    layers: Layers
+    activation: type[nn.Module] = nn.ReLU
+    layer_scale: float | None = None
+
+
+def _repeat(count: int, *specs: Spec) -> tuple[Spec, ...]:
+    return specs * count
+
+
+_MEDIUM_HEAD: Layers = (
+    (FusedSpec(48, 4, 2),),
+    (UibSpec(80, 3, 5, 4, 2), UibSpec(80, 3, 3, 2)),
+)
+_LARGE_HEAD: Layers = (
+    (FusedSpec(48, 4, 2),),
+    (UibSpec(96, 3, 5, 4, 2), UibSpec(96, 3, 3, 4)),
+)
+_LARGE_3 = (UibSpec(192, 3, 5, 4, 2), *_repeat(3, UibSpec(192, 3, 3, 4)), UibSpec(192, 3, 5, 4))
+_LARGE_4 = (
+    UibSpec(512, 5, 5, 4, 2), *_repeat(3, UibSpec(512, 5, 5, 4)), UibSpec(512, 5, 0, 4), UibSpec(512, 5, 3, 4),
+    *_repeat(2, UibSpec(512, 5, 0, 4)), UibSpec(512, 5, 3, 4), UibSpec(512, 5, 5, 4),
+)  # fmt: skip
+_MQA_160, _MQA_192 = AttentionSpec(4, 64, 2), AttentionSpec(8, 48, 2)
+_MQA_256, _MQA_512 = AttentionSpec(4, 64), AttentionSpec(8, 64)
+
+CONV_SMALL = Variant(32, (
+    (ConvSpec(32, 3, 2), ConvSpec(32, 1)),
+    (ConvSpec(96, 3, 2), ConvSpec(64, 1)),
+    (UibSpec(96, 5, 5, 3, 2), *_repeat(4, UibSpec(96, 0, 3, 2)), UibSpec(96, 3, 0, 4)),
+    (UibSpec(128, 3, 3, 6, 2), UibSpec(128, 5, 5, 4), UibSpec(128, 0, 5, 4), UibSpec(128, 0, 5, 3),
+     *_repeat(2, UibSpec(128, 0, 3, 4))),
+))  # fmt: skip
+CONV_MEDIUM = Variant(32, (
+    *_MEDIUM_HEAD,
+    (UibSpec(160, 3, 5, 6, 2), *_repeat(2, UibSpec(160, 3, 3, 4)), UibSpec(160, 3, 5, 4), UibSpec(160, 3, 3, 4),
+     UibSpec(160, 3, 0, 4), UibSpec(160, 0, 0, 2), UibSpec(160, 3, 0, 4)),
+    (UibSpec(256, 5, 5, 6, 2), UibSpec(256, 5, 5, 4), *_repeat(2, UibSpec(256, 3, 5, 4)), UibSpec(256, 0, 0, 4),
+     UibSpec(256, 3, 0, 4), UibSpec(256, 3, 5, 2), UibSpec(256, 5, 5, 4), *_repeat(2, UibSpec(256, 0, 0, 4)),
+     UibSpec(256, 5, 0, 2)),
+))  # fmt: skip
+CONV_LARGE = Variant(24, (
+    *_LARGE_HEAD,
+    (*_LARGE_3, *_repeat(5, UibSpec(192, 5, 3, 4)), UibSpec(192, 3, 0, 4)),
+    (*_LARGE_4, *_repeat(3, UibSpec(512, 5, 0, 4))),
+))  # fmt: skip
+HYBRID_MEDIUM = Variant(32, (
+    *_MEDIUM_HEAD,
+    (UibSpec(160, 3, 5, 6, 2), UibSpec(160, 0, 0, 2), UibSpec(160, 3, 3, 4), UibSpec(160, 3, 5, 4), _MQA_160,
+     UibSpec(160, 3, 3, 4), _MQA_160, UibSpec(160, 3, 0, 4), _MQA_160, UibSpec(160, 3, 3, 4), _MQA_160,
+     UibSpec(160, 3, 0, 4)),
+    (UibSpec(256, 5, 5, 6, 2), UibSpec(256, 5, 5, 4), *_repeat(2, UibSpec(256, 3, 5, 4)), UibSpec(256, 0, 0, 2),
+     UibSpec(256, 3, 5, 2), UibSpec(256, 0, 0, 2), UibSpec(256, 0, 0, 4), _MQA_256, UibSpec(256, 3, 0, 4), _MQA_256,
+     UibSpec(256, 5, 5, 4), _MQA_256, UibSpec(256, 5, 0, 4), _MQA_256, UibSpec(256, 5, 0, 4)),
+), layer_scale=1e-5)  # fmt: skip
+HYBRID_LARGE = Variant(24, (
+    *_LARGE_HEAD,
+    (*_LARGE_3, UibSpec(192, 5, 3, 4), *_repeat(4, UibSpec(192, 5, 3, 4), _MQA_192), UibSpec(192, 3, 0, 4)),
+    (*_LARGE_4, *_repeat(4, _MQA_512, UibSpec(512, 5, 0, 4))),
+), nn.GELU, 1e-5)  # fmt: skip
+
+
+def round_to_8(value: float) -> int:
+    """The multiple of 8 nearest to `value`, at least 8 and never more than a tenth below it."""
+    rounded = max(8, int(value + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * value else rounded
+
+
+def conv_norm(
+    in_channels: int,
+    out_channels: int,
+    kernel: int,
+    stride: int = 1,
+    groups: int = 1,
+    activation: type[nn.Module] | None = None,
+) -> nn.Sequential:
+    """Convolution without bias, BatchNorm, and the activation if there is one."""
+    conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False)
+    layers = OrderedDict[str, nn.Module](conv=conv, bn=nn.BatchNorm2d(out_channels))
+    if activation is not None:
+        layers["act"] = activation()
+    return nn.Sequential(layers)
+
+
+class LayerScale(nn.Module):
+    """A learnable factor a channel."""
+
+    def __init__(self, channels: int, start: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((channels,), start))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma[:, None, None]
+
+
+def _layer_scale(channels: int, start: float | None) -> nn.Module:
+    return nn.Identity() if start is None else LayerScale(channels, start)
+
+
+class FusedBottleneck(nn.Module):
+    """Expanding kxk convolution, linear 1x1 projection; residual where shapes agree."""
+
+    def __init__(self, in_channels: int, out_channels: int, spec: FusedSpec, activation: type[nn.Module]) -> None:
+        super().__init__()
+        hidden = round_to_8(in_channels * spec.expansion)
+        self.expand = conv_norm(in_channels, hidden, 3, spec.stride, activation=activation)
+        self.project = conv_norm(hidden, out_channels, 1)
+        self.has_residual = spec.stride == 1 and in_channels == out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.project(self.expand(x))
+        return x + y if self.has_residual else y
+
+
+class UniversalBottleneck(nn.Module):
+    """Depthwise (optional), 1x1 expansion, depthwise (optional), linear 1x1 projection (section 3 of the paper)."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, spec: UibSpec, activation: type[nn.Module], scale: float | None
+    ) -> None:
+        super().__init__()
+        hidden = round_to_8(in_channels * spec.expansion)
+        start_stride, middle_stride = (1, spec.stride) if spec.middle else (spec.stride, 1)
+        self.start: nn.Module = nn.Identity()
+        if spec.start:
+            self.start = conv_norm(in_channels, in_channels, spec.start, start_stride, in_channels)
+        self.expand = conv_norm(in_channels, hidden, 1, activation=activation)
+        self.middle: nn.Module = nn.Identity()
+        if spec.middle:
+            self.middle = conv_norm(hidden, hidden, spec.middle, middle_stride, hidden, activation)
+        self.project = conv_norm(hidden, out_channels, 1)
+        self.layer_scale = _layer_scale(out_channels, scale)
+        self.has_residual = spec.stride == 1 and in_channels == out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer_scale(self.project(self.middle(self.expand(self.start(x)))))
+        return x + y if self.has_residual else y
+
+
+class MobileAttention(nn.Module):
+    """Multi-query attention over the map, residual: N queries a place, one key and one value for all heads.
+
+    Keys and values are taken on a coarser map where `kv_stride` is above 1 (equation 1 of the paper).
+    """
+
+    def __init__(self, channels: int, spec: AttentionSpec, scale: float | None) -> None:
+        super().__init__()
+        self.heads = spec.heads
+        self.norm = nn.BatchNorm2d(channels)
+        self.query = nn.Conv2d(channels, spec.heads * spec.dim, 1, bias=False)
+        self.key = self._projection(channels, spec)
+        self.value = self._projection(channels, spec)
+        self.project = nn.Conv2d(spec.heads * spec.dim, channels, 1, bias=False)
+        self.layer_scale = _layer_scale(channels, scale)
+
+    @staticmethod
+    def _projection(channels: int, spec: AttentionSpec) -> nn.Sequential:
+        layers = OrderedDict[str, nn.Module]()
+        if spec.kv_stride > 1:
+            layers["down"] = conv_norm(channels, channels, 3, spec.kv_stride, channels)
+        layers["proj"] = nn.Conv2d(channels, spec.dim, 1, bias=False)
+        return nn.Sequential(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        query = self.query(y).unflatten(1, (self.heads, -1)).flatten(3).transpose(2, 3)  # (B, N, HW, D)
+        key, value = (
+            project(y).flatten(2).transpose(1, 2).unsqueeze(1).expand(-1, self.heads, -1, -1)
+            for project in (self.key, self.value)
+        )
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        joined = mixed.transpose(2, 3).flatten(1, 2).unflatten(2, x.shape[2:])  # (B, N*D, H, W)
+        return x + self.layer_scale(self.project(joined))
+
+
+def _build_layer(specs: tuple[Spec, ...], width: int, factor: float, variant: Variant) -> tuple[nn.Sequential, int]:
+    """The blocks of a layer for `width` channels coming in, and the width that goes out."""
+    blocks: list[nn.Module] = []
+    for spec in specs:
+        out = width if isinstance(spec, AttentionSpec) else int(spec.out * factor)
+        if isinstance(spec, ConvSpec):
+            blocks.append(conv_norm(width, out, spec.kernel, spec.stride, activation=variant.activation))
+        elif isinstance(spec, FusedSpec):
+            blocks.append(FusedBottleneck(width, out, spec, variant.activation))
+        elif isinstance(spec, UibSpec):
+            blocks.append(UniversalBottleneck(width, out, spec, variant.activation, variant.layer_scale))
+        else:
+            blocks.append(MobileAttention(width, spec, variant.layer_scale))
+        width = out
+    return nn.Sequential(*blocks), width
+
+
+class MobileNetV4(nn.Module):
+    """Image (B, 3, H, W) -> four maps at strides 4, 8, 16, 32.
+
+    Args:
+        factor: multiplies every width; any number that leaves each width at least 1.
+        weights: a file of timm's `mobilenetv4_*` weights (factor 1 only), or None for fresh ones.
+
+    Raises:
+        LayerError: the factor is not a positive number, leaves a width of 0, or is not 1 beside `weights`.
+        CheckpointError: the file of weights cannot be read or does not fit.
+    """
+
+    variant: Variant
+
+    def __init__(self, factor: float = 0.5, weights: str | None = None) -> None:
+        super().__init__()
+        is_number = isinstance(factor, (int, float)) and not isinstance(factor, bool)
+        if not is_number or not math.isfinite(factor) or int(self.variant.stem * factor) < 1:
+            least = 1 / self.variant.stem
+            raise LayerError(f"got factor {factor!r}, expected a number of at least {least:.3g}, such as 0.5")
+        width = int(self.variant.stem * factor)
+        self.stem = conv_norm(3, width, 3, 2, activation=self.variant.activation)
+        self.layers = nn.ModuleList()
+        self.channels: list[int] = []
+        for specs in self.variant.layers:
+            layer, width = _build_layer(specs, width, factor, self.variant)
+            self.layers.append(layer)
+            self.channels.append(width)
+        self.strides = [4, 8, 16, 32]
+        self._initialize()
+        if weights:
+            if factor != 1:
+                raise LayerError(f"got weights beside factor {factor}, expected factor 1, the width they are made for")
+            self.load_timm_state(read_weights(weights), weights)
+
+    def _initialize(self) -> None:
+        """Convolutions by fan-out, attention's by Xavier."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
+                nn.init.normal_(module.weight, 0, math.sqrt(2 / fan_out))
+        for module in self.modules():
+            if isinstance(module, MobileAttention):
+                for part in (module.query, module.project, *module.key.modules(), *module.value.modules()):
+                    if isinstance(part, nn.Conv2d):
+                        nn.init.xavier_uniform_(part.weight)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        maps: list[Tensor] = []
+        x = self.stem(x)
+        for layer in self.layers:
+            x = layer(x)
+            maps.append(x)
+        return maps
+
+    def load_timm_state(self, state: dict[str, Tensor], source: str) -> None:
+        """Take the trunk out of a state dict of timm's model; its last convolutions and classifier are left out.
+
+        Raises:
+            CheckpointError: `source` lacks a tensor of the trunk, or has one of another shape.
+        """
+        load_strictly(self, {key: state.get(timm_key(key, self)) for key in self.state_dict()}, source)
+
+
+_TIMM_PARTS = {
+    FusedBottleneck: {"expand.conv": "conv_exp", "expand.bn": "bn1", "project.conv": "conv_pwl", "project.bn": "bn2"},
+    UniversalBottleneck: {"start": "dw_start", "expand": "pw_exp", "middle": "dw_mid", "project": "pw_proj"},
+    MobileAttention: {
+        "query": "attn.query.proj", "key.down.conv": "attn.key.down_conv", "key.down.bn": "attn.key.norm",
+        "key.proj": "attn.key.proj", "value.down.conv": "attn.value.down_conv", "value.down.bn": "attn.value.norm",
+        "value.proj": "attn.value.proj", "project": "attn.output.proj",
+    },
+}  # fmt: skip
+
+
+def timm_key(key: str, model: MobileNetV4) -> str:
+    """The name that our tensor `key` has in timm's model."""
+    if key.startswith("stem."):
+        return key.replace("stem.conv.", "conv_stem.").replace("stem.bn.", "bn1.")
+    match = re.fullmatch(r"layers\.(\d+)\.(\d+)\.(.+)", key)
+    assert match is not None
+    layer, index, rest = int(match[1]), int(match[2]), match[3]
+    block = model.layers[layer][index]
+    parts = _TIMM_PARTS.get(type(block), {"bn": "bn1"})
+    for ours, theirs in parts.items():
+        if rest.startswith(f"{ours}."):
+            rest = theirs + rest[len(ours) :]
+            break
+    return f"blocks.{layer}.{index}.{rest}"
+
+
+@register(backbone)
+class MobileNetV4ConvSmall(MobileNetV4):
+    """1.1 million parameters at factor 1; convolutions only."""
+
+    variant = CONV_SMALL
+
+
+@register(backbone)
+class MobileNetV4ConvMedium(MobileNetV4):
+    """7.0 million parameters at factor 1; convolutions only."""
+
+    variant = CONV_MEDIUM
+
+
+@register(backbone)
+class MobileNetV4ConvLarge(MobileNetV4):
+    """29.6 million parameters at factor 1; convolutions only."""
+
+    variant = CONV_LARGE
+
+
+@register(backbone)
+class MobileNetV4HybridMedium(MobileNetV4):
+    """8.3 million parameters at factor 1; attention in the last two layers."""
+
+    variant = HYBRID_MEDIUM
+
+
+@register(backbone)
+class MobileNetV4HybridLarge(MobileNetV4):
+    """34.8 million parameters at factor 1; attention in the last two layers."""
+
+    variant = HYBRID_LARGE

@@ -1,0 +1,212 @@
+"""Any timm model as a backbone, by its name: `[-1, 1, convnext_tiny, []]` or `timm/convnext_tiny`.
+
+What timm's `features_only` gives is brought into the common form: maps (B, C, H, W), coarser from item to item, strides that
+are powers of two. A model without a map at stride 8, 16 or 32 gets it from the nearest one it has, by the convolutions of the
+simple feature pyramid (Li et al., 2022, arXiv 2203.16527); so a plain ViT has strides 4 to 32.
+
+Letters: B batch, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.layers import ChannelNorm
+from models.registry import Layer, LayerError, Plan, Scaling, backbone, register_fallback
+from models.tensor_files import read_weights
+from models.timm_features import FeaturePlan, create, is_known, known_names, plan_features
+from utils.errors import CheckpointError, ConfigError
+
+REQUIRED_STRIDES = (8, 16, 32)
+VIT_STRIDES = (4, 8, 16, 32)
+
+
+class PyramidLevel(nn.Sequential):
+    """A map at another stride: transposed convolutions up or max-pooling down, then 1x1 and 3x3 convolutions.
+
+    Section 3 of the paper of the simple feature pyramid; a step up halves the width.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, from_stride: int, to_stride: int) -> None:
+        layers: list[nn.Module] = []
+        width = in_channels
+        while from_stride > to_stride:
+            half = max(width // 2, 1)
+            layers += [nn.GELU()] if layers else []
+            layers.append(nn.ConvTranspose2d(width, half, 2, 2))
+            from_stride, width = from_stride // 2, half
+            layers += [ChannelNorm(half)] if from_stride > to_stride else []
+        while from_stride < to_stride:
+            layers.append(nn.MaxPool2d(2, 2))
+            from_stride *= 2
+        layers += [
+            nn.Conv2d(width, out_channels, 1, bias=False),
+            ChannelNorm(out_channels),
+            nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
+            ChannelNorm(out_channels),
+        ]
+        super().__init__(*layers)
+
+
+class TimmBackbone(nn.Module):
+    """A timm model whose maps go to the slots by stride.
+
+    Args:
+        model_name: timm's name, `timm/` in front or a `.tag` behind are allowed.
+        imgsz: size (height, width); only models with a fixed input size depend on it.
+        pretrained: load timm's weights, from its cache or the hub.
+        weights: load timm's weights of this model from a local file instead.
+        pyramid_width: channels of the maps that the model itself does not have.
+        options: go to `timm.create_model`, such as `drop_path_rate`.
+
+    Attributes:
+        channels: widths of the maps.
+        strides: strides of the maps, each a power of two, rising.
+        unused: parameters of the timm model that no map depends on; they are frozen.
+
+    Raises:
+        LayerError: timm cannot give features of this model at this size, or does not take these options.
+        CheckpointError: the weights cannot be had, or do not fit.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        imgsz: Sequence[int] = (640, 640),
+        pretrained: bool = False,
+        weights: str | None = None,
+        pyramid_width: int = 256,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if not isinstance(pretrained, bool):
+            raise LayerError(f"got pretrained {pretrained!r}, expected true or false; a file is given as weights: path")
+        self.model_name = model_name
+        self.imgsz = (int(imgsz[0]), int(imgsz[1]))
+        self.plan: FeaturePlan = plan_features(model_name, self.imgsz, options)
+        self.net = _create_with_weights(model_name, self.plan, pretrained, weights)
+        self.unused = list(self.plan.unused)
+        for name, parameter in self.net.named_parameters():
+            if name in self.plan.unused:
+                parameter.requires_grad_(False)
+        self._plan_outputs(pyramid_width)
+        self._is_reparameterized = False
+
+    def _plan_outputs(self, width: int) -> None:
+        """Which map or derived level each output is; the levels are built here."""
+        own = {tap.stride: i for i, tap in enumerate(self.plan.taps) if tap.stride > 1}  # of two maps with one stride the later
+        is_single = len(own) == 1
+        wanted = sorted(set(VIT_STRIDES) | set(own)) if is_single else sorted({*own, *REQUIRED_STRIDES})
+        self.outputs: list[tuple[int, str]] = []
+        self.channels, self.strides = [], wanted
+        self.levels = nn.ModuleDict()
+        for stride in wanted:
+            if stride in own and not is_single:
+                self.outputs.append((own[stride], ""))
+                self.channels.append(self.plan.taps[own[stride]].channels)
+                continue
+            nearest = min(own, key=lambda s: (abs(s.bit_length() - stride.bit_length()), -s))
+            key = f"stride{stride}"
+            self.levels[key] = PyramidLevel(self.plan.taps[own[nearest]].channels, width, nearest, stride)
+            self.outputs.append((own[nearest], key))
+            self.channels.append(width)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        height, width = x.shape[2:]
+        if not self.plan.any_size and (height, width) != self.imgsz:
+            raise ConfigError(
+                f"{self.model_name} has a fixed input size - got {height}x{width}, expected the {self.imgsz[0]}x"
+                f"{self.imgsz[1]} it was built for. Give this size as --imgsz."
+            )
+        taps = [
+            self._to_common_form(tap_map, i, height, width)
+            for i, tap_map in enumerate(self.net(x))
+        ]
+        return [self.levels[key](taps[i]) if key else taps[i] for i, key in self.outputs]
+
+    def _to_common_form(self, tap_map: Tensor, index: int, height: int, width: int) -> Tensor:
+        tap = self.plan.taps[index]
+        if self.plan.is_channels_last:
+            tap_map = tap_map.permute(0, 3, 1, 2)
+        if tap.is_exact:
+            return tap_map
+        size = (-(-height // tap.stride), -(-width // tap.stride))
+        return F.interpolate(tap_map, size, mode="bilinear", align_corners=False)
+
+    def reparameterize(self) -> None:
+        """Fold what timm itself can fold (RepVGG, MobileOne, LeViT and the like); in place, idempotent."""
+        from timm.models import reparameterize_model
+
+        if not self._is_reparameterized:
+            reparameterize_model(self.net, inplace=True)
+            self._is_reparameterized = True
+
+
+def _create_with_weights(model_name: str, plan: FeaturePlan, pretrained: bool, weights: str | None) -> nn.Module:
+    options = {**plan.options, "out_indices": plan.indices}
+    if weights:
+        state = read_weights(weights)
+        net = _load(weights, model_name, {**options, "pretrained_cfg_overlay": {"state_dict": state, "custom_load": False}})
+        _require_transfer(net, state, weights, model_name)
+        return net
+    if pretrained:
+        return _load(f"timm's weights of {model_name}", model_name, options)
+    return create(model_name, options)
+
+
+def _load(source: str, model_name: str, options: dict[str, Any]) -> nn.Module:
+    try:
+        return create(model_name, {**options, "pretrained": True})
+    except (OSError, RuntimeError, ValueError, KeyError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise CheckpointError(
+            f"{source}: cannot be loaded - {type(error).__name__}: {reason}. Without a network, fetch the file once where "
+            "there is one and give it as {weights: path}, or leave pretrained out to start from fresh weights."
+        ) from error
+
+
+def _fingerprint(tensor: Tensor) -> tuple[int, float]:
+    """Element count and rounded sum: the same for a tensor under another name or shape."""
+    return tensor.numel(), float(f"{tensor.double().sum().item():.5g}")
+
+
+def _require_transfer(net: nn.Module, state: dict[str, Tensor], source: str, model_name: str) -> None:
+    """timm loads a backbone without insisting on any name, so look whether its tensors really come from the file."""
+    given = {_fingerprint(tensor) for tensor in state.values() if tensor.ndim > 1}
+    kernels = [p for p in net.parameters() if p.ndim > 1]
+    found = sum(_fingerprint(p.detach()) in given for p in kernels)
+    if 2 * found < len(kernels):
+        raise CheckpointError(
+            f"{source}: does not fit {model_name} - {found} of its {len(kernels)} kernels are in the file. "
+            "Give timm's own weights of this very model."
+        )
+
+
+def _timm_rule(in_channels: Sequence[Any], args: Sequence[Any], scaling: Scaling) -> Plan:
+    """`[pretrained, ...]` becomes `(image size, pretrained, ...)`."""
+    plan = backbone(in_channels, args, scaling)
+    return plan._replace(args=[scaling.imgsz, *plan.args])
+
+
+def timm_names() -> list[str]:
+    """Every model name of the installed timm; empty where timm is not installed."""
+    return known_names()
+
+
+def is_timm_model(name: str) -> bool:
+    """Whether `name` (with or without `timm/` and a weights tag) is a model of the installed timm."""
+    return is_known(name)
+
+
+def find_timm_layer(name: str) -> Layer | None:
+    """A timm model as a layer of the registry."""
+    return Layer(name, partial(TimmBackbone, name), _timm_rule) if is_timm_model(name) else None
+
+
+register_fallback(find_timm_layer, timm_names)

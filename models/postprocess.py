@@ -1,0 +1,107 @@
+"""From decoded predictions to detections: non-maximum suppression, or the best scores of a set.
+
+Letters: B batch, A anchor points (or queries), C classes, M candidates of one image, K detections.
+
+NMS follows torchvision's `batched_nms`: a box suppresses boxes of lower score and the same class
+whose IoU with it is above the threshold. Heads that predict a set (RT-DETR) need no suppression,
+only their best scores. Not-a-number scores and boxes that are not finite never become detections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchvision.ops import batched_nms, nms
+
+from utils.structures import Decoded, Detections
+
+MAX_CANDIDATES = 30_000
+"""The most boxes of one image that enter suppression, best scores first."""
+
+
+def postprocess(
+    decoded: Decoded,
+    kind: str,
+    *,
+    conf_thres: float,
+    iou_thres: float,
+    max_det: int,
+    classes: Sequence[int] | None = None,
+    agnostic: bool = False,
+    multi_label: bool = False,
+) -> list[Detections]:
+    """Turn decoded predictions into the detections of each image, best score first.
+
+    Args:
+        decoded: boxes (B, A, 4), xyxy pixels, and scores (B, A, C).
+        kind: "nms" or "topk", as the head says.
+        conf_thres: a detection's score must be above it, in [0, 1].
+        iou_thres: a box whose IoU with a better one is above it is suppressed (NMS only).
+        max_det: the most detections of one image.
+        classes: keep only these class indices.
+        agnostic: suppress across classes too (NMS only).
+        multi_label: every class of a box above `conf_thres` is a candidate (what an evaluation
+            wants), not only its best one.
+
+    Raises:
+        ValueError: `kind` is neither of the two.
+    """
+    if kind not in ("nms", "topk"):
+        raise ValueError(f"postprocess: unknown kind {kind!r}, expected 'nms' or 'topk'")
+    limit = MAX_CANDIDATES if kind == "nms" else max_det
+    detections = []
+    for boxes, scores in zip(decoded.boxes, decoded.scores):
+        found = _candidates(boxes, scores, conf_thres, classes, multi_label, limit)
+        if kind == "nms":
+            found = _suppress(found, iou_thres, agnostic, max_det)
+        detections.append(found)
+    return detections
+
+
+def _candidates(
+    boxes: Tensor,
+    scores: Tensor,
+    conf_thres: float,
+    classes: Sequence[int] | None,
+    multi_label: bool,
+    limit: int,
+) -> Detections:
+    """The (box, class) pairs of one image above the threshold, best score first, `limit` at most.
+
+    Args:
+        boxes: (A, 4).
+        scores: (A, C).
+    """
+    likely = (
+        scores.amax(1) > conf_thres if scores.shape[1] else scores.new_zeros(len(scores)).bool()
+    )
+    if multi_label:  # amax is not a number as soon as one class is: other classes may still count
+        likely |= scores.isnan().any(1)
+    rows = (likely & boxes.isfinite().all(1)).nonzero().squeeze(1)
+    boxes, scores = boxes[rows].float(), scores[rows].float()
+    if multi_label:
+        owner, labels = (scores > conf_thres).nonzero(as_tuple=True)
+        boxes, scores = boxes[owner], scores[owner, labels]
+    elif len(rows):
+        scores, labels = scores.max(1)
+    else:
+        scores, labels = scores.new_zeros(0), rows
+    if classes is not None:
+        wanted = torch.isin(labels, torch.as_tensor(list(classes), device=labels.device))
+        boxes, scores, labels = boxes[wanted], scores[wanted], labels[wanted]
+    order = scores.argsort(descending=True, stable=True)[:limit]
+    return Detections(boxes[order], scores[order], labels[order])
+
+
+def _suppress(found: Detections, iou_thres: float, agnostic: bool, max_det: int) -> Detections:
+    """Non-maximum suppression of one image's candidates (M), which come best score first."""
+    if not len(found.scores):
+        return found
+    if agnostic:
+        kept = nms(found.boxes, found.scores, iou_thres)
+    else:
+        kept = batched_nms(found.boxes, found.scores, found.labels, iou_thres)
+    kept = kept.sort().values[:max_det]  # candidate order is score order, equal scores included
+    return Detections(found.boxes[kept], found.scores[kept], found.labels[kept])

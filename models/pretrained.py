@@ -1,0 +1,172 @@
+"""A model from somebody's weights file: the architecture from the file or from a YAML, the numbers from the file.
+
+`load_weights` takes our own checkpoints and everybody else's; `load_backbone_weights` gives only the backbone its numbers;
+`dual_to_single` turns the weights of a YOLOv9 with an auxiliary branch into those of the network without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from models.transfer import ROW, TransferReport, match_keys, transfer
+from models.weights import ForeignWeights, read_weights
+from models.yolo import DetectionModel, build_model, model_from_checkpoint
+from utils.checkpoint import ForeignCheckpointError, load_checkpoint
+from utils.errors import CheckpointError, ConfigError
+
+# The main branch of a dual head under the names it has in the single head; the auxiliary one is left out.
+MAIN_BRANCH = {"cv4": "cv2", "cv5": "cv3", "dfl2": "dfl"}
+BACKBONE_PREFIXES = ("", "backbone.", "model.", "model.backbone.", "features.", "encoder.")
+
+
+class Loaded(NamedTuple):
+    """A model with the numbers of a file; `report` is None where the file was one of ours and fits exactly."""
+
+    model: DetectionModel
+    report: TransferReport | None
+
+
+def load_weights(
+    path: str | Path, *, cfg: str | Path | Mapping[str, Any] | None = None, num_classes: int | None = None
+) -> Loaded:
+    """Build the model that a weights file belongs to, in eval mode on the CPU.
+
+    Args:
+        path: our checkpoint, another project's, or safetensors.
+        cfg: architecture; None takes the model YAML that the file carries.
+        num_classes: None takes what the file says.
+
+    Raises:
+        CheckpointError: the file cannot be read, carries no YAML we can build and `cfg` is None, or nothing
+            in it fits.
+        ConfigError: `cfg` is wrong.
+    """
+    if cfg is None and num_classes is None:
+        try:
+            return Loaded(model_from_checkpoint(load_checkpoint(path)).float().eval(), None)
+        except ForeignCheckpointError:
+            pass  # another project's file: the reader below says what is wrong with it, if anything is
+    weights = read_weights(path)
+    model = _build_for(path, weights, cfg, num_classes)
+    report = transfer(model, weights.state, num_anchors=getattr(model.head, "num_anchors", None))
+    return Loaded(model.eval(), report)
+
+
+def _build_for(
+    path: str | Path, weights: ForeignWeights, cfg: str | Path | Mapping[str, Any] | None, num_classes: int | None
+) -> DetectionModel:
+    """The network for `weights`, with their class names where the counts agree."""
+    config = cfg if cfg is not None else weights.config
+    if config is None:
+        raise CheckpointError(f"{path}: carries no model YAML. Say which one it is for with --cfg.")
+    classes = num_classes or (len(weights.names) if weights.names and cfg is not None else None)
+    try:
+        model = build_model(config, num_classes=classes)
+    except ConfigError as error:
+        if cfg is not None:
+            raise
+        first = str(error).partition("\n")[0]
+        raise CheckpointError(f"{path}: its own model YAML cannot be built - {first} Give --cfg.") from error
+    if weights.names and len(weights.names) == model.head.num_classes:
+        model.names = weights.names
+    return model
+
+
+def load_backbone_weights(model: DetectionModel, path: str | Path) -> TransferReport:
+    """Give only the backbone of `model` the numbers of a file; neck and head stay as they are.
+
+    The file may hold a backbone alone, with or without a prefix and with names flattened as timm does
+    (`stages.0` or `stages_0`), a classifier, whose last layer is left out, or a whole detector.
+
+    Raises:
+        CheckpointError: the file cannot be read, or nothing in it fits the backbone.
+    """
+    state = read_weights(path).state
+    rows = [number for number, row in enumerate(model.rows) if row.section == "backbone"]
+    backbone = nn.ModuleDict({"model": nn.ModuleDict({str(n): model.model[n] for n in rows})})
+    maps = [n for n in rows if model.rows[n].map_slots is not None]
+    if any(ROW.match(key) for key in state) and not maps:
+        return transfer(backbone, state)
+    candidates = [(backbone, state)] if any(ROW.match(key) for key in state) else []
+    for number in maps:
+        for prefix in BACKBONE_PREFIXES:
+            candidates.append((model.model[number], _renamed(model.model[number], state, prefix)))
+    if not candidates:
+        raise CheckpointError(f"{path}: the model's backbone is made of rows, the weights have none. Use --weights.")
+    best = max(candidates, key=lambda item: _fitting(*item))
+    return transfer(*best)
+
+
+def _renamed(module: nn.Module, state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors of `state` under `prefix`, under the key of `module` that differs only in dots and underscores."""
+    own = {_flat(key): key for key in module.state_dict()}
+    endings = {flat: key for flat, key in own.items()}
+    found = {}
+    for key, value in state.items():
+        if key.startswith(prefix):
+            flat = _flat(key[len(prefix) :])
+            found[endings.get(flat, key)] = value
+    return found
+
+
+def _flat(key: str) -> str:
+    return key.replace(".", "_")
+
+
+def _fitting(module: nn.Module, state: Mapping[str, Tensor]) -> int:
+    """How many tensors of `module` have one of the same name and shape in `state`."""
+    own = module.state_dict()
+    return sum(key in state and state[key].shape == value.shape for key, value in own.items())
+
+
+def dual_to_single(state: Mapping[str, Tensor], single: nn.Module) -> dict[str, Tensor]:
+    """The main branch of a dual YOLOv9 as the state dict of the network without the auxiliary one.
+
+    Rows are found by their place in the graph: the rows of `single` appear in the dual network in the same
+    order with the same shapes, the auxiliary ones between or behind them.
+
+    Args:
+        state: weights of the dual network (`yolov9-c`).
+        single: the network of the same size without auxiliary branch (`gelan-c`); not changed.
+
+    Raises:
+        CheckpointError: `state` is not that of a dual head, or a tensor of `single` has no counterpart.
+    """
+    heads = _dual_heads(state)
+    if not heads:
+        raise CheckpointError("weights: have no auxiliary branch - expected a dual head with cv2 to cv5.")
+    main = {}
+    for key, value in state.items():
+        row, part = _row_and_part(key)
+        if row not in heads:
+            main[key] = value
+        elif part in MAIN_BRANCH:
+            main[key.replace(f".{part}.", f".{MAIN_BRANCH[part]}.", 1)] = value
+    target = {key: tuple(value.shape) for key, value in single.state_dict().items()}
+    sources, _ = match_keys({key: tuple(value.shape) for key, value in main.items()}, target)
+    unmatched = [k for k, shape in target.items() if k not in sources or main[sources[k]].shape != shape]
+    if unmatched:
+        raise CheckpointError(
+            f"weights: {len(unmatched)} tensors of the single form have no counterpart, first {unmatched[0]} "
+            f"{list(target[unmatched[0]])}. Take the gelan of the same size and number of classes."
+        )
+    return {key: main[source] for key, source in sources.items()}
+
+
+def _row_and_part(key: str) -> tuple[str, str]:
+    """`("38", "cv4")` of `model.38.cv4.0.conv.weight`."""
+    match = ROW.match(key)
+    return (match[1], match[2].partition(".")[0]) if match else ("", "")
+
+
+def _dual_heads(state: Mapping[str, Tensor]) -> set[str]:
+    """Numbers of the rows that have a main and an auxiliary branch."""
+    parts: dict[str, set[str]] = {}
+    for key in state:
+        row, part = _row_and_part(key)
+        parts.setdefault(row, set()).add(part)
+    return {row for row, found in parts.items() if {"cv2", "cv3", *MAIN_BRANCH} <= found}

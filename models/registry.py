@@ -1,0 +1,200 @@
+"""The layers that a YAML may name, and how channels flow through each of them.
+
+A layer registers with a *rule*: `rule(in_channels, args, scaling) -> Plan`. The rule turns what a YAML row says (`args`, without
+input channels) into what the constructor takes, and says which channels come out. The parser calls it and knows nothing else, so
+adding a layer never touches the parser:
+
+    @register(convolution)
+    class Conv(nn.Module):
+        def __init__(self, in_channels, out_channels, kernel_size=1, stride=1): ...
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+T = TypeVar("T", bound=Callable[..., Any])
+
+
+class LayerError(ValueError):
+    """A row asks a layer for what it cannot do; the parser adds file, row and module."""
+
+
+class Scaling(NamedTuple):
+    """What a model's size factors make of a row's numbers.
+
+    Attributes:
+        width: factor on channels.
+        max_channels: channels are cut to this before the factor is applied.
+        outputs: a channel count equal to it is an output count and is not scaled (-1: none is).
+        size: the letter of the chosen entry of `scales` ("" in YAMLs with depth_multiple and width_multiple).
+        repeats: how often the row's block is repeated, depth factor applied.
+        strides: strides of the row's inputs in input-image pixels.
+        imgsz: image size (height, width) the model is built for.
+    """
+
+    width: float = 1.0
+    max_channels: float = math.inf
+    outputs: int = -1
+    size: str = ""
+    repeats: int = 1
+    strides: tuple[int, ...] = ()
+    imgsz: tuple[int, int] = (640, 640)
+
+    def channels(self, value: int) -> int:
+        """Scaled channel count, rounded up to a multiple of 8; the output count passes unchanged."""
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+            raise LayerError(f"got {value!r} as a number of channels, expected a positive integer")
+        if value == self.outputs:
+            return int(value)
+        return math.ceil(min(value, self.max_channels) * self.width / 8) * 8
+
+
+class Plan(NamedTuple):
+    """What a rule decides for one row.
+
+    Attributes:
+        args: constructor arguments, as the table prints them.
+        channels: channels that come out; a list for a module with several outputs that stay together in one slot;
+            None for a backbone, whose instance knows them.
+        repeats_inside: the constructor takes the repeats itself; otherwise the parser chains that many copies.
+    """
+
+    args: list[Any]
+    channels: int | list[int] | None
+    repeats_inside: bool = False
+
+
+Rule = Callable[[Sequence[Any], Sequence[Any], Scaling], Plan]
+
+
+class Layer(NamedTuple):
+    """A registered layer: how to build it and how channels flow through it."""
+
+    name: str
+    build: Callable[..., Any]
+    rule: Rule
+
+
+_LAYERS: dict[str, Layer] = {}
+
+
+def register(rule: Rule, name: str | None = None) -> Callable[[T], T]:
+    """Register the decorated class or function under `name` (its own name if None).
+
+    Raises:
+        ValueError: the name is taken by another layer.
+    """
+
+    def add(build: T) -> T:
+        key = name or build.__name__
+        known = _LAYERS.get(key)
+        if known and (known.build.__module__, known.build.__qualname__) != (build.__module__, build.__qualname__):
+            raise ValueError(f"layer {key!r} is registered twice: {known.build.__module__} and {build.__module__}")
+        _LAYERS[key] = Layer(key, build, rule)
+        return build
+
+    return add
+
+
+def find(name: str) -> Layer | None:
+    """The layer registered under `name`, or None."""
+    return _LAYERS.get(name)
+
+
+def names() -> list[str]:
+    """Every registered name."""
+    return sorted(_LAYERS)
+
+
+def single(in_channels: Sequence[Any]) -> int:
+    """The channels of a row that takes exactly one plain input."""
+    if len(in_channels) != 1:
+        raise LayerError(f"got {len(in_channels)} inputs, expected 1")
+    if not isinstance(in_channels[0], int):
+        raise LayerError(f"got an input with several maps {list(in_channels[0])}, expected one map; choose one by its index or name")
+    return in_channels[0]
+
+
+def first_argument(args: Sequence[Any]) -> Any:
+    """The row's leading argument (its output channels, for most layers)."""
+    if not args:
+        raise LayerError("got no arguments, expected at least the output channels")
+    return args[0]
+
+
+def convolution(in_channels: Sequence[Any], args: Sequence[Any], scaling: Scaling) -> Plan:
+    """`[out, ...]` becomes `(in, scaled out, ...)`: layers that map one input to scaled output channels."""
+    out = scaling.channels(first_argument(args))
+    return Plan([single(in_channels), out, *args[1:]], out)
+
+
+def stacked(in_channels: Sequence[Any], args: Sequence[Any], scaling: Scaling) -> Plan:
+    """`[out, ...]` becomes `(in, scaled out, repeats, ...)`: blocks that repeat inside, such as C3."""
+    out = scaling.channels(first_argument(args))
+    return Plan([single(in_channels), out, scaling.repeats, *args[1:]], out, repeats_inside=True)
+
+
+def unchanged(in_channels: Sequence[Any], args: Sequence[Any], scaling: Scaling) -> Plan:
+    """Arguments pass as they are, channels too: Upsample, pooling, activations, Identity."""
+    return Plan(list(args), single(in_channels))
+
+
+def channels_first(in_channels: Sequence[Any], args: Sequence[Any], scaling: Scaling) -> Plan:
+    """`[...]` becomes `(in, ...)`, channels unchanged: normalisation, attention over one map."""
+    channels = single(in_channels)
+    return Plan([channels, *args], channels)
+
+
+def unscaled(in_channels: Sequence[Any], args: Sequence[Any], scaling: Scaling) -> Plan:
+    """`[out, ...]` becomes `(in, out, ...)` without scaling: plain torch.nn convolutions."""
+    return Plan([single(in_channels), first_argument(args), *args[1:]], first_argument(args))
+
+
+def concatenation(in_channels: Sequence[Any], args: Sequence[Any], scaling: Scaling) -> Plan:
+    """Inputs are joined along the channels: the output has their sum."""
+    flat = [single([channels]) for channels in in_channels]
+    return Plan(list(args), sum(flat))
+
+
+def backbone(in_channels: Sequence[Any], args: Sequence[Any], scaling: Scaling) -> Plan:
+    """An image goes in, a list of feature maps comes out; the instance tells its `channels` and `strides`.
+
+    The parser gives each map the slot of its stride, so this rule is also what makes a module a backbone.
+    """
+    if single(in_channels) != 3:
+        raise LayerError(f"got an input of {in_channels[0]} channels, expected the image with 3")
+    return Plan(list(args), None, repeats_inside=True)
+
+
+def detection_head(in_channels: Sequence[Any], args: Sequence[Any], scaling: Scaling) -> Plan:
+    """`[nc, ...]` becomes `(nc, ..., [channels of each level])`: the last row of a model."""
+    levels = [single([channels]) for channels in in_channels]
+    return Plan([*args, levels], levels)
+
+
+class Fallback(NamedTuple):
+    """Where a name is looked up that no layer is registered under, such as timm's list of models."""
+
+    find: Callable[[str], Layer | None]
+    names: Callable[[], list[str]]
+
+
+_FALLBACKS: list[Fallback] = []
+
+
+def register_fallback(find_layer: Callable[[str], Layer | None], all_names: Callable[[], list[str]]) -> None:
+    """Look unknown names up by `find_layer`; `all_names` serves the error that names the nearest."""
+    _FALLBACKS.append(Fallback(find_layer, all_names))
+
+
+def find_anywhere(name: str) -> Layer | None:
+    """A registered layer, else what the first fallback that knows `name` gives."""
+    return find(name) or next((layer for f in _FALLBACKS if (layer := f.find(name))), None)
+
+
+def all_names() -> list[str]:
+    """Registered names and those of every fallback."""
+    return sorted({*names(), *(name for fallback in _FALLBACKS for name in fallback.names())})

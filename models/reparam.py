@@ -1,0 +1,335 @@
+"""From the training form of a network to the form that is deployed: the same outputs from less work.
+
+`fuse` works in place, `reparameterize_model` on a copy. In this order it
+
+1. drops what the outputs do not need: rows that only an auxiliary branch reads, found by walking back
+   from the main head;
+2. lets every module that can re-parameterize itself do so (`reparameterize()`, `switch_to_deploy()` or
+   `fuse()`, ours or foreign);
+3. runs the network once, recorded operation by operation, and folds every BatchNorm and layer scale
+   into the convolution or linear layer before it, or a BatchNorm into the one behind it, where the record
+   proves that nothing else reads what lies between;
+4. removes modules that inference never touches (embeddings for denoising);
+5. compares its outputs with those from before, and names the first module that differs.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from models.dataflow import Call, Record, record_run
+from models.folder import Folder
+from models.table import Totals, count_params, measure
+
+TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-4}
+PROTOCOLS = ("fuse", "reparameterize", "switch_to_deploy")
+WIDEN_UP_TO = 200_000_000
+"""Parameters of the largest network that is checked in float64 (which doubles its memory for a moment)."""
+
+
+class FuseError(RuntimeError):
+    """The fused network does not do what the network did."""
+
+
+@dataclass
+class FuseReport:
+    """What `fuse` did.
+
+    Attributes:
+        before, after: parameters and GFLOPs of both forms; GFLOPs 0 where they cannot be counted.
+        imgsz: size (height, width) of the GFLOPs.
+        dropped: rows and modules that inference does not need.
+        reparameterized: modules that folded themselves.
+        folded: pairs, `layer + module`.
+        left: BatchNorms and layer scales that stay, with the reason.
+        difference: largest |difference| of any output, over the largest |value| of that output; None
+            if it was not checked.
+        tolerance: what `difference` was held against.
+    """
+
+    before: Totals
+    after: Totals
+    imgsz: tuple[int, int]
+    dropped: list[str] = field(default_factory=list)
+    reparameterized: list[str] = field(default_factory=list)
+    folded: list[str] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
+    difference: float | None = None
+    tolerance: float = 0.0
+
+    def __str__(self) -> str:
+        size = "x".join(map(str, self.imgsz))
+        check = "not checked"
+        if self.difference is not None:
+            check = f"max |difference| {self.difference:.1e} of the largest value"
+        return (
+            f"fused: {self.before.params:,} -> {self.after.params:,} parameters, "
+            f"{self.before.gflops:.2f} -> {self.after.gflops:.2f} GFLOPs at {size}; "
+            f"{len(self.folded)} pairs folded, {len(self.reparameterized)} modules re-parameterized, "
+            f"{len(self.dropped)} dropped, {len(self.left)} norms left; {check}"
+        )
+
+
+def reparameterize_model(
+    model: nn.Module, *, check: bool = True, sample: Tensor | None = None
+) -> nn.Module:
+    """A fused copy of `model`; see `fuse`."""
+    duplicate = copy.deepcopy(model)
+    fuse(duplicate, check=check, sample=sample)
+    return duplicate
+
+
+def fuse(model: nn.Module, *, check: bool = True, sample: Tensor | None = None) -> FuseReport:
+    """Bring `model` into its deployed form, in place; it is in eval mode afterwards.
+
+    Doing it again changes nothing. Parameters still take gradients.
+
+    Args:
+        model: a detector, or any network of one input.
+        check: compare the outputs before and after.
+        sample: what the network is run on, (B, 3, H, W); random by default.
+
+    Raises:
+        FuseError: an output changed; the first module whose own output changed is named.
+    """
+    model.eval()
+    sample = _sample_for(model) if sample is None else sample
+    imgsz: tuple[int, int] = getattr(model, "imgsz", None) or (sample.shape[-2], sample.shape[-1])
+    report = FuseReport(_totals(model, imgsz), Totals(0, 0.0), imgsz)
+    dtype = _checking_type(model)
+    report.tolerance = TOLERANCES[dtype] if dtype in TOLERANCES else 1e-2
+    with _in_type(model, dtype):
+        sample = sample.to(next((p for p in model.parameters()), sample))
+        expected, first = record_run(model, lambda: _predict(model, sample))
+        names = {module: name for name, module in model.named_modules()}
+        report.dropped += _drop_rows(model)
+        with _default_type(dtype):
+            report.reparameterized += _call_protocols(model)
+        _, record = record_run(model, lambda: _predict(model, sample))
+        folder = Folder(model, record, names)
+        folder.run()
+        report.folded, report.left = folder.folded, folder.left
+        _drop_idle(model, record, report, lambda: _predict(model, sample))
+        if check:
+            found, last = record_run(model, lambda: _predict(model, sample))
+            report.difference = _largest_difference(expected, found)
+            if not report.difference <= report.tolerance:
+                culprit = _first_different(first, last, folder, report)
+                raise FuseError(
+                    f"fuse: the fused network differs - got max |difference| {report.difference:.1e}, "
+                    f"expected at most {report.tolerance:.0e}. The first module that differs is {culprit}."
+                )
+    report.after = _totals(model, imgsz)
+    return report
+
+
+def _sample_for(model: nn.Module) -> Tensor:
+    """A random image, small but not square; large enough for a head that ranks 300 candidates."""
+    is_ranking = getattr(getattr(model, "head", None), "postprocess", "nms") == "topk"
+    stride = getattr(model, "max_stride", 32)
+    height, width = (5 * stride, 6 * stride) if is_ranking else (2 * stride, 3 * stride)
+    channels = int(getattr(model, "config", {}).get("ch", 3))
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(1, channels, height, width, generator=generator)
+
+
+def _predict(model: nn.Module, sample: Tensor) -> list[Tensor]:
+    """What inference makes of `sample`: decoded, if the model can decode."""
+    raw = model(sample)
+    decode = getattr(model, "decode", None)
+    result = decode(raw) if callable(decode) else raw
+    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+
+
+def _totals(model: nn.Module, imgsz: tuple[int, int]) -> Totals:
+    """Parameters and GFLOPs; 0 GFLOPs for a foreign network that does not run on the meta device."""
+    try:
+        return measure(model, imgsz)
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError):
+        return Totals(count_params(model), 0.0)
+
+
+def _checking_type(model: nn.Module) -> torch.dtype:
+    """float64 where memory and device allow: rounding then hides no fault, and ranks no query anew."""
+    parameter = next((p for p in model.parameters()), None)
+    if parameter is None:
+        return torch.float32
+    fits = parameter.dtype == torch.float32 and count_params(model) <= WIDEN_UP_TO
+    return torch.float64 if fits and parameter.device.type != "mps" else parameter.dtype
+
+
+@contextmanager
+def _in_type(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Run with float32 parameters and buffers widened to `dtype`; they are float32 again afterwards."""
+    if dtype != torch.float64:
+        yield
+        return
+    kept = [t for t in (*model.parameters(), *model.buffers()) if t.dtype == torch.float64]
+    model.double()
+    try:
+        yield
+    finally:
+        stays = {id(t) for t in kept}
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.dtype == torch.float64 and id(tensor) not in stays:
+                tensor.data = tensor.data.float()
+
+
+@contextmanager
+def _default_type(dtype: torch.dtype) -> Iterator[None]:
+    """Layers that foreign code makes meanwhile have `dtype`, so that it rounds nothing."""
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(usual)
+
+
+# --- dropping -------------------------------------------------------------------------------------
+
+
+def _drop_rows(model: Any) -> list[str]:
+    """Keep the main head and the rows it is fed by, found by walking back from it."""
+    rows: Any = getattr(model, "rows", None)
+    head: Any = getattr(model, "head", None)
+    if not rows or not hasattr(head, "main_head"):
+        return []
+    last = rows[-1]._replace(inputs=tuple(rows[-1].inputs[head.main_inputs]))
+    modules = [*model.model[:-1], head.main_head()]
+    rows = (*rows[:-1], last)
+    needed = set(last.inputs)
+    kept = [len(rows) - 1]
+    for number in range(len(rows) - 2, -1, -1):
+        slots = rows[number].map_slots or (rows[number].index,)
+        if needed & set(slots):
+            needed |= set(rows[number].inputs)
+            kept.append(number)
+    kept.reverse()
+    dropped = [f"model.{n} ({row.module})" for n, row in enumerate(rows) if n not in set(kept)]
+    model.model = nn.ModuleList(modules[number] for number in kept)
+    model.rows = _with_releases([rows[number] for number in kept])
+    return [*dropped, f"model.{len(rows) - 1} (auxiliary part)"]
+
+
+def _with_releases(rows: list[Any]) -> tuple[Any, ...]:
+    last = {slot: number for number, row in enumerate(rows) for slot in row.inputs}
+    return tuple(
+        row._replace(release=tuple(slot for slot, at in last.items() if at == number))
+        for number, row in enumerate(rows)
+    )
+
+
+def _drop_idle(
+    model: nn.Module, record: Record, report: FuseReport, run: Callable[[], Any]
+) -> None:
+    """Remove modules with parameters that the run neither called nor read."""
+    called = {call.module for call in record.calls}
+    read = {value[0] for operation in record.operations for value in operation.reads}
+    removed: list[tuple[nn.Module, str, nn.Module]] = []
+    _find_idle(model, "", called, read, removed, report.dropped)
+    for parent, name, _ in removed:
+        parent._modules[name] = nn.Identity()
+    if not removed:
+        return
+    try:
+        with torch.no_grad():
+            run()
+    except (AttributeError, TypeError):  # something asks an unused module for its type or size
+        for parent, name, module in removed:
+            parent._modules[name] = module
+        del report.dropped[-len(removed) :]
+
+
+def _find_idle(
+    module: nn.Module,
+    prefix: str,
+    called: set[nn.Module],
+    read: set[int],
+    removed: list[tuple[nn.Module, str, nn.Module]],
+    names: list[str],
+) -> None:
+    for name, child in module.named_children():
+        parameters = list(child.parameters())
+        touched = any(m in called for m in child.modules()) or any(
+            id(p) in read for p in parameters
+        )
+        if parameters and not touched:
+            removed.append((module, name, child))
+            names.append(f"{prefix}{name}")
+        else:
+            _find_idle(child, f"{prefix}{name}.", called, read, removed, names)
+
+
+# --- modules that fold themselves -----------------------------------------------------------------
+
+
+def _call_protocols(model: nn.Module, prefix: str = "") -> list[str]:
+    """Call `reparameterize()`, `switch_to_deploy()` or `fuse()` of every module that has one."""
+    done = []
+    own = getattr(model, "reparameterize", None)
+    if not prefix and callable(own) and not hasattr(model, "decode"):
+        own()
+        done.append("(the network)")
+    for name, child in list(model.named_children()):
+        path = f"{prefix}{name}"
+        before = sum(1 for _ in child.parameters())
+        result = _call_protocol(child)
+        if isinstance(result, nn.Module) and result is not child:
+            result.train(child.training)
+            model._modules[name] = child = result
+        if sum(1 for _ in child.parameters()) != before:
+            done.append(path)
+        done += _call_protocols(child, f"{path}.")
+    return done
+
+
+def _call_protocol(module: nn.Module) -> Any:
+    if isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule)):
+        return None
+    for name in PROTOCOLS:
+        method = getattr(module, name, None)
+        if callable(method) and not isinstance(method, nn.Module):
+            return method()
+    return None
+
+
+# --- checking -------------------------------------------------------------------------------------
+
+
+def _largest_difference(expected: list[Tensor], found: list[Tensor]) -> float:
+    """Largest |difference| of any output over the largest |value| of that output."""
+    if [t.shape for t in expected] != [t.shape for t in found]:
+        return float("inf")
+    ratios = [
+        float((a.double() - b.double()).abs().max() / a.double().abs().max().clamp(min=1e-30))
+        for a, b in zip(expected, found)
+        if a.numel()
+    ]
+    return max(ratios, default=0.0)
+
+
+def _first_different(before: Record, after: Record, folder: Folder, report: FuseReport) -> str:
+    """The name of the first module whose output differs, among those that exist in both forms."""
+    earlier: dict[nn.Module, list[Call]] = {}
+    for call in before.calls:
+        earlier.setdefault(call.module, []).append(call)
+    changed = folder.changed_modules()
+    inside = tuple(f"{name}." for name in report.reparameterized)
+    for call in after.calls:
+        module = folder.replaced.get(call.module, call.module)
+        if module not in earlier or module in changed or folder.names[module].startswith(inside):
+            continue
+        for (a, size), (b, _) in zip(earlier[module].pop(0).print, call.print):
+            limit = report.tolerance * max(size, 1e-30)
+            if a.shape != b.shape or not bool((a - b).abs().max() <= limit):
+                return f"{folder.names[module]!r} ({type(module).__name__})"
+    return "the network itself"

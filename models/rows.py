@@ -1,0 +1,228 @@
+"""Reading a model YAML: text -> rows with resolved arguments and where each of them stands.
+
+A row is `[from, repeats, module, arguments]`, optionally with a fifth element, its name. Nothing in it is
+evaluated: a string argument that is the name of a key of the same file takes that key's value, `None`, `True`,
+`False` and numbers are literals, every other string stays a string.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from utils.config import read_yaml
+from utils.errors import ConfigError, nearest
+
+SECTIONS = ("backbone", "head")
+LITERALS = {"None": None, "True": True, "False": False, "none": None, "true": True, "false": False}
+DETECT_FOLDER = Path(__file__).parent / "detect"
+
+
+class RowSpec(NamedTuple):
+    """One row as it was written, arguments resolved."""
+
+    section: str
+    number: int
+    line: int | None
+    source: int | str | list[int | str]
+    repeats: int
+    module: str
+    args: list[Any]
+    kwargs: dict[str, Any]
+    name: str | None
+
+    @property
+    def place(self) -> str:
+        """`head[3] (line 27)`."""
+        return f"{self.section}[{self.number}]" + (f" (line {self.line})" if self.line else "")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model YAML, read and checked, nothing built yet.
+
+    Attributes:
+        file: what errors call it.
+        config: the plain mapping, with overrides applied; it rebuilds the same model.
+        rows: backbone rows, then head rows.
+        num_classes: classes of the head.
+        depth: factor on repeats.
+        width: factor on channels.
+        max_channels: channels are cut to this before `width`.
+        outputs: channel count that is never scaled (that of the head's output).
+        size: chosen letter of `scales`, or "".
+        activation: name of the default activation, or None.
+    """
+
+    file: str
+    config: dict[str, Any]
+    rows: tuple[RowSpec, ...]
+    num_classes: int
+    depth: float = 1.0
+    width: float = 1.0
+    max_channels: float = math.inf
+    outputs: int = -1
+    size: str = ""
+    activation: str | None = None
+    imports: tuple[str, ...] = field(default=())
+
+    def repeats(self, count: int) -> int:
+        """Repeats of a row after the depth factor; 1 stays 1."""
+        return max(round(count * self.depth), 1) if count > 1 else count
+
+
+def find_config(cfg: str | Path) -> tuple[Path, str]:
+    """The YAML that `cfg` means and the size letter its name carries.
+
+    `yolo11s.yaml` is `yolo11.yaml` at size s where no such file exists; a bare name is looked up in
+    `models/detect/`.
+    """
+    path = Path(cfg)
+    folders = [path.parent, DETECT_FOLDER]
+    stem = path.name.removesuffix(".yaml").removesuffix(".yml")
+    for folder in folders:
+        for candidate in (folder / path.name, folder / f"{stem}.yaml"):
+            if candidate.is_file():
+                return candidate, ""
+    for folder in folders:
+        for cut in range(len(stem)):
+            candidate = folder / f"{stem[:cut]}{stem[cut + 1:]}.yaml"
+            if stem[cut].isalpha() and candidate.is_file() and stem[cut] in _scales_of(candidate):
+                return candidate, stem[cut]
+    known = sorted(p.stem for p in DETECT_FOLDER.glob("*.yaml"))
+    raise ConfigError(f"{cfg}: no such model YAML.{nearest(stem, known)} models/detect/ has {', '.join(known)}.")
+
+
+def _scales_of(path: Path) -> Mapping[str, Any]:
+    return read_yaml(path).data.get("scales") or {}
+
+
+def load_config(path: Path) -> tuple[dict[str, Any], dict[str, list[int]]]:
+    """A YAML file as a mapping, and the line of each row of `backbone` and `head`."""
+    file = read_yaml(path)
+    rows = {key: file.data[key] for key in SECTIONS if isinstance(file.data.get(key), list)}
+    lines = {key: [file.lines[key, number] for number in range(len(value))] for key, value in rows.items()}
+    return file.data, lines
+
+
+def read_model_config(
+    cfg: str | Path | Mapping[str, Any], *, num_classes: int | None = None, scale: str | None = None
+) -> tuple[str, dict[str, Any], dict[str, list[int]]]:
+    """What `cfg` (a path or a mapping) says, with class count and size chosen: (file, config, lines)."""
+    if isinstance(cfg, Mapping):
+        file, config, lines, letter = str(cfg.get("yaml_file", "model")), dict(cfg), {}, ""
+    else:
+        path, letter = find_config(cfg)
+        file = str(path)
+        config, lines = load_config(path)
+        config["yaml_file"] = str(cfg)
+    if num_classes is not None:
+        config["nc"] = num_classes
+    scales = config.get("scales")
+    chosen = scale or config.get("scale") or letter
+    if scales:
+        config["scale"] = str(chosen or next(iter(scales)))
+    elif chosen:
+        raise ConfigError(f"{file}: got scale {chosen!r}, but the file has no scales. Leave --scale out.")
+    return file, config, lines
+
+
+def parse_spec(file: str, config: dict[str, Any], lines: Mapping[str, Sequence[int]]) -> ModelSpec:
+    """Check a config and resolve its rows.
+
+    Raises:
+        ConfigError: with every problem of the file, one line each.
+    """
+    problems: list[str] = []
+    num_classes = config.get("nc", 80)
+    if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 1:
+        problems.append(f"{file} nc: got {num_classes!r}, expected a whole number of classes, 1 or more.")
+        num_classes = 1
+    depth, width, max_channels, size = _factors(file, config, problems)
+    rows: list[RowSpec] = []
+    for section in SECTIONS:
+        value = config.get(section)
+        if not isinstance(value, list) or not value:
+            problems.append(f"{file} {section}: got {value!r}, expected a list of rows [from, repeats, module, args].")
+            continue
+        places = lines.get(section) or [None] * len(value)
+        for number, row in enumerate(value):
+            try:
+                rows.append(_read_row(section, number, places[number], row, config))
+            except ConfigError as error:
+                where = f"{section}[{number}]" + (f" (line {places[number]})" if places[number] else "")
+                problems.append(f"{file} {where}: {error}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    anchors = config.get("anchors")
+    per_level = len(anchors[0]) // 2 if isinstance(anchors, list) else anchors or 0
+    outputs = num_classes if config.get("scales") else per_level * (num_classes + 5)
+    imports = config.get("imports") or ()
+    return ModelSpec(
+        file, config, tuple(rows), num_classes, depth, width, max_channels, outputs, size,
+        config.get("activation"), tuple([imports] if isinstance(imports, str) else imports),
+    )  # fmt: skip
+
+
+def _factors(file: str, config: Mapping[str, Any], problems: list[str]) -> tuple[float, float, float, str]:
+    scales, size = config.get("scales"), str(config.get("scale") or "")
+    if not scales:
+        values = [config.get("depth_multiple", 1.0), config.get("width_multiple", 1.0), math.inf]
+    elif size not in scales:
+        problems.append(f"{file} scales: got size {size!r}, expected one of {', '.join(map(str, scales))}.")
+        values = [1.0, 1.0, math.inf]
+    else:
+        values = [*scales[size], *[math.inf] * (3 - len(scales[size]))]
+    for label, value in zip(("depth", "width", "max_channels"), values, strict=True):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+            problems.append(f"{file} {label}: got {value!r}, expected a number above 0.")
+            return 1.0, 1.0, math.inf, size
+    return float(values[0]), float(values[1]), float(values[2]), size
+
+
+def _read_row(section: str, number: int, line: int | None, row: Any, config: Mapping[str, Any]) -> RowSpec:
+    if not isinstance(row, list) or len(row) not in (4, 5):
+        raise ConfigError(f"got {row!r}, expected [from, repeats, module, args] or the same with a name behind.")
+    source, repeats, module, args = row[:4]
+    name = row[4] if len(row) == 5 else None
+    items = source if isinstance(source, list) else [source]
+    if not items or not all(isinstance(item, (int, str)) and not isinstance(item, bool) for item in items):
+        raise ConfigError(f"got from {source!r}, expected an index, a name or a list of them.")
+    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
+        raise ConfigError(f"got repeats {repeats!r}, expected a whole number, 1 or more.")
+    if not isinstance(module, str):
+        raise ConfigError(f"got module {module!r}, expected the name of a layer.")
+    if name is not None and not isinstance(name, str):
+        raise ConfigError(f"got name {name!r}, expected a word.")
+    if args is None:
+        args = []
+    if not isinstance(args, (list, dict)):
+        raise ConfigError(f"got arguments {args!r}, expected a list or a mapping.")
+    positional = [] if isinstance(args, dict) else list(args)
+    keywords = dict(args) if isinstance(args, dict) else {}
+    if positional and isinstance(positional[-1], dict):
+        keywords = positional.pop()
+    return RowSpec(
+        section, number, line, source, repeats, module.removeprefix("torch."),
+        [resolve(value, config) for value in positional],
+        {str(key): resolve(value, config) for key, value in keywords.items()}, name,
+    )  # fmt: skip
+
+
+def resolve(value: Any, config: Mapping[str, Any]) -> Any:
+    """The meaning of an argument: a key of the file, a literal, or the string itself."""
+    if isinstance(value, list):
+        return [resolve(item, config) for item in value]
+    if not isinstance(value, str):
+        return value
+    if value in LITERALS:
+        return LITERALS[value]
+    if value in config and value not in SECTIONS:
+        return config[value]
+    try:
+        return float(value) if any(c in value for c in ".eE") else int(value)
+    except ValueError:
+        return value

@@ -1,0 +1,181 @@
+"""What a timm model gives as features, found on the `meta` device: nothing is computed and no random number is drawn.
+
+timm's models differ in how they take another image size, in which of their stages they offer, and in the layout of their
+maps. `plan_features` tries the ways that timm has, in a fixed order, and writes down the first that works.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from models.registry import LayerError
+
+# What timm and the networks it wraps raise for an option or a size that they do not take.
+REFUSALS = (
+    TypeError, ValueError, RuntimeError, AssertionError, AttributeError, IndexError, KeyError, NotImplementedError,
+)  # fmt: skip
+
+
+class Tap(NamedTuple):
+    """One map of a timm model.
+
+    Attributes:
+        channels: its width.
+        stride: the power of two nearest to image size / map size.
+        is_exact: whether the map has just the size that `stride` says; if not it is resized.
+    """
+
+    channels: int
+    stride: int
+    is_exact: bool
+
+
+class FeaturePlan(NamedTuple):
+    """How to build a timm model as a backbone.
+
+    Attributes:
+        options: keyword arguments of `timm.create_model`, without `out_indices`.
+        indices: `out_indices`.
+        taps: the maps it then returns.
+        is_channels_last: the maps are (B, H, W, C).
+        any_size: other image sizes than the planned one work too.
+        unused: names of parameters that no map depends on.
+    """
+
+    options: dict[str, Any]
+    indices: tuple[int, ...]
+    taps: tuple[Tap, ...]
+    is_channels_last: bool
+    any_size: bool
+    unused: frozenset[str]
+
+
+def bare_name(name: str) -> str:
+    """`timm/resnet18.a1_in1k` -> `resnet18.a1_in1k`."""
+    return name.removeprefix("timm/")
+
+
+def known_names() -> list[str]:
+    """Every model name of the installed timm; empty where timm is not installed."""
+    try:
+        import timm
+    except ImportError:
+        return []
+    return list(timm.list_models())
+
+
+def is_known(name: str) -> bool:
+    """Whether the installed timm has the model `name`."""
+    try:
+        import timm
+    except ImportError:
+        return False
+    return bool(timm.is_model(bare_name(name)))
+
+
+def create(name: str, options: dict[str, Any]) -> nn.Module:
+    """`timm.create_model` with `features_only`."""
+    import timm
+
+    return timm.create_model(bare_name(name), features_only=True, **options)
+
+
+def plan_features(name: str, imgsz: tuple[int, int], options: dict[str, Any]) -> FeaturePlan:
+    """Find out how `name` gives features for images of `imgsz`; `options` are the user's and stand above ours.
+
+    Raises:
+        LayerError: no way works; the reason of the first is given.
+    """
+    reasons: list[str] = []
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        for candidate in _candidates(name, imgsz):
+            try:
+                return _try_plan(name, imgsz, {**candidate, **options})
+            except REFUSALS as error:
+                reasons.append(" ".join(str(error).split()) or type(error).__name__)
+    raise LayerError(
+        f"timm cannot give features of {name!r} at {imgsz[0]}x{imgsz[1]} - {reasons[-1][:200]}. "
+        "Choose another size or model, or other options."
+    )
+
+
+def _candidates(name: str, imgsz: tuple[int, int]) -> Iterator[dict[str, Any]]:
+    """Ways to take images of any size, best first; a patch of 14 or so becomes 16, so that strides are powers of two."""
+    import timm
+
+    config = timm.get_pretrained_cfg(bare_name(name))
+    sizes: list[dict[str, Any]] = [{"dynamic_img_size": True}, {"strict_img_size": False}, {"img_size": imgsz}, {}]
+    if not getattr(config, "fixed_input_size", False):
+        sizes = [sizes[-1], *sizes[:-1]]
+    if _has_odd_patch(name):
+        yield from ({"patch_size": 16, **size} for size in sizes)
+    yield from sizes
+
+
+def _has_odd_patch(name: str) -> bool:
+    """Whether all maps have one stride that is not a power of two."""
+    try:
+        strides = {int(info["reduction"]) for info in create(name, {}).feature_info.info}
+    except REFUSALS:
+        return False
+    return len(strides) == 1 and all(stride & (stride - 1) for stride in strides)
+
+
+def _try_plan(name: str, imgsz: tuple[int, int], options: dict[str, Any]) -> FeaturePlan:
+    info = create(name, options).feature_info
+    indices = _last_of_each_stride(info)
+    try:
+        net = create(name, {**options, "out_indices": indices})
+        maps = _run(net, imgsz)
+    except REFUSALS:  # some models cannot give every stage that they list, but their own choice works
+        indices = tuple(int(i) for i in info.out_indices)
+        net = create(name, {**options, "out_indices": indices})
+        maps = _run(net, imgsz)
+    is_channels_last = str(getattr(net, "output_fmt", "NCHW")).endswith("NHWC")
+    taps = tuple(_tap(m, imgsz, is_channels_last) for m in maps)
+    any_size = _works(net, (imgsz[0] + 32, imgsz[1] + 64))
+    return FeaturePlan(options, indices, taps, is_channels_last, any_size, frozenset(_unused(net, imgsz)))
+
+
+def _last_of_each_stride(info: Any) -> tuple[int, ...]:
+    """Stages to take: the last of each stride, none of stride 1."""
+    last = {int(stage["reduction"]): i for i, stage in enumerate(info.info)}
+    return tuple(sorted(i for stride, i in last.items() if stride > 1))
+
+
+def _run(net: nn.Module, imgsz: tuple[int, int]) -> list[Tensor]:
+    """Maps for one meta image, in eval mode."""
+    net.eval()
+    with torch.no_grad():
+        return list(net(torch.empty(1, 3, *imgsz)))
+
+
+def _works(net: nn.Module, imgsz: tuple[int, int]) -> bool:
+    try:
+        return len(_run(net, imgsz)) > 0
+    except REFUSALS:
+        return False
+
+
+def _tap(tap_map: Tensor, imgsz: tuple[int, int], is_channels_last: bool) -> Tap:
+    if tap_map.ndim != 4:
+        raise ValueError(f"a feature has shape {tuple(tap_map.shape)}, expected a map with height and width")
+    channels, height, width = tap_map.shape[1:]
+    if is_channels_last:
+        height, width, channels = tap_map.shape[1:]
+    stride = 2 ** round(math.log2(imgsz[0] / height))
+    is_exact = (height, width) == (-(-imgsz[0] // stride), -(-imgsz[1] // stride))
+    return Tap(int(channels), stride, is_exact)
+
+
+def _unused(net: nn.Module, imgsz: tuple[int, int]) -> list[str]:
+    """Names of parameters without a gradient after a backward pass from all maps, in training mode."""
+    net.train()
+    total = sum((m.sum() for m in net(torch.empty(2, 3, *imgsz))), torch.zeros(()))
+    total.backward()
+    return [name for name, parameter in net.named_parameters() if parameter.grad is None]

@@ -1,0 +1,319 @@
+"""RT-DETR's transformer parts: the encoder layer AIFI, multi-scale deformable attention, the decoder layer.
+
+Sources: RT-DETR (Zhao et al., arXiv 2304.08069), Deformable DETR (Zhu et al., arXiv 2010.04159), DETR (arXiv 2005.12872).
+
+Letters: B batch, D width, M heads, H and W size of a map, N tokens of all maps, Q queries, L levels (maps), P sampling points.
+
+Sizes are always read from the tensors at hand, so an exported graph takes any batch and size. What half precision
+cannot hold (softmax, normalisation, sampling locations) is computed in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from models.registry import channels_first, register
+
+HALF_TYPES = (torch.float16, torch.bfloat16)
+SAMPLINGS = ("grid_sample", "gather")
+
+
+class MapSize(NamedTuple):
+    """Size of one feature map, in cells; symbolic while a graph is exported."""
+
+    height: int
+    width: int
+
+
+def widen(x: Tensor) -> Tensor:
+    """Half precision to float32; wider types stay as they are."""
+    return x.float() if x.dtype in HALF_TYPES else x
+
+
+def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """Logit of x in [0, 1]; both sides are kept `eps` away from 0."""
+    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer normalisation whose statistics are float32 or wider, whatever the input is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = widen(self.weight), widen(self.bias)
+        return functional.layer_norm(widen(x), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between them."""
+
+    def __init__(self, in_features: int, hidden: int, out_features: int, num_layers: int) -> None:
+        super().__init__()
+        widths = [in_features, *[hidden] * (num_layers - 1), out_features]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = functional.relu(layer(x))
+        return self.layers[-1](x)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention of tokens among themselves; parameters as in `nn.MultiheadAttention`.
+
+    Args:
+        width: D, a multiple of `num_heads`.
+        num_heads: M.
+    """
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        if width % num_heads:
+            raise ValueError(f"got {width} channels and {num_heads} heads, expected a multiple of the heads")
+        self.num_heads = num_heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x: Tensor, position: Tensor, allowed: Tensor | None = None) -> Tensor:
+        """Attend; `position` is added to queries and keys, not to values.
+
+        Args:
+            x: tokens, (B, N, D).
+            position: positional embedding, broadcast against `x`.
+            allowed: where row n may look at column m, bool (N, N); everywhere if None.
+
+        Returns:
+            (B, N, D).
+        """
+        query_key_weight, value_weight = self.in_proj_weight.tensor_split((2 * x.shape[-1],))
+        query_key_bias, value_bias = self.in_proj_bias.tensor_split((2 * x.shape[-1],))
+        query, key = functional.linear(x + position, query_key_weight, query_key_bias).chunk(2, -1)
+        value = functional.linear(x, value_weight, value_bias)
+        query, key, value = (
+            widen(t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)) for t in (query, key, value)
+        )
+        attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
+        return self.out_proj(attended.transpose(1, 2).flatten(2).to(x.dtype))
+
+
+def sine_position(size: MapSize, width: int, like: Tensor, temperature: float = 10_000.0) -> Tensor:
+    """Sines and cosines of each cell's row and column, (1, H * W, D), rows of the map one after another.
+
+    The published weights were trained with the row in the first half.
+
+    Args:
+        size: of the map.
+        width: D, a multiple of 4: a quarter each for sin y, cos y, sin x, cos x.
+        like: tensor whose device the result shares.
+        temperature: the longest wavelength is about 2 pi times this.
+    """
+    quarter = width // 4
+    omega = temperature ** -(torch.arange(quarter, device=like.device, dtype=torch.float32) / quarter)
+    columns = torch.arange(size.width, device=like.device, dtype=torch.float32)
+    rows = torch.arange(size.height, device=like.device, dtype=torch.float32)
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
+    x, y = x.flatten()[:, None] * omega, y.flatten()[:, None] * omega
+    return torch.cat((y.sin(), y.cos(), x.sin(), x.cos()), 1)[None]
+
+
+@register(channels_first)
+class AIFI(nn.Module):
+    """Attention-based intra-scale feature interaction: one post-norm encoder layer on one map of any size.
+
+    Args:
+        channels: D, a multiple of 4 and of `num_heads`.
+        feedforward: width of the feed-forward part.
+        num_heads: M.
+    """
+
+    def __init__(self, channels: int, feedforward: int = 1024, num_heads: int = 8) -> None:
+        super().__init__()
+        if channels % 4:
+            raise ValueError(f"got {channels} channels, expected a multiple of 4 for the positional embedding")
+        self.ma = SelfAttention(channels, num_heads)
+        self.fc1 = nn.Linear(channels, feedforward)
+        self.fc2 = nn.Linear(feedforward, channels)
+        self.norm1 = LayerNorm(channels)
+        self.norm2 = LayerNorm(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D, H, W) to the same."""
+        size = MapSize(*x.shape[-2:])
+        tokens = x.flatten(2).transpose(1, 2)
+        position = sine_position(size, x.shape[1], x).to(x.dtype)
+        tokens = self.norm1(tokens + self.ma(tokens, position))
+        tokens = self.norm2(tokens + self.fc2(functional.gelu(self.fc1(tokens))))
+        return tokens.transpose(1, 2).unflatten(2, (size.height, size.width)).contiguous()
+
+
+def gather_bilinear(maps: Tensor, locations: Tensor) -> Tensor:
+    """Bilinear sampling by four gathers, for runtimes without (or with a faulty) GridSample.
+
+    Args:
+        maps: (K, C, H, W).
+        locations: (K, Q, P, 2), x and y in [0, 1] from edge to edge of the map; outside it the map is zero.
+
+    Returns:
+        (K, C, Q, P), equal to `grid_sample(maps, 2 * locations - 1, align_corners=False)`.
+    """
+    height, width = maps.shape[-2:]
+    x = (locations[..., 0] * width - 0.5).flatten(1)
+    y = (locations[..., 1] * height - 0.5).flatten(1)
+    left, top = x.floor(), y.floor()
+    flat = maps.flatten(2)
+    total = 0.0
+    for column, share_x in ((left, left + 1 - x), (left + 1, x - left)):
+        for row, share_y in ((top, top + 1 - y), (top + 1, y - top)):
+            inside = (column >= 0) & (column <= width - 1) & (row >= 0) & (row <= height - 1)
+            index = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
+            corner = flat.gather(2, index.long()[:, None].expand(-1, maps.shape[1], -1))
+            total = total + corner * (share_x * share_y * inside)[:, None]
+    return total.unflatten(2, locations.shape[1:3])
+
+
+class DeformableAttention(nn.Module):
+    """Multi-scale deformable attention (arXiv 2010.04159, eq. 3): each query looks at a few points of each map.
+
+    Args:
+        width: D, a multiple of `num_heads`.
+        num_heads: M.
+        num_levels: L.
+        num_points: P, per head and level.
+    """
+
+    def __init__(self, width: int, num_heads: int, num_levels: int, num_points: int) -> None:
+        super().__init__()
+        if width % num_heads:
+            raise ValueError(f"got width {width} and {num_heads} heads, expected a multiple of the heads")
+        self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
+        self.sampling = SAMPLINGS[0]
+        total = num_heads * num_levels * num_points
+        self.sampling_offsets = nn.Linear(width, total * 2)
+        self.attention_weights = nn.Linear(width, total)
+        self.value_proj = nn.Linear(width, width)
+        self.output_proj = nn.Linear(width, width)
+        self._initialize()
+
+    def _initialize(self) -> None:
+        """Each head starts with a direction of its own, point p at p steps from the centre."""
+        for layer in (self.sampling_offsets, self.attention_weights):
+            nn.init.zeros_(layer.weight)
+        for layer in (self.attention_weights, self.value_proj, self.output_proj):
+            nn.init.zeros_(layer.bias)
+        for layer in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(layer.weight)
+        angle = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
+        direction = torch.stack((angle.cos(), angle.sin()), -1)
+        direction = direction / direction.abs().amax(-1, keepdim=True)
+        steps = torch.arange(1, self.num_points + 1)
+        offsets = direction[:, None, None] * steps[:, None]
+        offsets = offsets.expand(-1, self.num_levels, -1, -1)
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(offsets.flatten())
+
+    def forward(
+        self, queries: Tensor, boxes_cxcywh: Tensor, memory: Tensor, sizes: Sequence[MapSize]
+    ) -> Tensor:
+        """Attend to `memory` around each query's box.
+
+        Args:
+            queries: (B, Q, D).
+            boxes_cxcywh: one box per query, (B, Q, 4), normalised to [0, 1], float32.
+            memory: tokens of all maps, finest first, (B, N, D).
+            sizes: of the L maps.
+
+        Returns:
+            (B, Q, D).
+        """
+        per_query = (self.num_heads, self.num_levels, self.num_points)
+        weights = widen(self.attention_weights(queries)).unflatten(-1, (self.num_heads, -1))
+        weights = weights.softmax(-1).unflatten(-1, per_query[1:])
+        offsets = widen(self.sampling_offsets(queries)).unflatten(-1, (*per_query, 2))
+        centre, extent = boxes_cxcywh[:, :, None, None, None].chunk(2, -1)
+        locations = centre + offsets / self.num_points * extent * 0.5
+        maps = self.value_proj(memory).split([size.height * size.width for size in sizes], 1)
+        output = 0.0
+        for level, size in enumerate(sizes):
+            sampled = self._sample(maps[level], locations[:, :, :, level], size)
+            output = output + (sampled * weights[:, :, :, level].transpose(1, 2).flatten(0, 1)[:, None]).sum(-1)
+        output = output.unflatten(0, (-1, self.num_heads)).flatten(1, 2).transpose(1, 2)
+        return self.output_proj(output.to(queries.dtype))
+
+    def _sample(self, tokens: Tensor, locations: Tensor, size: MapSize) -> Tensor:
+        """Values of one map, (B, H * W, D), at `locations` (B, Q, M, P, 2): (B * M, D / M, Q, P)."""
+        maps = tokens.transpose(1, 2).unflatten(1, (self.num_heads, -1)).flatten(0, 1)
+        maps = maps.unflatten(2, (size.height, size.width))
+        maps = maps.to(locations.dtype)
+        locations = locations.transpose(1, 2).flatten(0, 1)
+        if self.sampling == "gather":
+            return gather_bilinear(maps, locations)
+        grid = 2 * locations - 1
+        return functional.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def set_sampling(module: nn.Module, sampling: str) -> None:
+    """Choose how every deformable attention in `module` reads its maps: "grid_sample" or "gather".
+
+    Raises:
+        ValueError: `sampling` is neither.
+    """
+    if sampling not in SAMPLINGS:
+        raise ValueError(f"set_sampling: got {sampling!r}, expected one of {', '.join(SAMPLINGS)}")
+    for part in module.modules():
+        if isinstance(part, DeformableAttention):
+            part.sampling = sampling
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention among queries, deformable attention to the maps, feed-forward; post-norm.
+
+    Args:
+        width: D.
+        num_heads: M.
+        feedforward: width of the feed-forward part.
+        num_levels: L.
+        num_points: P.
+    """
+
+    def __init__(
+        self, width: int, num_heads: int, feedforward: int, num_levels: int, num_points: int
+    ) -> None:
+        super().__init__()
+        self.self_attn = SelfAttention(width, num_heads)
+        self.norm1 = LayerNorm(width)
+        self.cross_attn = DeformableAttention(width, num_heads, num_levels, num_points)
+        self.norm2 = LayerNorm(width)
+        self.linear1 = nn.Linear(width, feedforward)
+        self.linear2 = nn.Linear(feedforward, width)
+        self.norm3 = LayerNorm(width)
+
+    def forward(
+        self,
+        queries: Tensor,
+        position: Tensor,
+        boxes_cxcywh: Tensor,
+        memory: Tensor,
+        sizes: Sequence[MapSize],
+        allowed: Tensor | None = None,
+    ) -> Tensor:
+        """Refine `queries` (B, Q, D); `position` is their positional embedding, the rest as in the two attentions."""
+        queries = self.norm1(queries + self.self_attn(queries, position, allowed))
+        seen = self.cross_attn(queries + position, boxes_cxcywh, memory, sizes)
+        queries = self.norm2(queries + seen)
+        return self.norm3(queries + self.linear2(functional.relu(self.linear1(queries))))
+
+
+class Decoder(nn.Module):
+    """The decoder's layers; what they predict is up to the head."""
+
+    def __init__(self, layers: Sequence[DecoderLayer]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)

@@ -1,0 +1,164 @@
+"""A model from a YAML, and its table: `python models/yolo.py --cfg yolov5n-emo.yaml [--imgsz 640 640] [--json]`."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # run as a script: the folder above holds the packages
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch
+from torch import Tensor, nn
+
+from models import common, csp, gelan, hg_blocks, modules, transformer  # noqa: F401  (they register layers)
+from models.build import Row, apply_activation, build_rows
+from models.heads import ddetect, detect, rtdetr  # noqa: F401
+from models.rows import ModelSpec, parse_spec, read_model_config
+from utils.checkpoint import load_checkpoint
+from utils.errors import CheckpointError, ConfigError, nearest, run_cli
+from utils.structures import Decoded, Targets
+
+ACTIVATIONS = ("ReLU", "ReLU6", "SiLU", "GELU", "Hardswish", "LeakyReLU", "Mish", "ELU", "Identity")
+
+
+class DetectionModel(nn.Module):
+    """The rows of a YAML as one module: image -> raw predictions of its head.
+
+    Attributes:
+        model: the row modules; state-dict keys are `model.<row number>.…`.
+        rows: how they are wired.
+        config: the mapping that rebuilds the model.
+        names: class names.
+        imgsz: size (height, width) the model was built for.
+    """
+
+    def __init__(
+        self,
+        built: Sequence[nn.Module],
+        rows: tuple[Row, ...],
+        config: Mapping[str, Any],
+        names: tuple[str, ...],
+        imgsz: tuple[int, int],
+    ) -> None:
+        super().__init__()
+        self.model = nn.ModuleList(built)
+        self.rows = rows
+        self.config = dict(config)
+        self.names = names
+        self.imgsz = imgsz
+
+    @property
+    def head(self) -> Any:
+        """The last row's module."""
+        return self.model[-1]
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Strides of the maps that the head reads."""
+        return self.head.strides
+
+    @property
+    def max_stride(self) -> int:
+        """Image sizes must be multiples of this."""
+        return max(32, *(stride for row in self.rows for stride in row.strides))
+
+    def forward(self, images: Tensor, targets: Targets | None = None) -> Any:
+        """Raw predictions for images (B, 3, H, W) in [0, 1]; `targets` serve heads that train with denoising."""
+        slots: dict[int, Any] = {-1: images}
+        output: Any = images
+        for row, module in zip(self.rows, self.model, strict=True):
+            inputs = [slots[i] for i in row.inputs] if row.takes_list else slots[row.inputs[0]]
+            output = module(inputs, targets) if module is self.model[-1] else module(inputs)
+            if row.map_slots is None:
+                slots[row.index] = output
+            else:
+                maps = output.values() if isinstance(output, Mapping) else output
+                slots.update({slot: m for slot, m in zip(row.map_slots, maps, strict=True) if slot is not None})
+            for slot in row.release:
+                slots.pop(slot, None)
+        return output
+
+    def decode(self, raw: Any) -> Decoded:
+        """Boxes (B, A, 4) in xyxy pixels and scores (B, A, C)."""
+        return self.head.decode(raw)
+
+
+def build_model(
+    cfg: str | Path | Mapping[str, Any],
+    *,
+    num_classes: int | None = None,
+    names: Sequence[str] | None = None,
+    scale: str | None = None,
+    imgsz: tuple[int, int] = (640, 640),
+) -> DetectionModel:
+    """Build a model from a YAML (path, bare name such as `yolo11s`, or mapping).
+
+    Raises:
+        ConfigError: with every problem of the file, one line each.
+    """
+    file, config, lines = read_model_config(cfg, num_classes=num_classes, scale=scale)
+    return parse_model(parse_spec(file, config, lines), names=names, imgsz=imgsz)
+
+
+def parse_model(
+    spec: ModelSpec, *, names: Sequence[str] | None = None, imgsz: tuple[int, int] = (640, 640)
+) -> DetectionModel:
+    """Build the rows of `spec` and tell the head its strides."""
+    built, rows = build_rows(spec, imgsz)
+    head = built[-1]
+    if not hasattr(head, "decode"):
+        raise ConfigError(f"{spec.file} {rows[-1].place} {rows[-1].module}: is the last row, expected a head such as Detect.")
+    strides = {row.index: row.strides[-1] for row in rows if row.map_slots is None and row.strides}
+    for row in rows:
+        filled = sorted(slot for slot in row.map_slots or () if slot is not None)
+        strides.update(zip(filled, row.strides))
+    head.initialize([strides[slot] for slot in rows[-1].inputs])
+    for module in built:
+        if spec.activation:
+            apply_activation(module, _activation(spec))
+    names = tuple(names) if names else tuple(f"class{i}" for i in range(spec.num_classes))
+    return DetectionModel(built, rows, spec.config, names, imgsz)
+
+
+def _activation(spec: ModelSpec) -> Callable[[], nn.Module]:
+    """`nn.LeakyReLU(0.1)` as a factory, read as a literal call: nothing is evaluated."""
+    try:
+        call = ast.parse(str(spec.activation), mode="eval").body
+        func, args = (call.func, call.args) if isinstance(call, ast.Call) else (call, [])
+        name = func.attr if isinstance(func, ast.Attribute) else getattr(func, "id", "")
+        values = [ast.literal_eval(arg) for arg in args]
+        options = {k.arg: ast.literal_eval(k.value) for k in getattr(call, "keywords", []) if k.arg}
+    except (SyntaxError, ValueError):
+        name, values, options = "", [], {}
+    if name not in ACTIVATIONS:
+        raise ConfigError(
+            f"{spec.file} activation: got {spec.activation!r}, expected one of {', '.join(ACTIVATIONS)}, "
+            f"such as nn.ReLU().{nearest(name, ACTIVATIONS)}"
+        )
+    return lambda: getattr(nn, name)(*values, **options)
+
+
+def model_from_checkpoint(checkpoint: Mapping[str, Any]) -> DetectionModel:
+    """Rebuild the model of one of our checkpoints (EMA weights if it has them)."""
+    model = build_model(
+        checkpoint["config"], names=checkpoint["names"], imgsz=tuple(checkpoint.get("imgsz", (640, 640)))
+    )
+    state = checkpoint["ema"]["model"] if checkpoint.get("ema") else checkpoint["model"]
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(f"weights do not fit their own config - {' '.join(str(error).split())[:300]}") from error
+    return model
+
+
+def load_model(path: str | Path) -> DetectionModel:
+    """A model from one of our `.pt` files, in eval mode on the CPU, float32.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or not ours.
+    """
+    return model_from_checkpoint(load_checkpoint(path)).float().eval()

@@ -1,0 +1,285 @@
+"""Train a detector.
+
+    python train.py --cfg yolov5n-emo.yaml --data data/shapes.yaml --imgsz 320 --epochs 30
+    python train.py --cfg yolo11s.yaml --data my.yaml --backbone convnext_tiny
+    python train.py --resume
+    torchrun --nproc_per_node 2 train.py --cfg yolov5s.yaml --data my.yaml --batch-size 32
+"""
+
+from __future__ import annotations
+
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.flags import (
+    add_data_flag, add_device_flag, add_ignored_flags, add_model_flags, add_run_flags, add_size_flag, say_ignored,
+)  # fmt: skip
+from engine.outputs import RunRecorder
+from engine.run import Run, prepare, whole_val_loader
+from engine.state import find_resumable, finish, load_resumable, restore, save
+from models.backends import load_backend
+from models.losses import total_loss
+from utils.config import ArgumentParser, increment_path, integer, number
+from utils.device import AMP_CHOICES, describe_device, memory_used, select_device
+from utils.distributed import all_gather_objects, broadcast_object, process_group, read_world, unused_parameters, World
+from utils.errors import ConfigError, UserError, run_cli
+from utils.logger import get_logger
+from utils.metrics import CocoEvaluator, Metrics
+from utils.optim import clip_gradients, set_learning_rates
+from utils.progress import Progress, train_status
+from utils.seed import seed_everything
+from utils.structures import Decoded, Targets, as_float
+from val import Evaluation, Thresholds, class_table, evaluate
+
+IGNORED = {
+    "bucket": "", "quad": False, "local_rank": -1, "entity": None, "upload_dataset": None, "bbox_interval": -1,
+    "artifact_alias": None, "evolve": None, "evolve_population": None, "resume_evolve": None, "min_items": None,
+}  # fmt: skip
+MOST_SKIPPED = 10  # batches in a row whose loss is not finite before the run gives up
+
+
+def train(options: Namespace, device: torch.device, world: World, checkpoint: dict[str, Any] | None) -> Metrics:
+    """Run a whole training and return the metrics of its best epoch."""
+    log = get_logger(world.rank)
+    folder = Path(broadcast_object(str(_run_folder(options, checkpoint))))
+    log.info(f"device: {describe_device(device)}, torch {torch.__version__}")
+    run = prepare(options, folder, device, world)
+    if checkpoint:
+        restore(run, checkpoint)
+    recorder = RunRecorder(run)
+    recorder.start()
+    start, stopped = time.time(), False
+    for epoch in range(run.epoch, options.epochs):
+        losses = train_one_epoch(run, epoch, recorder)
+        run.epoch = epoch + 1
+        is_last = run.epoch == options.epochs
+        evaluation, val_losses = (None, {}) if options.noval and not is_last else validate(run)
+        if evaluation and evaluation.metrics.fitness >= run.best_fitness:
+            run.best_fitness, run.best_epoch = evaluation.metrics.fitness, epoch
+        recorder.epoch(epoch, losses, val_losses, evaluation, time.time() - start)
+        stopped = options.patience > 0 and epoch - run.best_epoch >= options.patience
+        if world.is_main and (not options.nosave or is_last or stopped):
+            _save(run, epoch)
+        if stopped:
+            log.info(f"stopped: no better epoch since epoch {run.best_epoch + 1} (--patience {options.patience})")
+            break
+    return _conclude(run, recorder)
+
+
+def train_one_epoch(run: Run, epoch: int, recorder: RunRecorder) -> dict[str, float]:
+    """One pass over the training data; returns the mean of each loss term."""
+    torch.manual_seed(run.options.seed + 1_000_003 * (epoch + 1) + run.world.rank)
+    run.wrapped.train()
+    for module in run.frozen:
+        module.eval()
+    run.train_loader.sampler.set_epoch(epoch)
+    steps, means = len(run.train_loader), {}
+    bar = Progress(run.train_loader, steps, f"epoch {epoch + 1}/{run.options.epochs}", enabled=run.world.is_main)
+    for step, batch in enumerate(bar):
+        iteration = epoch * steps + step
+        set_learning_rates(run.optimizer, run.schedule(epoch), iteration, run.warmup, run.hyp["momentum"])
+        images, targets = as_float(batch.images, run.device), batch.targets.to(run.device)
+        if run.options.multi_scale:
+            images, targets = resize_randomly(images, targets, run, iteration)
+        recorder.batch(epoch, step, batch)
+        with torch.autocast(run.device.type, dtype=run.autocast, enabled=run.autocast is not None):
+            raw = run.wrapped(images, targets)
+        losses = run.criterion(raw, targets)
+        total = total_loss(run.criterion, losses, len(images)) * run.world.size
+        if not _is_finite(run, total, losses, epoch, step):
+            continue
+        run.scaler.scale(total).backward()
+        if iteration == 0:
+            _check_gradients(run)
+        if iteration - run.last_step >= run.warmup.accumulate(iteration, run.accumulate):
+            optimizer_step(run)
+            run.last_step = iteration
+        means = {k: (means.get(k, 0.0) * step + v.item()) / (step + 1) for k, v in losses.items()}
+        bar.status(train_status(means, len(targets.labels), tuple(images.shape[2:]), memory_used(run.device)))
+    return means
+
+
+def optimizer_step(run: Run) -> None:
+    """Clip, step, forget the gradients, let the average follow."""
+    run.scaler.unscale_(run.optimizer)
+    if run.hyp["clip_norm"] > 0:
+        clip_gradients(run.model, run.hyp["clip_norm"])
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.ema.update(run.model)
+
+
+def resize_randomly(images: Tensor, targets: Targets, run: Run, iteration: int) -> tuple[Tensor, Targets]:
+    """Another image size for this batch, from half to one and a half, in steps of the stride."""
+    stride = run.model.max_stride
+    generator = torch.Generator().manual_seed(run.options.seed * 1_000_003 + iteration)
+    factor = 0.5 + torch.rand((), generator=generator).item()
+    size = [max(round(side * factor / stride), 1) * stride for side in run.imgsz]
+    scale = torch.tensor([size[1] / images.shape[3], size[0] / images.shape[2]] * 2, device=images.device)
+    resized = F.interpolate(images, size=size, mode="bilinear", align_corners=False)
+    return resized, targets._replace(boxes=targets.boxes * scale)
+
+
+def validate(run: Run) -> tuple[Evaluation, dict[str, float]]:
+    """Measure the averaged model on the validation split, with its losses."""
+    model, sums, batches = run.ema.model, {}, 0
+
+    def predict(images: Tensor, targets: Targets) -> Decoded:
+        nonlocal batches
+        with torch.autocast(run.device.type, dtype=run.autocast, enabled=run.autocast is not None):
+            raw = model(images)
+        for name, value in run.val_criterion(raw, targets).items():
+            sums[name] = sums.get(name, 0.0) + value.item()
+        batches += 1
+        return model.decode(raw)
+
+    bar = Progress(run.val_loader, len(run.val_loader), "val", enabled=run.world.is_main)
+    evaluation = evaluate(
+        predict, model.head.postprocess, bar, run.evaluator, device=run.device, thresholds=Thresholds(), gather=_gather
+    )
+    return evaluation, {name: value / max(batches, 1) for name, value in sums.items()}
+
+
+def _gather(evaluator: CocoEvaluator) -> None:
+    evaluator.merge(all_gather_objects(evaluator.state()))
+
+
+def _is_finite(run: Run, total: Tensor, losses: dict[str, Tensor], epoch: int, step: int) -> bool:
+    """Whether to use this batch; a loss that is not finite is told with every term and left out."""
+    finite = all(all_gather_objects(bool(torch.isfinite(total.detach()))))
+    if finite:
+        run.skipped = 0
+        return True
+    run.skipped += 1
+    terms = ", ".join(f"{name} {value.item():.4g}" for name, value in losses.items())
+    get_logger().warning(f"epoch {epoch + 1} step {step + 1}: loss is not finite ({terms}), the batch is left out")
+    if run.skipped >= MOST_SKIPPED:
+        raise UserError(
+            f"epoch {epoch + 1} step {step + 1}: {MOST_SKIPPED} losses in a row were not finite ({terms}). "
+            "Lower lr0 in the recipe, or train with --amp off."
+        )
+    return False
+
+
+def _check_gradients(run: Run) -> None:
+    unused = unused_parameters(run.model)
+    if unused:
+        get_logger().warning(f"{len(unused)} parameters get no gradient: {', '.join(unused[:5])}")
+
+
+def _save(run: Run, epoch: int) -> None:
+    weights = run.folder / "weights"
+    save(run, weights / "last.pt", epoch)
+    if run.best_epoch == epoch or not (weights / "best.pt").exists():
+        save(run, weights / "best.pt", epoch)
+    if run.options.save_period > 0 and (epoch + 1) % run.options.save_period == 0:
+        save(run, weights / f"epoch{epoch}.pt", epoch)
+
+
+def _conclude(run: Run, recorder: RunRecorder) -> Metrics:
+    """Reduce the checkpoints, measure the best one once more, draw the pictures."""
+    evaluation, _ = validate(run) if not (run.folder / "weights" / "best.pt").exists() else (None, None)
+    if run.world.is_main:
+        finish(run.folder / "weights")
+    best = run.folder / "weights" / "best.pt"
+    if evaluation is None and best.exists() and run.world.is_main:
+        backend = load_backend(best, run.device)
+        evaluation = evaluate(
+            lambda images, targets: backend(images), backend.postprocess_kind, whole_val_loader(run),
+            run.evaluator, device=run.device, on_batch=recorder.val_batch,
+        )  # fmt: skip
+    evaluation = broadcast_object(evaluation)
+    if run.world.is_main:
+        recorder.finish(evaluation)
+        print(class_table(evaluation.metrics))
+        print(f"best epoch {run.best_epoch + 1}: mAP50 {evaluation.metrics.map50:.4f}, "
+              f"mAP50-95 {evaluation.metrics.map50_95:.4f}; results in {run.folder}")  # fmt: skip
+    return evaluation.metrics
+
+
+def _run_folder(options: Namespace, checkpoint: dict[str, Any] | None) -> Path:
+    if checkpoint:
+        return Path(options.resume).parent.parent
+    return increment_path(options.project, options.name, options.exist_ok)
+
+
+def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
+    """Read the command line."""
+    parser = ArgumentParser(description="Train a detector.", epilog="Example: python train.py --cfg yolov5n-emo.yaml --data data/shapes.yaml --imgsz 320")
+    add_model_flags(parser)
+    parser.add_argument("--weights", default="", help="weights to start from; empty: from scratch")
+    parser.add_argument("--backbone-weights", default="", help="weights of the backbone only")
+    add_data_flag(parser)
+    parser.add_argument("--hyp", default=None, help="recipe YAML over the family's own in data/hyps")
+    parser.add_argument("--epochs", type=integer(1), default=100, help="passes over the data")
+    parser.add_argument("--batch-size", type=integer(1, allowed=(-1,)), default=16, help="images a step, over all processes; -1: what fits")
+    add_size_flag(parser)
+    parser.add_argument("--rect", action="store_true", help="batches of the images' own shape, without mosaic")
+    parser.add_argument("--resume", nargs="?", const=True, default=False, help="go on with the newest, or the given, last.pt")
+    parser.add_argument("--nosave", action="store_true", help="save the last checkpoint only")
+    parser.add_argument("--noval", action="store_true", help="validate the last epoch only")
+    parser.add_argument("--noautoanchor", action="store_true", help="keep the anchors of the YAML")
+    parser.add_argument("--noplots", action="store_true", help="write no pictures")
+    parser.add_argument("--cache", nargs="?", const="ram", default=None, choices=("ram", "disk"), help="keep images in memory or as arrays on disk")
+    parser.add_argument("--image-weights", action="store_true", help="draw images with rare classes more often")
+    add_device_flag(parser)
+    parser.add_argument("--multi-scale", action="store_true", help="vary the image size by half")
+    parser.add_argument("--single-cls", action="store_true", help="treat all classes as one")
+    parser.add_argument("--optimizer", default=None, choices=("SGD", "Adam", "AdamW"), help="instead of the recipe's")
+    parser.add_argument("--sync-bn", action="store_true", help="BatchNorm over all processes")
+    parser.add_argument("--workers", type=integer(0), default=8, help="processes that load images, at most one a core")
+    add_run_flags(parser, "runs/train")
+    parser.add_argument("--cos-lr", action="store_true", help="cosine instead of the recipe's schedule")
+    parser.add_argument("--flat-cos-lr", action="store_true", help="flat, then cosine")
+    parser.add_argument("--fixed-lr", action="store_true", help="constant after the warm-up")
+    parser.add_argument("--label-smoothing", type=number(0, 1), default=0.0, help="part taken off certainty")
+    parser.add_argument("--patience", type=integer(0), default=100, help="epochs without a better one before stopping; 0: never")
+    parser.add_argument("--freeze", nargs="+", default=[], help="10: rows below 10; 0 3: those rows; or names: backbone, C3, model.0.*")
+    parser.add_argument("--save-period", type=int, default=-1, help="also save every so many epochs")
+    parser.add_argument("--close-mosaic", type=integer(0), default=None, help="last epochs without mosaic and mixup")
+    parser.add_argument("--seed", type=integer(0), default=0, help="of everything random")
+    parser.add_argument("--amp", default="auto", choices=AMP_CHOICES, help="mixed precision")
+    add_ignored_flags(parser, IGNORED)
+    options = parser.parse_args(arguments)
+    say_ignored(options, IGNORED)
+    options.config = None
+    if options.freeze == ["0"]:  # the customary default: nothing is frozen
+        options.freeze = []
+    return options
+
+
+def _resume(options: Namespace, arguments: Sequence[str] | None) -> tuple[Namespace, dict[str, Any]]:
+    """The flags of the interrupted run, with `--epochs` raised if a larger number is given."""
+    path = find_resumable(options.resume, options.project)
+    checkpoint = load_resumable(path)
+    merged = Namespace(**{**vars(options), **checkpoint["opt"], "resume": str(path), "device": options.device})
+    if options.epochs != 100 and options.epochs < merged.epochs:
+        raise ConfigError(f"--epochs: got {options.epochs}, but the run was started for {merged.epochs}; it may only be raised.")
+    merged.epochs = max(merged.epochs, options.epochs if options.epochs != 100 else 0)
+    merged.config = checkpoint["config"]
+    get_logger().info(f"resume: {path}, epoch {checkpoint['epoch'] + 2} of {merged.epochs}")
+    return merged, checkpoint
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train from the command line."""
+    options, checkpoint = parse_options(arguments), None
+    if options.resume:
+        options, checkpoint = _resume(options, arguments)
+    world = read_world()
+    device = select_device(options.device, world.local_rank if world.is_distributed else None)
+    seed_everything(options.seed)
+    with process_group(world, device):
+        train(options, device, world, checkpoint)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,178 @@
+"""One file of tensors and plain data: written atomically, read without running anything in it.
+
+A checkpoint is a dict of tensors, numbers, text, None, lists and dicts, nothing else. Every file
+carries `format: "yoke"` and `version`. The keys that this module itself knows:
+
+    model      state dict of the network (after `finalize_checkpoint`: the averaged weights)
+    ema        {"model": state dict of the average, "updates": int}
+    optimizer, scaler, rng    what only a resumed training needs
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.errors import CheckpointError
+
+FORMAT = "yoke"
+VERSION = 1
+TRAINING_ONLY = ("ema", "optimizer", "scaler", "rng")
+
+
+class ForeignCheckpointError(CheckpointError):
+    """The file can not be taken as one of ours; it may be another project's."""
+
+
+def save_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
+    """Write `checkpoint` so that a reader finds the old file or the new one, never half of one.
+
+    Args:
+        path: the file; its folder is made where missing.
+        checkpoint: tensors and plain data; tensors are written detached and on the CPU.
+
+    Raises:
+        CheckpointError: if weights under `model` or `ema` are not finite (the old file stays).
+        TypeError: if a value is neither a tensor nor plain data.
+    """
+    path = Path(path)
+    for key in ("model", "ema"):
+        _refuse_non_finite(checkpoint.get(key), f"{path}: {key}")
+    plain = {key: _plain(value, key) for key, value in checkpoint.items()}
+    plain.update(format=FORMAT, version=VERSION)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(plain, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a file that `save_checkpoint` wrote; all tensors on the CPU.
+
+    Raises:
+        ForeignCheckpointError: the file holds something else than one of our checkpoints.
+        CheckpointError: it is missing, or written by a later version of the format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file. Give the path of a .pt checkpoint.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        reason = _first_sentence(error)
+        raise ForeignCheckpointError(
+            f"{path}: not a file of tensors and plain data, or cut short - {reason}. "
+            "Expected a checkpoint that train.py wrote."
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        found = (
+            sorted(map(str, content))[:5] if isinstance(content, dict) else type(content).__name__
+        )
+        raise ForeignCheckpointError(
+            f"{path}: not a checkpoint of this project - got {found}, expected format: {FORMAT!r}."
+        )
+    version = content.get("version")
+    if not isinstance(version, int) or version > VERSION:
+        raise CheckpointError(
+            f"{path}: format version {version!r}, expected {VERSION} or lower. Update this project."
+        )
+    return content
+
+
+def finalize_checkpoint(path: str | Path, *, half: bool = False) -> None:
+    """Turn a training checkpoint into one for use: averaged weights, no training state.
+
+    Running it again changes nothing.
+
+    Args:
+        path: rewritten in place, atomically.
+        half: store float weights as float16, half the size, rounded.
+    """
+    checkpoint = load_checkpoint(path)
+    ema = checkpoint.get("ema")
+    if ema:
+        checkpoint["model"] = ema["model"]
+    for key in TRAINING_ONLY:
+        checkpoint.pop(key, None)
+    if half:
+        checkpoint["model"] = {
+            key: value.half() if value.is_floating_point() else value
+            for key, value in checkpoint["model"].items()
+        }
+    save_checkpoint(path, checkpoint)
+
+
+def capture_rng() -> dict[str, Any]:
+    """State of the generators of torch (CPU, CUDA), NumPy and Python as tensors and plain data."""
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    version, words, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [str(kind), [int(k) for k in keys], int(position), int(has_gauss), float(cached)],
+        "python": [version, list(words), gauss],
+    }
+
+
+def restore_rng(state: Mapping[str, Any]) -> None:
+    """Put the generators back to what `capture_rng` saw; CUDA only if the device count agrees."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+
+
+def _plain(value: Any, where: str) -> Any:
+    """Copy containers, detach tensors, refuse everything else."""
+    if isinstance(value, Tensor):
+        tensor = value.detach().cpu()
+        is_view = tensor.untyped_storage().nbytes() > tensor.nbytes
+        return tensor.clone() if is_view else tensor
+    if isinstance(value, Mapping):
+        bad = [key for key in value if not isinstance(key, (str, int))]
+        if bad:
+            raise TypeError(
+                f"checkpoint[{where}]: key {bad[0]!r} is neither text nor a whole number"
+            )
+        return {key: _plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    raise TypeError(
+        f"checkpoint[{where}]: {type(value).__name__} is neither a tensor nor plain data"
+    )
+
+
+def _refuse_non_finite(value: Any, where: str) -> None:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _refuse_non_finite(item, f"{where}.{key}")
+    elif isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
+        raise CheckpointError(
+            f"{where}: weights are not finite, not written. "
+            "Lower the learning rate, or train with --amp off."
+        )
+
+
+def _first_sentence(error: Exception) -> str:
+    """The first line of a library's message, short enough for one line of ours."""
+    text = str(error).strip().splitlines()
+    return (text[0].split(". ")[0].rstrip(".") if text else type(error).__name__)[:160]

@@ -1,0 +1,314 @@
+"""YAML files and command-line values: every problem with its line, all of them told together."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple, NoReturn, cast
+
+import yaml
+
+from utils.errors import ConfigError, nearest
+from utils.logger import get_logger
+
+YamlPath = tuple[str | int, ...]
+
+# Keys of the YOLOv5, YOLOv9 and later recipes; a family that has no use for one says so once.
+KNOWN_HYP_KEYS = frozenset(
+    "lr0 lrf momentum weight_decay warmup_epochs warmup_momentum warmup_bias_lr nbs close_mosaic "
+    "box cls cls_pw obj obj_pw iou_t anchor_t anchors fl_gamma dfl label_smoothing loss_ota "
+    "hsv_h hsv_s hsv_v degrees translate scale shear perspective flipud fliplr mosaic mixup "
+    "copy_paste paste_in".split()
+)
+
+
+class YamlFile(NamedTuple):
+    """A parsed YAML file.
+
+    Attributes:
+        data: its top-level mapping.
+        lines: line number (from 1) of every value, by its path: `("head", 3, 2)` is the third cell
+            of the fourth row of `head`.
+    """
+
+    data: dict[str, Any]
+    lines: dict[YamlPath, int]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 scalars: `no` and `on` are words, `1e-3` is a number, a date is text."""
+
+
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
+    ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    ("int", r"^[-+]?[0-9]+$", "-+0123456789"),
+    ("float", r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$", "-+0123456789."),
+    ("float", r"^(?:[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$", "-+."),
+    ("merge", r"^<<$", "<"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
+_Loader.add_constructor(
+    "tag:yaml.org,2002:int",
+    lambda loader, node: int(loader.construct_scalar(cast(yaml.ScalarNode, node)), 10),
+)
+
+
+def read_yaml(path: str | Path) -> YamlFile:
+    """Read a YAML file whose top level is a mapping, with the line of every value.
+
+    Raises:
+        ConfigError: missing, not YAML, not a mapping, or a key given twice.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be read - {error.strerror}. Give the path of a YAML file."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path}: not UTF-8 text - byte {error.start}. Save it as UTF-8."
+        ) from error
+    return parse_yaml(text, str(path))
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file whose top level is a mapping; see `read_yaml`."""
+    return read_yaml(path).data
+
+
+def parse_yaml(text: str, source: str) -> YamlFile:
+    """Parse YAML text; `source` names it in errors. See `read_yaml`."""
+    loader = _Loader(text)
+    try:
+        root = loader.get_single_node()
+        if root is None:
+            return YamlFile({}, {})
+        if not isinstance(root, yaml.MappingNode):
+            raise ConfigError(
+                f"{source}: got {_node_kind(root)}, expected `key: value` lines at the top level."
+            )
+        lines: dict[YamlPath, int] = {}
+        _record_lines(root, (), lines, source, set())
+        return YamlFile(loader.construct_document(root), lines)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(
+            f"{source}{line}: not valid YAML - {error.problem or error.context}."
+        ) from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{source}: not valid YAML - {str(error).splitlines()[0]}.") from error
+    finally:
+        loader.dispose()
+
+
+def save_yaml(path: str | Path, data: Mapping[str, Any]) -> None:
+    """Write plain data as YAML, keys in their order; paths become text, tuples lists."""
+    text = yaml.safe_dump(_yaml_safe(data), sort_keys=False, allow_unicode=True)
+    Path(path).write_text(text, encoding="utf-8")
+
+
+def load_hyp(path: str | Path | None, family_default_path: str | Path) -> Mapping[str, Any]:
+    """Hyper-parameters: the family's file, overlaid with the user's.
+
+    Args:
+        path: the user's file, None for the family's recipe as it stands.
+        family_default_path: the family's recipe; it says which keys there are and of what type.
+
+    Returns:
+        A read-only mapping; `dict(...)` copies it.
+
+    Raises:
+        ConfigError: unknown keys and wrong types, all of them together, with their lines.
+    """
+    base = load_yaml(family_default_path)
+    if path is None:
+        return MappingProxyType(base)
+    file = read_yaml(path)
+    problems, without_effect, merged = [], [], dict(base)
+    for key, value in file.data.items():
+        where = f"{path}:{file.lines.get((key,), 0)}"
+        if key in base:
+            problem = _type_problem(base[key], value)
+            if problem:
+                problems.append(f"{where}: {key} - {problem}.")
+            merged[key] = float(value) if type(base[key]) is float and type(value) is int else value
+        elif key in KNOWN_HYP_KEYS:
+            without_effect.append(key)
+        else:
+            problems.append(f"{where}: unknown key {key!r}.{nearest(str(key), base)}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    if without_effect:
+        family = Path(family_default_path).stem
+        get_logger().info(f"{path}: without effect for {family}: {', '.join(without_effect)}")
+    return MappingProxyType(merged)
+
+
+def increment_path(project: str | Path, name: str, exist_ok: bool = False) -> Path:
+    """The folder of a new run: `project/name`, or `name2`, `name3`, ... if that is taken.
+
+    Nothing is created. With `exist_ok` the plain name is given back, taken or not.
+    """
+    first = Path(project) / name
+    if exist_ok or not first.exists():
+        return first
+    number = 2
+    while (candidate := first.with_name(f"{first.name}{number}")).exists():
+        number += 1
+    return candidate
+
+
+def parse_imgsz(values: int | Sequence[int], stride: int) -> tuple[int, int]:
+    """Image size (height, width) from one or two numbers, rounded up to multiples of `stride`.
+
+    Raises:
+        ConfigError: not one or two numbers, or one below 1.
+    """
+    given = [values] if isinstance(values, int) else list(values)
+    if len(given) not in (1, 2) or min(given) < 1:
+        raise ConfigError(
+            f"--imgsz: got {given}, expected one size or two, height then width, from 1."
+        )
+    height, width = given * 2 if len(given) == 1 else given
+    rounded = (math.ceil(height / stride) * stride, math.ceil(width / stride) * stride)
+    if rounded != (height, width):
+        get_logger().info(
+            f"--imgsz {height} {width}: rounded up to {rounded[0]} {rounded[1]}, "
+            f"multiples of stride {stride}"
+        )
+    return rounded
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse whose errors are one line with the nearest flag, exit code 2."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, and name the nearest flag of each unknown one."""
+        options, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = list(self._option_string_actions)
+            told = [f"{word!r}.{nearest(word.split('=')[0], flags)}" for word in unknown]
+            self.error("unknown argument " + " ".join(told))
+        return options
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with one line."""
+        self.exit(2, f"error: {message}\n")
+
+
+def integer(minimum: int | None = None, *, allowed: Sequence[int] = ()) -> Callable[[str], int]:
+    """An argparse type: a whole number from `minimum`, or one of `allowed` (-1 for automatic)."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[-+]?\d+", text):
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number")
+        value = int(text)
+        if minimum is not None and value < minimum and value not in allowed:
+            extra = "".join(f" or {a}" for a in allowed)
+            raise argparse.ArgumentTypeError(f"got {value}, expected {minimum} or more{extra}")
+        return value
+
+    return parse
+
+
+def number(minimum: float = -math.inf, maximum: float = math.inf) -> Callable[[str], float]:
+    """An argparse type: a finite number in [minimum, maximum]."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected a number")
+        if not minimum <= value <= maximum:
+            raise argparse.ArgumentTypeError(f"got {value:g}, expected {minimum:g} to {maximum:g}")
+        return value
+
+    return parse
+
+
+def report_ignored_flags(options: argparse.Namespace, defaults: Mapping[str, Any]) -> None:
+    """Say in one line which flags were given that are accepted for compatibility only.
+
+    Args:
+        options: what the parser returned.
+        defaults: attribute name of each such flag and its default.
+    """
+    given = [
+        name for name, default in defaults.items() if getattr(options, name, default) != default
+    ]
+    if given:
+        flags = ", ".join("--" + name.replace("_", "-") for name in given)
+        get_logger().info(f"accepted but without effect here: {flags}")
+
+
+def _record_lines(
+    node: yaml.Node, path: YamlPath, lines: dict[YamlPath, int], source: str, parents: set[int]
+) -> None:
+    """Fill `lines` and refuse duplicate keys, before anything is constructed."""
+    if id(node) in parents:
+        raise ConfigError(f"{source}:{node.start_mark.line + 1}: an alias that contains itself.")
+    lines[path] = node.start_mark.line + 1
+    inside = parents | {id(node)}
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            _record_lines(item, (*path, index), lines, source, inside)
+    elif isinstance(node, yaml.MappingNode):
+        seen: dict[str, int] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise ConfigError(
+                    f"{source}:{line}: a key must be a word or a number, got {_node_kind(key)}."
+                )
+            if key.value in seen and key.value != "<<":
+                raise ConfigError(
+                    f"{source}:{line}: key {key.value!r} stands twice, first in line "
+                    f"{seen[key.value]}. Remove one."
+                )
+            seen[key.value] = line
+            name = int(key.value) if key.tag.endswith(":int") else key.value
+            _record_lines(value, (*path, name), lines, source, inside)
+            lines[(*path, name)] = line
+
+
+def _node_kind(node: yaml.Node) -> str:
+    kinds = {yaml.SequenceNode: "a list", yaml.MappingNode: "a mapping"}
+    return kinds.get(type(node), "one value")
+
+
+def _type_problem(default: Any, value: Any) -> str:
+    """What is wrong with `value` where the recipe has `default`; empty if nothing."""
+    expected, fits = _kind(default), _kind(value) == _kind(default)
+    if default is None or (fits and (expected != "a number" or math.isfinite(value))):
+        return ""
+    return f"got {value!r}, expected {expected} such as {default!r}"
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, (int, float)):
+        return "a number"
+    kinds = {str: "a word", list: "a list", dict: "a mapping", type(None): "nothing"}
+    return kinds.get(type(value), type(value).__name__)
+
+
+def _yaml_safe(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k) if not isinstance(k, int) else k: _yaml_safe(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_yaml_safe(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return str(value)

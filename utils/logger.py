@@ -1,0 +1,149 @@
+"""Where a run writes what it has to say: console, results.csv, TensorBoard."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+NAME = "yoke"
+
+
+def get_logger(rank: int | None = None) -> logging.Logger:
+    """The project's console logger: messages as they are, to stderr.
+
+    The root logger is left alone; a program that embeds the project may attach its own handlers to
+    `logging.getLogger("yoke")`.
+
+    Args:
+        rank: of this process; ranks above 0 tell warnings only. None keeps what was set before.
+    """
+    logger = logging.getLogger(NAME)
+    if not logger.handlers:
+        logger.addHandler(_StderrHandler())
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+    if rank is not None:
+        logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    return logger
+
+
+class _StderrHandler(logging.StreamHandler[Any]):
+    """Writes to whatever `sys.stderr` is at the time of the message."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record."""
+        self.stream = sys.stderr
+        if record.levelno >= logging.WARNING:
+            record = logging.makeLogRecord({**record.__dict__, "msg": f"warning: {record.msg}"})
+        super().emit(record)
+
+
+def results_columns(loss_terms: Sequence[str]) -> tuple[str, ...]:
+    """Columns of results.csv for a family with these loss terms (`box`, `cls`, ...)."""
+    return (
+        "epoch",
+        "time",
+        *(f"train/{term}_loss" for term in loss_terms),
+        "metrics/precision",
+        "metrics/recall",
+        "metrics/mAP_0.5",
+        "metrics/mAP_0.5:0.95",
+        *(f"val/{term}_loss" for term in loss_terms),
+        "lr/pg0",
+        "lr/pg1",
+        "lr/pg2",
+    )
+
+
+class CsvLogger:
+    """One row per epoch in a plain CSV file.
+
+    Each row is flushed to the disk. A resumed run drops the rows of epochs that it will run again.
+    """
+
+    def __init__(self, path: str | Path, columns: Sequence[str], start_epoch: int = 0) -> None:
+        """Open the file.
+
+        Args:
+            path: the file; made where missing.
+            columns: names, the first of which is `epoch`.
+            start_epoch: the first epoch that will be written; 0 starts a new file.
+        """
+        self.path = Path(path)
+        self.columns = tuple(columns)
+        kept = self._rows_before(start_epoch) if start_epoch and self.path.exists() else []
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(self.columns)
+            writer.writerows(kept)
+        os.replace(temporary, self.path)
+
+    def write(self, row: Mapping[str, float | int | str]) -> None:
+        """Append one epoch; a column that `row` lacks stays empty.
+
+        Raises:
+            ValueError: `row` has a column that the file has not.
+        """
+        unknown = [name for name in row if name not in self.columns]
+        if unknown:
+            raise ValueError(
+                f"{self.path}: unknown columns {unknown}, expected {list(self.columns)}"
+            )
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerow(
+                [_cell(row.get(name, "")) for name in self.columns]
+            )
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _rows_before(self, start_epoch: int) -> list[list[str]]:
+        """Whole rows of earlier epochs, in the order of this logger's columns."""
+        with self.path.open(newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if None not in row.values()]
+        return [
+            [row.get(name, "") for name in self.columns]
+            for row in rows
+            if row["epoch"].strip().isdigit() and int(row["epoch"]) < start_epoch
+        ]
+
+
+class TensorBoardLogger:
+    """Scalars and pictures for TensorBoard; does nothing where TensorBoard is not installed."""
+
+    def __init__(self, folder: str | Path, enabled: bool = True) -> None:
+        self._writer: Any = None
+        if not enabled:
+            return
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            get_logger().info("TensorBoard is not installed, no events are written")
+            return
+        self._writer = SummaryWriter(str(folder))
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Write numbers of one step."""
+        if self._writer:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+
+    def image(self, name: str, image: Any, step: int = 0) -> None:
+        """Write an RGB picture, (H, W, 3) uint8."""
+        if self._writer:
+            self._writer.add_image(name, image, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Flush and close the file."""
+        if self._writer:
+            self._writer.close()
+
+
+def _cell(value: float | int | str) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,371 @@
+"""Detection metrics: COCO mAP as pycocotools computes it, curves, confusion matrix.
+
+Letters: C classes, K detections, G objects.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from utils.curves import Curves, ImageDetections, confidence_curves, match_detections, overlaps
+from utils.structures import Detections
+
+Array = NDArray[np.float64]
+UNDEFINED = -1.0  # COCO's mark for an average over nothing
+STAT_NAMES = (
+    "AP",
+    "AP50",
+    "AP75",
+    "APs",
+    "APm",
+    "APl",
+    "AR1",
+    "AR10",
+    "AR100",
+    "ARs",
+    "ARm",
+    "ARl",
+)
+
+
+class ClassMetrics(NamedTuple):
+    """One row of the table. A class without objects has -1 in the last four.
+
+    Attributes:
+        name: class name.
+        images: images with at least one object of the class, crowds not counted.
+        instances: objects, crowds not counted.
+        precision: at IoU 0.5 and the confidence of the best mean F1.
+        recall: at the same point.
+        map50: average precision at IoU 0.5.
+        map50_95: average precision over IoU 0.5, 0.55, ..., 0.95.
+    """
+
+    name: str
+    images: int
+    instances: int
+    precision: float
+    recall: float
+    map50: float
+    map50_95: float
+
+
+class Metrics(NamedTuple):
+    """Result of an evaluation. Averages over nothing are -1, as in COCO.
+
+    Attributes:
+        map50_95: COCO's mAP, equal to `stats[0]`.
+        map50: mAP at IoU 0.5, `stats[1]`.
+        map75: mAP at IoU 0.75, `stats[2]`.
+        small: mAP of objects under 32 x 32 pixels, `stats[3]`.
+        medium: mAP of objects between, `stats[4]`.
+        large: mAP of objects over 96 x 96 pixels, `stats[5]`.
+        precision: mean over classes with objects, at `confidence`.
+        recall: likewise.
+        f1: mean F1 at `confidence`, its maximum.
+        confidence: the threshold of the best mean F1 at IoU 0.5.
+        per_class: one row per class index.
+        stats: the twelve numbers of pycocotools' summary, named by `STAT_NAMES`.
+        curves: for the plots.
+        images: images in the ground truth.
+        instances: objects, crowds not counted.
+    """
+
+    map50_95: float
+    map50: float
+    map75: float
+    small: float
+    medium: float
+    large: float
+    precision: float
+    recall: float
+    f1: float
+    confidence: float
+    per_class: tuple[ClassMetrics, ...]
+    stats: tuple[float, ...]
+    curves: Curves
+    images: int
+    instances: int
+
+    @property
+    def fitness(self) -> float:
+        """What best.pt is chosen by: 0.1 mAP50 + 0.9 mAP50-95; undefined counts as 0."""
+        return 0.1 * max(self.map50, 0.0) + 0.9 * max(self.map50_95, 0.0)
+
+    def scalars(self) -> dict[str, float]:
+        """The four numbers of results.csv under its column names."""
+        return {
+            "metrics/precision": self.precision,
+            "metrics/recall": self.recall,
+            "metrics/mAP_0.5": self.map50,
+            "metrics/mAP_0.5:0.95": self.map50_95,
+        }
+
+
+class CocoEvaluator:
+    """Collects detections and computes COCO mAP: reset, process image by image, evaluate.
+
+    The numbers are pycocotools' on the same predictions: per image and class only the best
+    `max_detections` count, `iscrowd` objects are neither found nor missed, the `area` of the file
+    decides small, medium and large. Annotations are numbered anew from 1, since an id of 0, which
+    some exporters write, reads as "unmatched" in COCO's code.
+    """
+
+    def __init__(
+        self,
+        ground_truth: Mapping[str, Any],
+        category_ids: Sequence[int],
+        names: Sequence[str],
+        *,
+        max_detections: int = 100,
+    ) -> None:
+        """Take the ground truth; it is copied, not changed.
+
+        Args:
+            ground_truth: COCO JSON content: `images`, `annotations`, `categories`. `area` defaults
+                to width x height, `iscrowd` to 0.
+            category_ids: COCO category id of each class index.
+            names: name of each class index.
+            max_detections: COCO's limit per image and class.
+
+        Raises:
+            ValueError: `category_ids` and `names` differ in number.
+        """
+        if len(category_ids) != len(names):
+            raise ValueError(f"got {len(category_ids)} category ids and {len(names)} names")
+        self.category_ids = tuple(int(i) for i in category_ids)
+        self.names = tuple(names)
+        self.max_detections = max_detections
+        self._ground_truth = _normalised(ground_truth, self.category_ids, self.names)
+        self._image_ids = {image["id"] for image in self._ground_truth["images"]}
+        self._detections: dict[int, ImageDetections] = {}
+
+    def reset(self) -> None:
+        """Forget all detections."""
+        self._detections.clear()
+
+    def process(self, image_ids: Sequence[int], detections: Sequence[Detections]) -> None:
+        """Take detections of some images; an image given again replaces what was there.
+
+        Args:
+            image_ids: ids of the ground truth's images.
+            detections: boxes in pixels of the original images, labels are class indices.
+
+        Raises:
+            ValueError: an id that the ground truth lacks, or lists of unequal length.
+        """
+        for image_id, found in zip(image_ids, detections, strict=True):
+            if image_id not in self._image_ids:
+                raise ValueError(f"image id {image_id} is not in the ground truth")
+            scores = found.scores.detach().double().cpu().numpy()
+            order = np.argsort(-scores, kind="stable")
+            self._detections[int(image_id)] = ImageDetections(
+                found.boxes.detach().double().cpu().numpy()[order],
+                scores[order],
+                found.labels.detach().long().cpu().numpy()[order],
+            )
+
+    def state(self) -> dict[int, tuple[Any, ...]]:
+        """What this process has collected, to be sent to another one and given to its `merge`."""
+        return {image_id: tuple(found) for image_id, found in self._detections.items()}
+
+    def merge(self, states: Iterable[Mapping[int, tuple[Any, ...]]]) -> None:
+        """Add what other processes collected; an image that two of them had counts once."""
+        for state in states:
+            for image_id, found in state.items():
+                self._detections[image_id] = ImageDetections(*found)
+
+    def predictions(self) -> list[dict[str, Any]]:
+        """All detections in COCO's results format (xywh), by image id, unrounded."""
+        results = []
+        for image_id in sorted(self._detections):
+            boxes, scores, labels = self._detections[image_id]
+            xywh = np.concatenate((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]), axis=1).tolist()
+            for box, score, label in zip(xywh, scores.tolist(), labels.tolist(), strict=True):
+                category = self.category_ids[label]
+                results.append(
+                    {"image_id": image_id, "category_id": category, "bbox": box, "score": score}
+                )
+        return results
+
+    def evaluate(self) -> Metrics:
+        """Compute everything from what was processed; images not seen have no detections."""
+        coco = self._run_coco()
+        precision, stats = coco.eval["precision"][:, :, :, 0, -1], tuple(map(float, coco.stats))
+        rows = {category: row for row, category in enumerate(coco.params.catIds)}
+        precision = precision[:, :, [rows[category] for category in self.category_ids]]
+        images, instances = self._count_objects()
+        present = np.flatnonzero(instances)
+        curves = self._curves(present, instances[present], precision[0].T[present])
+        best = int(curves.f1.mean(0).argmax()) if present.size else 0
+        points = {
+            int(c): (float(curves.precision[i, best]), float(curves.recall[i, best]))
+            for i, c in enumerate(present)
+        }
+        per_class = tuple(
+            ClassMetrics(
+                name,
+                int(images[c]),
+                int(instances[c]),
+                *points.get(c, (UNDEFINED, UNDEFINED)),
+                _mean(precision[0, :, c]),
+                _mean(precision[:, :, c]),
+            )
+            for c, name in enumerate(self.names)
+        )
+        return Metrics(
+            map50_95=stats[0],
+            map50=stats[1],
+            map75=stats[2],
+            small=stats[3],
+            medium=stats[4],
+            large=stats[5],
+            precision=_mean(curves.precision[:, best]),
+            recall=_mean(curves.recall[:, best]),
+            f1=_mean(curves.f1[:, best]),
+            confidence=float(curves.confidence_axis[best]),
+            per_class=per_class,
+            stats=stats,
+            curves=curves,
+            images=len(self._image_ids),
+            instances=int(instances.sum()),
+        )
+
+    def _run_coco(self) -> Any:
+        from faster_coco_eval import COCO, COCOeval_faster
+
+        def silent(*_: Any) -> None:
+            pass
+
+        truth = COCO(copy.deepcopy(self._ground_truth), print_function=silent)
+        coco = COCOeval_faster(
+            truth, truth.loadRes(self.predictions()), "bbox", print_function=silent
+        )
+        coco.params.maxDets = sorted({1, 10, self.max_detections})
+        coco.evaluate()
+        coco.accumulate()
+        coco.summarize()
+        return coco
+
+    def _count_objects(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Images with the class and objects of the class, (C,) each, crowds left out."""
+        index = {category: c for c, category in enumerate(self.category_ids)}
+        pairs = [
+            (index[a["category_id"]], a["image_id"])
+            for a in self._ground_truth["annotations"]
+            if not a["iscrowd"] and a["category_id"] in index and a["image_id"] in self._image_ids
+        ]
+        count = len(self.names)
+        instances = np.bincount([c for c, _ in pairs], minlength=count).astype(np.int64)
+        images = np.bincount([c for c, _ in set(pairs)], minlength=count).astype(np.int64)
+        return images, instances
+
+    def _curves(
+        self, present: NDArray[np.int64], instances: NDArray[np.int64], precision_at_recall: Array
+    ) -> Curves:
+        """The curves of the classes that have objects."""
+        outcomes = match_detections(
+            self._detections,
+            self._ground_truth["annotations"],
+            self.category_ids,
+            self.max_detections,
+        )
+        names = tuple(self.names[c] for c in present)
+        recall_axis = np.linspace(0, 1, precision_at_recall.shape[1])
+        by_confidence = confidence_curves(outcomes, present.tolist(), instances.tolist())
+        return Curves(names, recall_axis, precision_at_recall, *by_confidence)
+
+
+class ConfusionMatrix:
+    """Counts which class was predicted for which.
+
+    `matrix[predicted, true]`, (C + 1, C + 1), the last index is the background: its row holds
+    objects that were missed, its column detections that have no object. Detections are matched to
+    objects of any class, best overlap first, one to one.
+    """
+
+    def __init__(self, num_classes: int, conf: float = 0.25, iou: float = 0.45) -> None:
+        self.num_classes = num_classes
+        self.conf = conf
+        self.iou = iou
+        self.matrix = np.zeros((num_classes + 1, num_classes + 1), dtype=np.int64)
+
+    def update(self, detections: Detections, labels: Any, boxes: Any) -> None:
+        """Count one image.
+
+        Args:
+            detections: of the image, K of them; those at or under `conf` are left out.
+            labels: true class indices, (G,), a tensor.
+            boxes: xyxy in the same pixels as the detections, (G, 4), a tensor.
+        """
+        keep = (detections.scores > self.conf).cpu().numpy()
+        predicted = detections.labels.cpu().numpy()[keep]
+        true = labels.cpu().numpy().astype(np.int64)
+        overlap = overlaps(
+            detections.boxes.double().cpu().numpy()[keep], boxes.double().cpu().numpy()
+        )
+        matched_k, matched_g = _best_pairs(overlap, self.iou)
+        alone, missed = np.delete(predicted, matched_k), np.delete(true, matched_g)
+        rows = (predicted[matched_k], alone, np.full_like(missed, self.num_classes))
+        columns = (true[matched_g], np.full_like(alone, self.num_classes), missed)
+        np.add.at(self.matrix, (np.concatenate(rows), np.concatenate(columns)), 1)
+
+    def merge(self, matrices: Iterable[NDArray[np.int64]]) -> None:
+        """Add the counts of other processes."""
+        for matrix in matrices:
+            self.matrix = self.matrix + matrix
+
+
+def _normalised(
+    ground_truth: Mapping[str, Any], category_ids: Sequence[int], names: Sequence[str]
+) -> dict[str, Any]:
+    """A copy that holds what the evaluation reads and nothing else."""
+    categories = {
+        int(c["id"]): str(c.get("name", c["id"])) for c in ground_truth.get("categories", [])
+    }
+    for category, name in zip(category_ids, names, strict=True):
+        categories.setdefault(category, name)
+    annotations = []
+    for number, annotation in enumerate(ground_truth.get("annotations", []), start=1):
+        box = [float(value) for value in annotation["bbox"]]
+        annotations.append(
+            {
+                "id": number,
+                "image_id": int(annotation["image_id"]),
+                "category_id": int(annotation["category_id"]),
+                "bbox": box,
+                "area": float(annotation.get("area", box[2] * box[3])),
+                "iscrowd": int(annotation.get("iscrowd", 0)),
+            }
+        )
+    images = [
+        {"id": int(image["id"]), "height": image.get("height", 0), "width": image.get("width", 0)}
+        for image in ground_truth["images"]
+    ]
+    return {
+        "info": {},
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": i, "name": n} for i, n in categories.items()],
+    }
+
+
+def _best_pairs(overlap: Array, threshold: float) -> tuple[list[int], list[int]]:
+    """One-to-one pairs (detection, object) above `threshold`, largest overlap first."""
+    pairs: dict[int, int] = {}
+    k, g = np.nonzero(overlap > threshold)
+    for i in np.argsort(-overlap[k, g], kind="stable"):
+        if k[i] not in pairs and g[i] not in pairs.values():
+            pairs[int(k[i])] = int(g[i])
+    return list(pairs), list(pairs.values())
+
+
+def _mean(values: Array) -> float:
+    """Mean of the values that are defined; -1 if none is."""
+    defined = values[values > UNDEFINED]
+    return float(defined.mean()) if defined.size else UNDEFINED

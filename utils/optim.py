@@ -1,0 +1,258 @@
+"""Optimiser, learning-rate schedules, warm-up: pure functions of the epoch and the iteration.
+
+Optimiser state is kept by parameter name, so that a change in the order or number of parameter
+groups (another freeze list, another module) does not shift it onto the wrong parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from utils.errors import CheckpointError, ConfigError, nearest
+
+OPTIMIZERS = ("SGD", "Adam", "AdamW")
+ROLES = ("weight", "norm", "bias")
+SCHEDULES = ("linear", "cosine", "flat_cosine", "fixed")
+NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+
+Schedule = Callable[[float], float]
+
+
+def build_optimizer(
+    model: nn.Module, name: str, lr: float, momentum: float, weight_decay: float
+) -> Optimizer:
+    """Make an optimiser with three parameter groups, in this order: weights, norms, biases.
+
+    Only the weights decay. Frozen parameters are left out; a group may be empty, so that the order
+    never changes. Each group carries `role`, `names` (of its parameters) and `initial_lr`.
+
+    Args:
+        model: parameters are named as the model names them (give it unwrapped from DDP).
+        name: SGD (with Nesterov momentum), Adam or AdamW.
+        lr: learning rate before schedule and warm-up.
+        momentum: of SGD, or beta1 of the Adams.
+        weight_decay: of the first group.
+
+    Raises:
+        ConfigError: unknown name, or nothing left to train.
+    """
+    if name not in OPTIMIZERS:
+        raise ConfigError(
+            f"optimizer: got {name!r}, expected one of {', '.join(OPTIMIZERS)}."
+            f"{nearest(name, OPTIMIZERS)}"
+        )
+    groups = parameter_groups(model)
+    if not any(group["params"] for group in groups):
+        raise ConfigError(
+            "freeze: every parameter is frozen, nothing is left to train. Freeze fewer rows."
+        )
+    for group in groups:
+        group["initial_lr"] = lr
+        group["weight_decay"] = weight_decay if group["role"] == "weight" else 0.0
+    if name == "SGD":
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
+    adam = torch.optim.Adam if name == "Adam" else torch.optim.AdamW
+    return adam(groups, lr=lr, betas=(momentum, 0.999))
+
+
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Trainable parameters by role: `{"role", "names", "params"}` for weight, norm, bias.
+
+    A bias is what its module calls `bias`; a norm is what stands in a normalisation layer, or has
+    one dimension or none (layer scales); all the rest are weights. A shared parameter is listed
+    once.
+    """
+    groups: dict[str, dict[str, Any]] = {r: {"role": r, "names": [], "params": []} for r in ROLES}
+    norm_modules = {n for n, m in model.named_modules() if isinstance(m, NORM_LAYERS)}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        owner, _, leaf = name.rpartition(".")
+        if leaf == "bias":
+            role = "bias"
+        elif owner in norm_modules or parameter.ndim <= 1:
+            role = "norm"
+        else:
+            role = "weight"
+        groups[role]["names"].append(name)
+        groups[role]["params"].append(parameter)
+    return list(groups.values())
+
+
+def optimizer_state_by_name(optimizer: Optimizer) -> dict[str, Any]:
+    """State of an optimiser of `build_optimizer`, keyed by parameter name; plain data and tensors.
+
+    Returns:
+        `{"kind": "SGD", "groups": {role: options}, "state": {parameter name: {slot: tensor}}}`.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    state: dict[str, dict[str, Any]] = {}
+    for group in optimizer.param_groups:
+        groups[group["role"]] = _options(group)
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            if parameter in optimizer.state:
+                state[name] = dict(optimizer.state[parameter])
+    return {"kind": type(optimizer).__name__, "groups": groups, "state": state}
+
+
+def load_optimizer_state_by_name(optimizer: Optimizer, saved: Mapping[str, Any]) -> list[str]:
+    """Give `optimizer` the state that `optimizer_state_by_name` saw, parameter by parameter.
+
+    Returns:
+        Names of trainable parameters for which nothing was stored; they start afresh.
+
+    Raises:
+        CheckpointError: another kind of optimiser, or a slot whose shape is not its parameter's.
+    """
+    kind = type(optimizer).__name__
+    if saved["kind"] != kind:
+        raise CheckpointError(
+            f"optimizer: the checkpoint holds {saved['kind']}, the run uses {kind}. "
+            f"Resume with --optimizer {saved['kind']}."
+        )
+    named = {
+        name: parameter
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["names"], group["params"], strict=True)
+    }
+    complete = optimizer.state_dict()
+    for group in complete["param_groups"]:
+        group.update(_restored(saved["groups"].get(group["role"], {})))
+    complete["state"] = {}
+    for index, (name, parameter) in enumerate(named.items()):
+        if name in saved["state"]:
+            _check_shapes(name, parameter, saved["state"][name])
+            complete["state"][index] = dict(saved["state"][name])
+    optimizer.load_state_dict(complete)
+    return [name for name in named if name not in saved["state"]]
+
+
+def linear_schedule(epochs: int, lrf: float) -> Schedule:
+    """A straight line from 1 at epoch 0 to `lrf` at `epochs`."""
+    return lambda epoch: 1 + (lrf - 1) * _progress(epoch, epochs)
+
+
+def cosine_schedule(epochs: int, lrf: float) -> Schedule:
+    """Half a cosine from 1 at epoch 0 to `lrf` at `epochs` (Loshchilov and Hutter, ICLR 2017)."""
+    return lambda epoch: lrf + (1 - lrf) * (1 + math.cos(math.pi * _progress(epoch, epochs))) / 2
+
+
+def flat_cosine_schedule(epochs: int, lrf: float) -> Schedule:
+    """1 for the first half, then half a cosine to `lrf`."""
+    half = epochs / 2
+    falling = cosine_schedule(1, lrf)
+    return lambda epoch: falling(max(0.0, (epoch - half) / max(half, 1e-9)))
+
+
+def fixed_schedule(epochs: int, lrf: float) -> Schedule:
+    """1 throughout."""
+    return lambda epoch: 1.0
+
+
+def build_schedule(kind: str, epochs: int, lrf: float) -> Schedule:
+    """Epoch (from 0) to factor of the initial learning rate; kinds are those of `SCHEDULES`."""
+    table = {
+        "linear": linear_schedule,
+        "cosine": cosine_schedule,
+        "flat_cosine": flat_cosine_schedule,
+        "fixed": fixed_schedule,
+    }
+    if kind not in table:
+        raise ConfigError(
+            f"schedule: got {kind!r}, expected one of {', '.join(table)}.{nearest(kind, table)}"
+        )
+    return table[kind](epochs, lrf)
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """Straight lines over the first `iterations`: where learning rates and momentum start.
+
+    Attributes:
+        iterations: length; 0 is no warm-up.
+        bias_lr: learning rate of the biases at iteration 0; the other groups start from 0.
+        momentum: momentum at iteration 0.
+    """
+
+    iterations: int
+    bias_lr: float
+    momentum: float
+
+    def is_active(self, iteration: int) -> bool:
+        """Whether `iteration`, counted over all epochs from 0, is still in the warm-up."""
+        return iteration <= self.iterations and self.iterations > 0
+
+    def lr(self, iteration: int, role: str, target: float) -> float:
+        """Learning rate of a group that is on its way to `target`."""
+        start = self.bias_lr if role == "bias" else 0.0
+        return self._between(iteration, start, target)
+
+    def momentum_at(self, iteration: int, target: float) -> float:
+        """Momentum on its way to `target`."""
+        return self._between(iteration, self.momentum, target)
+
+    def accumulate(self, iteration: int, target: float) -> int:
+        """Batches per optimiser step, from 1 to `target` (nominal batch / batch), never below 1."""
+        return max(1, round(self._between(iteration, 1.0, target)))
+
+    def _between(self, iteration: int, start: float, end: float) -> float:
+        if not self.is_active(iteration):
+            return end
+        return start + (end - start) * iteration / self.iterations
+
+
+def set_learning_rates(
+    optimizer: Optimizer, factor: float, iteration: int, warmup: Warmup, momentum: float
+) -> None:
+    """Write learning rates (and SGD's momentum) for one iteration into the groups.
+
+    Args:
+        optimizer: made by `build_optimizer`.
+        factor: what the schedule gives for this epoch.
+        iteration: counted over all epochs from 0.
+        warmup: see `Warmup`.
+        momentum: SGD's momentum after the warm-up.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = warmup.lr(iteration, group["role"], group["initial_lr"] * factor)
+        if "momentum" in group:
+            group["momentum"] = warmup.momentum_at(iteration, momentum)
+
+
+def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale all gradients down to a total L2 norm of `max_norm`; returns the norm before."""
+    return nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+
+
+def _progress(epoch: float, epochs: int) -> float:
+    """Share of the training that is over, in [0, 1]."""
+    return min(max(epoch / max(epochs, 1), 0.0), 1.0)
+
+
+def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a group that are plain data, such as `lr` and `betas`."""
+    left_out = ("params", "names", "role")
+    plain = (bool, int, float, str, tuple, type(None))
+    return {k: v for k, v in group.items() if k not in left_out and isinstance(v, plain)}
+
+
+def _restored(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint stores tuples (betas) as lists."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+
+
+def _check_shapes(name: str, parameter: Tensor, slots: Mapping[str, Any]) -> None:
+    for slot, value in slots.items():
+        is_scalar = not isinstance(value, Tensor) or value.ndim == 0
+        if not is_scalar and value.shape != parameter.shape:
+            raise CheckpointError(
+                f"optimizer[{name}].{slot}: got shape {tuple(value.shape)}, expected "
+                f"{tuple(parameter.shape)}. The checkpoint belongs to another model."
+            )

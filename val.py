@@ -1,0 +1,299 @@
+"""Measure a detector: `python val.py --weights runs/train/exp/weights/best.pt --data data/shapes.yaml`.
+
+`.pt`, `.onnx` and every other exported form run through the same call and the same postprocessing, so the numbers
+can be compared. mAP is COCO's, computed by faster-coco-eval over whatever form the labels have.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from data.config import load_data_config
+from data.dataset import DetectionDataset, build_dataset
+from data.loader import build_loader
+from engine.flags import (
+    add_data_flag, add_device_flag, add_ignored_flags, add_run_flags, add_size_flag, add_threshold_flags, say_ignored,
+)  # fmt: skip
+from engine.outputs import save_batch_pictures, save_metric_plots, save_text_labels
+from models.backends import Backend, load_backend
+from models.postprocess import postprocess
+from utils.config import ArgumentParser, increment_path, integer, parse_imgsz
+from utils.device import select_device, synchronize
+from utils.errors import ConfigError, run_cli
+from utils.logger import get_logger
+from utils.metrics import CocoEvaluator, ConfusionMatrix, Metrics
+from utils.progress import Progress
+from utils.structures import Batch, Decoded, Detections, Targets, as_float
+
+IGNORED = {"save_hybrid": False, "dnn": False, "augment": False, "min_items": None}
+Predict = Callable[[Tensor, Targets], "Decoded | list[Detections]"]
+
+
+class Thresholds(NamedTuple):
+    """What counts as a detection.
+
+    Attributes:
+        conf: lowest score.
+        iou: largest overlap that NMS leaves.
+        max_det: detections an image at most.
+        agnostic: NMS over all classes together.
+    """
+
+    conf: float = 0.001
+    iou: float = 0.6
+    max_det: int = 300
+    agnostic: bool = False
+
+
+class Speed(NamedTuple):
+    """Milliseconds an image: preparing it on the device, the network with decoding, and NMS or top-k."""
+
+    prepare: float
+    inference: float
+    postprocess: float
+
+
+class Evaluation(NamedTuple):
+    """Metrics and how long an image took."""
+
+    metrics: Metrics
+    speed: Speed
+
+
+@torch.inference_mode()
+def evaluate(
+    predict: Predict,
+    kind: str,
+    loader: Iterable[Batch],
+    evaluator: CocoEvaluator,
+    *,
+    device: torch.device,
+    thresholds: Thresholds = Thresholds(),
+    gather: Callable[[CocoEvaluator], None] | None = None,
+    on_batch: Callable[[Batch, list[Detections]], None] | None = None,
+) -> Evaluation:
+    """Run `predict` over a loader and measure.
+
+    Args:
+        predict: images (B, 3, H, W) in [0, 1] and their targets -> decoded predictions, or detections where the
+            artifact has its postprocessing inside.
+        kind: "nms" or "topk", what the family needs.
+        loader: batches of uint8 images.
+        evaluator: reset, filled and evaluated here.
+        device: where the images go.
+        thresholds: what counts as a detection.
+        gather: called before the evaluation, to bring the shares of all processes together.
+        on_batch: sees each batch and its detections in the batch's pixels.
+    """
+    evaluator.reset()
+    clocks, images_seen = [0.0, 0.0, 0.0], 0
+    for batch in loader:
+        marks = [_now(device)]
+        images, targets = as_float(batch.images, device), batch.targets.to(device)
+        marks.append(_now(device))
+        output = predict(images, targets)
+        marks.append(_now(device))
+        detections = _detections(output, kind, thresholds)
+        marks.append(_now(device))
+        clocks = [total + end - start for total, start, end in zip(clocks, marks, marks[1:])]
+        images_seen += len(images)
+        restored = [found._replace(boxes=box.restore(found.boxes)) for found, box in zip(detections, batch.letterboxes)]
+        evaluator.process(batch.image_ids, restored)
+        if on_batch:
+            on_batch(batch, detections)
+    if gather:
+        gather(evaluator)
+    return Evaluation(evaluator.evaluate(), Speed(*(1000 * clock / max(images_seen, 1) for clock in clocks)))
+
+
+def _now(device: torch.device) -> float:
+    synchronize(device)
+    return time.perf_counter()
+
+
+def _detections(output: Decoded | list[Detections], kind: str, thresholds: Thresholds) -> list[Detections]:
+    if not isinstance(output, Decoded):
+        return output
+    return postprocess(
+        output, kind, conf_thres=thresholds.conf, iou_thres=thresholds.iou, max_det=thresholds.max_det,
+        agnostic=thresholds.agnostic, multi_label=output.scores.shape[-1] > 1,
+    )  # fmt: skip
+
+
+def class_table(metrics: Metrics, verbose: bool = True) -> str:
+    """The metrics as text: all classes, then one line a class."""
+    lines = [f"{'class':>22}{'images':>9}{'objects':>9}{'P':>9}{'R':>9}{'mAP50':>9}{'mAP50-95':>10}"]
+    everything = (metrics.precision, metrics.recall, metrics.map50, metrics.map50_95)
+    lines.append(_line("all", metrics.images, metrics.instances, everything))
+    if verbose and len(metrics.per_class) > 1:
+        lines += [_line(row.name, row.images, row.instances, row[3:]) for row in metrics.per_class]
+    return "\n".join(lines)
+
+
+def _line(name: str, images: int, instances: int, values: Sequence[float]) -> str:
+    return f"{name[:20]:>22}{images:>9}{instances:>9}" + "".join(
+        f"{value:>{width}.4f}" for value, width in zip(values, (9, 9, 9, 10))
+    )
+
+
+class Validation:
+    """One weights file on one split: the loader, the evaluator, and what is written on the way."""
+
+    def __init__(self, options: Any, backend: Backend, imgsz: tuple[int, int]) -> None:
+        self.options, self.backend = options, backend
+        split = options.task if options.task in ("train", "val", "test") else "val"
+        config = load_data_config(options.data, download=options.download)
+        rect = options.rect and backend.dynamic
+        self.dataset: DetectionDataset = build_dataset(
+            config, split, imgsz=imgsz, rect=rect, batch_size=options.batch_size, stride=backend.stride,
+            single_cls=options.single_cls,
+        )  # fmt: skip
+        check_classes(backend.names, self.dataset.names, options.weights, options.data)
+        self.loader = build_loader(self.dataset, options.batch_size, workers=options.workers)
+        self.evaluator = CocoEvaluator(
+            self.dataset.coco_ground_truth(), self.dataset.category_ids, self.dataset.names
+        )
+        self.confusion = ConfusionMatrix(len(self.dataset.names))
+
+    def run(self, folder: Path | None, thresholds: Thresholds, device: torch.device) -> Evaluation:
+        """Evaluate; with a folder, leave pictures and files in it."""
+        bar = Progress(self.loader, len(self.loader), "val")
+        seen = 0
+
+        def on_batch(batch: Batch, detections: list[Detections]) -> None:
+            nonlocal seen
+            for index, found in enumerate(detections):
+                labels, boxes = batch.targets.of_image(index)
+                self.confusion.update(found, labels, boxes)
+            if folder and not self.options.noplots and seen < 3:
+                save_batch_pictures(folder, f"val_batch{seen}", batch, detections, self.dataset.names)
+            if folder and self.options.save_txt:
+                save_text_labels(folder / "labels", batch, detections, self.options.save_conf)
+            seen += 1
+
+        return evaluate(
+            lambda images, targets: self.backend(images), self.backend.postprocess_kind, bar, self.evaluator,
+            device=device, thresholds=thresholds, on_batch=on_batch if folder else None,
+        )  # fmt: skip
+
+
+def check_classes(model_names: Sequence[str], data_names: Sequence[str], weights: Any, data: Any) -> None:
+    """Refuse to measure a model on a data set with another number of classes."""
+    if len(model_names) != len(data_names):
+        raise ConfigError(
+            f"{weights}: got a model of {len(model_names)} classes for {data} with {len(data_names)}, expected the "
+            "same number. Give the data the model was trained on."
+        )
+
+
+def parse_options(arguments: Sequence[str] | None = None) -> Any:
+    """Read the command line."""
+    parser = ArgumentParser(description="Measure a detector: COCO mAP, per class table, plots.")
+    parser.add_argument("--weights", nargs="+", default=["runs/train/exp/weights/best.pt"], help="one or more models")
+    add_data_flag(parser)
+    parser.add_argument("--batch-size", type=integer(1), default=32, help="images a batch")
+    add_size_flag(parser, default=None)
+    add_threshold_flags(parser, conf=0.001, iou=0.6, max_det=300)
+    parser.add_argument("--task", default="val", choices=("train", "val", "test", "speed", "study"), help="split, or what to measure")
+    add_device_flag(parser)
+    parser.add_argument("--workers", type=integer(0), default=2, help="processes that load images")
+    parser.add_argument("--rect", action="store_true", help="batches of the images' own shape instead of square")
+    parser.add_argument("--single-cls", action="store_true", help="treat all classes as one")
+    parser.add_argument("--agnostic-nms", action="store_true", help="NMS over all classes together")
+    parser.add_argument("--verbose", action="store_true", help="one line a class, also beyond 20 classes")
+    parser.add_argument("--save-txt", action="store_true", help="write predictions as YOLO labels")
+    parser.add_argument("--save-conf", action="store_true", help="with the score behind each")
+    parser.add_argument("--save-json", action="store_true", help="write predictions as COCO JSON")
+    parser.add_argument("--half", action="store_true", help="half precision")
+    parser.add_argument("--noplots", action="store_true", help="write no pictures")
+    add_run_flags(parser, "runs/val")
+    add_ignored_flags(parser, IGNORED)
+    options = parser.parse_args(arguments)
+    say_ignored(options, IGNORED)
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure every given model."""
+    options = parse_options(arguments)
+    log, device = get_logger(), select_device(options.device)
+    if options.conf_thres > 0.01 and options.task not in ("speed",):
+        log.warning(f"--conf-thres {options.conf_thres} cuts the precision-recall curve: mAP will come out too low")
+    run = {"speed": _speed, "study": _study}.get(options.task, _validate)
+    every = options.weights
+    for weights in every:
+        options.weights = weights
+        backend = load_backend(weights, device, half=options.half)
+        run(options, backend, device)
+
+
+def _size(options: Any, backend: Backend) -> tuple[int, int]:
+    if options.imgsz is None:
+        return backend.imgsz
+    imgsz = parse_imgsz(options.imgsz, backend.stride)
+    if not backend.dynamic and imgsz != tuple(backend.imgsz):
+        raise ConfigError(
+            f"--imgsz: got {imgsz[0]} {imgsz[1]}, but {options.weights} was exported for "
+            f"{backend.imgsz[0]} {backend.imgsz[1]}. Leave --imgsz out or export with --dynamic."
+        )
+    return imgsz
+
+
+def _validate(options: Any, backend: Backend, device: torch.device) -> None:
+    log, folder = get_logger(), increment_path(options.project, options.name, options.exist_ok)
+    folder.mkdir(parents=True, exist_ok=True)
+    imgsz = _size(options, backend)
+    validation = Validation(options, backend, imgsz)
+    thresholds = Thresholds(options.conf_thres, options.iou_thres, options.max_det, options.agnostic_nms)
+    metrics, speed = validation.run(folder, thresholds, device)
+    print(class_table(metrics, options.verbose or len(metrics.per_class) <= 20))
+    print(
+        f"speed: {speed.prepare:.1f} ms prepare, {speed.inference:.1f} ms inference, {speed.postprocess:.1f} ms "
+        f"postprocess an image at {imgsz[0]}x{imgsz[1]}, batch {options.batch_size}, {device}"
+    )
+    if options.save_json:
+        name = folder / f"{Path(options.weights).stem}_predictions.json"
+        name.write_text(json.dumps(validation.evaluator.predictions()), encoding="utf-8")
+        log.info(f"{name}: predictions in COCO's results format")
+    if not options.noplots:
+        save_metric_plots(folder, metrics, validation.confusion)
+    log.info(f"results in {folder}")
+
+
+def _speed(options: Any, backend: Backend, device: torch.device) -> None:
+    """Time one image a batch at detect.py's thresholds."""
+    options.batch_size = 1
+    validation = Validation(options, backend, _size(options, backend))
+    speed = validation.run(None, Thresholds(0.25, 0.45), device).speed
+    print(
+        f"{options.weights}: {speed.prepare:.2f} ms prepare, {speed.inference:.2f} ms inference, "
+        f"{speed.postprocess:.2f} ms postprocess an image, batch 1, {device}"
+    )
+
+
+def _study(options: Any, backend: Backend, device: torch.device) -> None:
+    """mAP and time over image sizes."""
+    if not backend.dynamic:
+        raise ConfigError(f"{options.weights}: has a fixed image size, expected a .pt or a --dynamic export for --task study.")
+    folder = increment_path(options.project, options.name, options.exist_ok)
+    folder.mkdir(parents=True, exist_ok=True)
+    largest = max(_size(options, backend))
+    rows: list[Mapping[str, float]] = []
+    for side in sorted({parse_imgsz(round(largest * part), backend.stride)[0] for part in (0.5, 0.75, 1, 1.25, 1.5)}):
+        metrics, speed = Validation(options, backend, (side, side)).run(None, Thresholds(), device)
+        rows.append({"imgsz": side, "mAP50": metrics.map50, "mAP50-95": metrics.map50_95, "ms": speed.inference})
+        print(f"imgsz {side}: mAP50 {metrics.map50:.4f}, mAP50-95 {metrics.map50_95:.4f}, {speed.inference:.1f} ms")
+    text = "\n".join([",".join(rows[0]), *(",".join(f"{value:.6g}" for value in row.values()) for row in rows)])
+    (folder / "study.csv").write_text(text + "\n", encoding="utf-8")
+    get_logger().info(f"results in {folder / 'study.csv'}")
+
+
+if __name__ == "__main__":
+    run_cli(main)
