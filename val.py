@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from data.config import load_data_config
 from data.dataset import DetectionDataset, build_dataset
 from data.loader import build_loader
 from engine.flags import (
     add_data_flag, add_device_flag, add_ignored_flags, add_run_flags, add_size_flag, add_threshold_flags, say_ignored,
 )  # fmt: skip
+from engine.setup import open_data
 from engine.outputs import save_batch_pictures, save_metric_plots, save_text_labels
 from models.backends import Backend, load_backend
 from models.postprocess import postprocess
@@ -149,7 +149,7 @@ class Validation:
     def __init__(self, options: Any, backend: Backend, imgsz: tuple[int, int]) -> None:
         self.options, self.backend = options, backend
         split = options.task if options.task in ("train", "val", "test") else "val"
-        config = load_data_config(options.data, download=options.download)
+        config = open_data(options)
         rect = options.rect and backend.dynamic
         self.dataset: DetectionDataset = build_dataset(
             config, split, imgsz=imgsz, rect=rect, batch_size=options.batch_size, stride=backend.stride,

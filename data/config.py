@@ -2,7 +2,7 @@
 
 Keys of a data YAML:
 
-    path: ../datasets/coco      # folder of the data, relative to this file; its own folder if absent
+    path: ../datasets/coco      # folder of the data, relative to this file; absent: its own folder
     train: images/train         # a folder, a .txt list of images, or several of them (YOLO);
     val: images/val             #   a .json (COCO); a folder of .xml or an ImageSets list (VOC)
     test: images/test           # may be absent
@@ -37,7 +37,7 @@ __all__ = ["DataConfig", "DownloadSource", "load_data_config"]
 LOGGER = logging.getLogger("yoke.data")
 ROOT = Path(__file__).resolve().parents[1]
 FORMATS = ("yolo", "coco", "voc")
-ALIASES = {"valid": "val", "validation": "val"}
+ALIASES: dict[str, str] = {"valid": "val", "validation": "val"}
 
 
 def load_data_config(source: str | Path) -> DataConfig:
@@ -231,7 +231,8 @@ def _read_image_folders(value: Any, path: Path, problems: list[str]) -> dict[str
     if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
         problems.append(f"images - got {value!r}, expected a folder, or one per split")
         return {}
-    return {ALIASES.get(key, key): _entry_path(folder, path) for key, folder in value.items()}
+    folders = {str(key): _entry_path(folder, path) for key, folder in value.items()}
+    return {ALIASES.get(split, split): folder for split, folder in folders.items()}
 
 
 def _with_names_of_files(config: DataConfig) -> DataConfig:

@@ -40,9 +40,11 @@ def coco_ground_truth(config: DataConfig, split: str, table: Table, single_class
         table: its images; those that were skipped are left out.
         single_class: if given, the one name that all objects get.
     """
-    images = [
+    images: list[Json] = [
         {"id": int(key), "file_name": path, "height": int(height), "width": int(width)}
-        for key, path, (height, width) in zip(table.image_ids, table.paths, table.sizes, strict=True)
+        for key, path, (height, width) in zip(
+            table.image_ids, table.paths, table.sizes, strict=True
+        )
     ]
     if config.format == "coco":
         document = coco.load(coco.annotation_file(config, split))

@@ -150,7 +150,9 @@ def _holds(file: Path, total: int) -> bool:
         return False
 
 
-def _fill(data: NDArray[np.uint8], offsets: NDArray[np.int64], load: Callable[[int], Image]) -> None:
+def _fill(
+    data: NDArray[np.uint8], offsets: NDArray[np.int64], load: Callable[[int], Image]
+) -> None:
     def copy(index: int) -> None:
         data[offsets[index] : offsets[index + 1]] = load(index).reshape(-1)
 

@@ -32,7 +32,8 @@ Image: TypeAlias = NDArray[np.uint8]
 """An RGB image, (H, W, 3)."""
 
 IMAGE_SUFFIXES = frozenset(
-    ".bmp .gif .jp2 .jpe .jpeg .jpg .mpo .pbm .pgm .png .ppm .tif .tiff .webp".split()
+    {".bmp", ".gif", ".jp2", ".jpe", ".jpeg", ".jpg", ".mpo"}
+    | {".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 )
 _ORIENTATION_TAG = 0x0112
 _DECODE_ERRORS = (

@@ -92,7 +92,7 @@ def _grid(
 
 
 def _start(low: int, high: int, length: int, place: int, count: int) -> int:
-    """Where a picture begins in its cell: outer cells push it inwards, the middle one centres it."""
+    """Where a picture begins: outer cells push it inwards, the middle one centres it."""
     if 2 * place + 1 < count:
         return high - length
     if 2 * place + 1 > count:

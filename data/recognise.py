@@ -68,9 +68,9 @@ def describe_folder(folder: Path) -> dict[str, Any]:
     if "train" in splits and "val" not in splits and "test" in splits:
         splits["val"] = splits["test"]
     document: dict[str, Any] = {"path": ".", **splits}
-    names = _class_list(folder)
-    if names:
-        document["names"] = names
+    classes = _class_list(folder)
+    if classes:
+        document["names"] = classes
     return document
 
 

@@ -1,4 +1,4 @@
-"""Where derived files go, and how they are written: beside the data or in the project, atomically."""
+"""Derived files: where they go, beside the data or in the project, and writing them atomically."""
 
 from __future__ import annotations
 
@@ -49,6 +49,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> bool:
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         with os.fdopen(descriptor, "wb") as file:
             write(file)
+        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except OSError as error:
         LOGGER.info("%s: not cached - %s", path, error.strerror or error)

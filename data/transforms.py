@@ -71,7 +71,9 @@ def resize_to_fit(image: Image, size: tuple[int, int]) -> Image:
     return np.asarray(resized, dtype=np.uint8)
 
 
-def pad_to(image: Image, size: tuple[int, int], original: tuple[int, int]) -> tuple[Image, Letterbox]:
+def pad_to(
+    image: Image, size: tuple[int, int], original: tuple[int, int]
+) -> tuple[Image, Letterbox]:
     """Centre a resized image on a grey ground.
 
     Args:
@@ -81,9 +83,7 @@ def pad_to(image: Image, size: tuple[int, int], original: tuple[int, int]) -> tu
     """
     height, width = image.shape[:2]
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    box = Letterbox(
-        original[0], original[1], height / original[0], width / original[1], top, left
-    )
+    box = Letterbox(original[0], original[1], height / original[0], width / original[1], top, left)
     if (height, width) == tuple(size):
         return image, box
     ground = np.full((size[0], size[1], 3), FILL, dtype=np.uint8)

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from data.config import DataConfig, load_data_config
+from data.config import DataConfig
 from data.dataset import DetectionDataset, build_dataset
 from data.loader import build_loader
-from engine.setup import automatic_batch_size, check_anchors, freeze, recipe
+from engine.setup import automatic_batch_size, check_anchors, freeze, open_data, recipe
 from engine.weights import build_from_flags
 from models.losses import build_criterion
 from models.yolo import DetectionModel
@@ -91,7 +91,7 @@ def prepare(options: Any, folder: Path, device: torch.device, world: World) -> R
     Raises:
         ConfigError, DatasetError, CheckpointError: what a user can mend, before anything is trained.
     """
-    data = load_data_config(options.data, download=options.download)
+    data = open_data(options)
     names = ("item",) if options.single_cls else data.names
     model = build_from_flags(options, names)
     imgsz = parse_imgsz(options.imgsz, model.max_stride)

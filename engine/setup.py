@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from data.config import DataConfig, load_data_config
+from data.download import fetch
 from models.yolo import DetectionModel
 from utils.anchors import anchor_fit, fit_anchors
 from utils.config import load_hyp
@@ -19,6 +21,18 @@ from utils.logger import get_logger
 
 RECIPES = Path(__file__).resolve().parent.parent / "data" / "hyps"
 GOOD_RECALL = 0.98
+
+
+def open_data(options: Any) -> DataConfig:
+    """The data set of `--data`; fetched first if `--download` asks for it.
+
+    Raises:
+        DatasetError: it is not there, or not as it should be.
+    """
+    config = load_data_config(options.data)
+    if options.download:
+        fetch(config)
+    return config
 
 
 def recipe(family: str, hyp: str | None, overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,9 @@
-"""Blocks of YOLO11: cross-stage partial blocks with early outputs, and position-sensitive attention.
+"""Blocks of YOLO11: cross-stage partial blocks with early outputs, and attention over positions.
 
-Sources: CSPNet (arXiv 1911.11929), ELAN (arXiv 2211.04800), scaled dot-product attention (arXiv 1706.03762).
-Letters: B batch, C channels, H height, W width, K heads. Attribute names are those of the published state dicts.
+Sources: CSPNet (arXiv 1911.11929), ELAN (arXiv 2211.04800), scaled dot-product attention (arXiv
+1706.03762).
+Letters: B batch, C channels, H height, W width, K heads. Attribute names are those of the published
+state dicts.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ SIZES_WITH_C3K = ("m", "l", "x")
 
 @register(stacked)
 class C2f(nn.Module):
-    """Splits its input, runs one half through a chain of bottlenecks and keeps every output of the chain."""
+    """Splits its input, runs one half through a chain of bottlenecks, keeps every output of it."""
 
     def __init__(
         self,
@@ -114,7 +116,7 @@ class C3k2(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over all positions of a map, with a depthwise convolution of the values for position.
+    """Self-attention over all positions; a depthwise convolution of the values adds the place.
 
     Args:
         channels: C, a multiple of `num_heads`.

@@ -1,10 +1,13 @@
-"""Blocks of YOLOv9: generalised efficient layer aggregation (GELAN) and its reversible branch's links.
+"""Blocks of YOLOv9: generalised efficient layer aggregation (GELAN), links of the auxiliary branch.
 
-Sources: YOLOv9 (Wang et al., arXiv 2402.13616) for GELAN and the auxiliary branch, ELAN (arXiv 2211.04800),
-RepVGG (arXiv 2101.03697) for re-parameterization, CBNet (arXiv 1909.03625) for composite links.
-Letters: B batch, C channels, H height, W width. Attribute names are those of the published state dicts.
+Sources: YOLOv9 (Wang et al., arXiv 2402.13616) for GELAN and the auxiliary branch, ELAN (arXiv
+2211.04800), RepVGG (arXiv 2101.03697) for re-parameterization, CBNet (arXiv 1909.03625) for
+composite links.
+Letters: B batch, C channels, H height, W width. Attribute names are those of the published state
+dicts.
 
-`width_multiple` scales the output channels of a row; the inner widths are taken as they are written.
+`width_multiple` scales the output channels of a row; the inner widths are taken as they are
+written.
 """
 
 from __future__ import annotations
@@ -82,9 +85,14 @@ class RepConvN(nn.Module):
             bias += pointwise_bias
         spatial = self.conv1.conv
         self.conv = nn.Conv2d(
-            spatial.in_channels, spatial.out_channels, spatial.kernel_size, spatial.stride,
-            spatial.padding, groups=spatial.groups, device="meta",
-        )  # fmt: skip
+            spatial.in_channels,
+            spatial.out_channels,
+            weight.shape[-1],
+            spatial.stride[0],
+            margin,
+            groups=spatial.groups,
+            device="meta",
+        )
         self.conv.weight, self.conv.bias = nn.Parameter(weight), nn.Parameter(bias)
         self.conv1 = self.conv2 = None
 
@@ -97,13 +105,19 @@ def _folded(branch: Conv) -> tuple[Tensor, Tensor]:
         return conv.weight.detach().clone(), bias.detach().clone()
     assert norm.running_mean is not None and norm.running_var is not None
     weight, bias = fuse_conv_bn_weights(
-        conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+        conv.weight,
+        conv.bias,
+        norm.running_mean,
+        norm.running_var,
+        norm.eps,
+        norm.weight,
+        norm.bias,
     )
     return weight.detach(), bias.detach()
 
 
 class RepNBottleneck(nn.Module):
-    """A re-parameterizable 3x3 and a plain 3x3 convolution with a residual where the widths agree."""
+    """A re-parameterizable and a plain 3x3 convolution, a residual where the widths agree."""
 
     def __init__(
         self,
@@ -188,7 +202,9 @@ def _csp_stage(in_channels: int, out_channels: int, repeats: int) -> nn.Sequenti
 
 def _half(channels: int) -> int:
     if channels % 2:
-        raise LayerError(f"got {channels} channels, which are to be halved, expected an even number")
+        raise LayerError(
+            f"got {channels} channels, which are to be halved, expected an even number"
+        )
     return channels // 2
 
 
@@ -211,7 +227,7 @@ class ELAN1(nn.Module):
 
 @register(convolution)
 class AConv(nn.Module):
-    """Halves the size: 2x2 average at stride 1 against aliasing, then a 3x3 convolution at stride 2."""
+    """Halves the size: 2x2 average against aliasing, then a 3x3 convolution at stride 2."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -254,9 +270,7 @@ class SPPELAN(nn.Module):
         return self.cv5(torch.cat(maps, 1))
 
 
-def _composite_outputs(
-    in_channels: Sequence[Any], args: Sequence[Any], scaling: Scaling
-) -> Plan:
+def _composite_outputs(in_channels: Sequence[Any], args: Sequence[Any], scaling: Scaling) -> Plan:
     """`[[c0, c1, ...], ...]`: several maps that stay together in the row's one slot."""
     widths = first_argument(args)
     if not isinstance(widths, (list, tuple)) or not widths:
@@ -267,7 +281,7 @@ def _composite_outputs(
 
 @register(_composite_outputs)
 class CBLinear(nn.Module):
-    """A 1x1 convolution split into several maps, one for each level of the branch that takes them."""
+    """A 1x1 convolution split into several maps, one for each level that takes them."""
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
 """A model from somebody's weights file: the architecture from the file or from a YAML, the numbers from the file.
 
-`load_weights` takes our own checkpoints and everybody else's; `load_backbone_weights` gives only the backbone its numbers;
+`load_weights` takes our own checkpoints and everybody else's;
 `dual_to_single` turns the weights of a YOLOv9 with an auxiliary branch into those of the network without it.
 """
 
@@ -20,7 +20,6 @@ from utils.errors import CheckpointError, ConfigError
 
 # The main branch of a dual head under the names it has in the single head; the auxiliary one is left out.
 MAIN_BRANCH = {"cv4": "cv2", "cv5": "cv3", "dfl2": "dfl"}
-BACKBONE_PREFIXES = ("", "backbone.", "model.", "model.backbone.", "features.", "encoder.")
 
 
 class Loaded(NamedTuple):
@@ -31,7 +30,10 @@ class Loaded(NamedTuple):
 
 
 def load_weights(
-    path: str | Path, *, cfg: str | Path | Mapping[str, Any] | None = None, num_classes: int | None = None
+    path: str | Path,
+    *,
+    cfg: str | Path | Mapping[str, Any] | None = None,
+    num_classes: int | None = None,
 ) -> Loaded:
     """Build the model that a weights file belongs to, in eval mode on the CPU.
 
@@ -57,7 +59,10 @@ def load_weights(
 
 
 def _build_for(
-    path: str | Path, weights: ForeignWeights, cfg: str | Path | Mapping[str, Any] | None, num_classes: int | None
+    path: str | Path,
+    weights: ForeignWeights,
+    cfg: str | Path | Mapping[str, Any] | None,
+    num_classes: int | None,
 ) -> DetectionModel:
     """The network for `weights`, with their class names where the counts agree."""
     config = cfg if cfg is not None else weights.config
@@ -70,57 +75,12 @@ def _build_for(
         if cfg is not None:
             raise
         first = str(error).partition("\n")[0]
-        raise CheckpointError(f"{path}: its own model YAML cannot be built - {first} Give --cfg.") from error
+        raise CheckpointError(
+            f"{path}: its own model YAML cannot be built - {first} Give --cfg."
+        ) from error
     if weights.names and len(weights.names) == model.head.num_classes:
         model.names = weights.names
     return model
-
-
-def load_backbone_weights(model: DetectionModel, path: str | Path) -> TransferReport:
-    """Give only the backbone of `model` the numbers of a file; neck and head stay as they are.
-
-    The file may hold a backbone alone, with or without a prefix and with names flattened as timm does
-    (`stages.0` or `stages_0`), a classifier, whose last layer is left out, or a whole detector.
-
-    Raises:
-        CheckpointError: the file cannot be read, or nothing in it fits the backbone.
-    """
-    state = read_weights(path).state
-    rows = [number for number, row in enumerate(model.rows) if row.section == "backbone"]
-    backbone = nn.ModuleDict({"model": nn.ModuleDict({str(n): model.model[n] for n in rows})})
-    maps = [n for n in rows if model.rows[n].map_slots is not None]
-    if any(ROW.match(key) for key in state) and not maps:
-        return transfer(backbone, state)
-    candidates = [(backbone, state)] if any(ROW.match(key) for key in state) else []
-    for number in maps:
-        for prefix in BACKBONE_PREFIXES:
-            candidates.append((model.model[number], _renamed(model.model[number], state, prefix)))
-    if not candidates:
-        raise CheckpointError(f"{path}: the model's backbone is made of rows, the weights have none. Use --weights.")
-    best = max(candidates, key=lambda item: _fitting(*item))
-    return transfer(*best)
-
-
-def _renamed(module: nn.Module, state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors of `state` under `prefix`, under the key of `module` that differs only in dots and underscores."""
-    own = {_flat(key): key for key in module.state_dict()}
-    endings = {flat: key for flat, key in own.items()}
-    found = {}
-    for key, value in state.items():
-        if key.startswith(prefix):
-            flat = _flat(key[len(prefix) :])
-            found[endings.get(flat, key)] = value
-    return found
-
-
-def _flat(key: str) -> str:
-    return key.replace(".", "_")
-
-
-def _fitting(module: nn.Module, state: Mapping[str, Tensor]) -> int:
-    """How many tensors of `module` have one of the same name and shape in `state`."""
-    own = module.state_dict()
-    return sum(key in state and state[key].shape == value.shape for key, value in own.items())
 
 
 def dual_to_single(state: Mapping[str, Tensor], single: nn.Module) -> dict[str, Tensor]:
@@ -138,7 +98,9 @@ def dual_to_single(state: Mapping[str, Tensor], single: nn.Module) -> dict[str, 
     """
     heads = _dual_heads(state)
     if not heads:
-        raise CheckpointError("weights: have no auxiliary branch - expected a dual head with cv2 to cv5.")
+        raise CheckpointError(
+            "weights: have no auxiliary branch - expected a dual head with cv2 to cv5."
+        )
     main = {}
     for key, value in state.items():
         row, part = _row_and_part(key)
@@ -148,7 +110,9 @@ def dual_to_single(state: Mapping[str, Tensor], single: nn.Module) -> dict[str, 
             main[key.replace(f".{part}.", f".{MAIN_BRANCH[part]}.", 1)] = value
     target = {key: tuple(value.shape) for key, value in single.state_dict().items()}
     sources, _ = match_keys({key: tuple(value.shape) for key, value in main.items()}, target)
-    unmatched = [k for k, shape in target.items() if k not in sources or main[sources[k]].shape != shape]
+    unmatched = [
+        k for k, shape in target.items() if k not in sources or main[sources[k]].shape != shape
+    ]
     if unmatched:
         raise CheckpointError(
             f"weights: {len(unmatched)} tensors of the single form have no counterpart, first {unmatched[0]} "

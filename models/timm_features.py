@@ -26,7 +26,7 @@ class Tap(NamedTuple):
 
     Attributes:
         channels: its width.
-        stride: the power of two nearest to image size / map size.
+        stride: the power of two nearest to the reduction that timm states.
         is_exact: whether the map has just the size that `stride` says; if not it is resized.
     """
 
@@ -42,6 +42,7 @@ class FeaturePlan(NamedTuple):
         options: keyword arguments of `timm.create_model`, without `out_indices`.
         indices: `out_indices`.
         taps: the maps it then returns.
+        kept: stride -> position in `taps`; of two maps with one stride the later, none of stride 1.
         is_channels_last: the maps are (B, H, W, C).
         any_size: other image sizes than the planned one work too.
         unused: names of parameters that no map depends on.
@@ -50,6 +51,7 @@ class FeaturePlan(NamedTuple):
     options: dict[str, Any]
     indices: tuple[int, ...]
     taps: tuple[Tap, ...]
+    kept: dict[int, int]
     is_channels_last: bool
     any_size: bool
     unused: frozenset[str]
@@ -89,17 +91,19 @@ def plan_features(name: str, imgsz: tuple[int, int], options: dict[str, Any]) ->
     """Find out how `name` gives features for images of `imgsz`; `options` are the user's and stand above ours.
 
     Raises:
-        LayerError: no way works; the reason of the first is given.
+        LayerError: no way works; the reason of the most telling one is given.
     """
-    reasons: list[str] = []
+    reasons: dict[str, str] = {}
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         for candidate in _candidates(name, imgsz):
             try:
                 return _try_plan(name, imgsz, {**candidate, **options})
             except REFUSALS as error:
-                reasons.append(" ".join(str(error).split()) or type(error).__name__)
+                reasons[" ".join(candidate)] = " ".join(str(error).split()) or type(error).__name__
+    takes_size = "unexpected keyword" not in reasons["img_size"]
+    reason = reasons["img_size" if takes_size else ""]
     raise LayerError(
-        f"timm cannot give features of {name!r} at {imgsz[0]}x{imgsz[1]} - {reasons[-1][:200]}. "
+        f"timm cannot give features of {name!r} at {imgsz[0]}x{imgsz[1]} - {reason[:200]}. "
         "Choose another size or model, or other options."
     )
 
@@ -137,14 +141,22 @@ def _try_plan(name: str, imgsz: tuple[int, int], options: dict[str, Any]) -> Fea
         net = create(name, {**options, "out_indices": indices})
         maps = _run(net, imgsz)
     is_channels_last = str(getattr(net, "output_fmt", "NCHW")).endswith("NHWC")
-    taps = tuple(_tap(m, imgsz, is_channels_last) for m in maps)
+    strides = [power_of_two(float(r)) for r in net.feature_info.reduction()]
+    taps = tuple(_tap(m, s, imgsz, is_channels_last) for m, s in zip(maps, strides, strict=True))
+    kept = {tap.stride: i for i, tap in enumerate(taps) if tap.stride > 1}  # of two with one stride the later
     any_size = _works(net, (imgsz[0] + 32, imgsz[1] + 64))
-    return FeaturePlan(options, indices, taps, is_channels_last, any_size, frozenset(_unused(net, imgsz)))
+    unused = frozenset(_unused(net, imgsz, list(kept.values())))
+    return FeaturePlan(options, indices, taps, kept, is_channels_last, any_size, unused)
+
+
+def power_of_two(stride: float) -> int:
+    """The power of two nearest to `stride`: 14 -> 16."""
+    return 2 ** round(math.log2(stride))
 
 
 def _last_of_each_stride(info: Any) -> tuple[int, ...]:
     """Stages to take: the last of each stride, none of stride 1."""
-    last = {int(stage["reduction"]): i for i, stage in enumerate(info.info)}
+    last = {power_of_two(stage["reduction"]): i for i, stage in enumerate(info.info)}
     return tuple(sorted(i for stride, i in last.items() if stride > 1))
 
 
@@ -162,20 +174,19 @@ def _works(net: nn.Module, imgsz: tuple[int, int]) -> bool:
         return False
 
 
-def _tap(tap_map: Tensor, imgsz: tuple[int, int], is_channels_last: bool) -> Tap:
+def _tap(tap_map: Tensor, stride: int, imgsz: tuple[int, int], is_channels_last: bool) -> Tap:
     if tap_map.ndim != 4:
         raise ValueError(f"a feature has shape {tuple(tap_map.shape)}, expected a map with height and width")
     channels, height, width = tap_map.shape[1:]
     if is_channels_last:
         height, width, channels = tap_map.shape[1:]
-    stride = 2 ** round(math.log2(imgsz[0] / height))
     is_exact = (height, width) == (-(-imgsz[0] // stride), -(-imgsz[1] // stride))
     return Tap(int(channels), stride, is_exact)
 
 
-def _unused(net: nn.Module, imgsz: tuple[int, int]) -> list[str]:
-    """Names of parameters without a gradient after a backward pass from all maps, in training mode."""
+def _unused(net: nn.Module, imgsz: tuple[int, int], kept: list[int]) -> list[str]:
+    """Names of parameters without a gradient after a backward pass from the maps `kept`, in training mode."""
     net.train()
-    total = sum((m.sum() for m in net(torch.empty(2, 3, *imgsz))), torch.zeros(()))
-    total.backward()
+    maps = net(torch.empty(2, 3, *imgsz))
+    sum((maps[i].sum() for i in kept), torch.zeros(())).backward()
     return [name for name, parameter in net.named_parameters() if parameter.grad is None]

@@ -1,6 +1,6 @@
 """Files of tensors as other projects write them: torch's zip and legacy formats, and safetensors.
 
-`open_file` gives what is inside as plain data in which every tensor is a `TensorRef`, a description;
+`open_file` gives what is inside as plain data in which every tensor is a `TensorRef`, a description, and
 `TensorFile.tensor` makes the tensor. No number of a file is believed: storages are measured against the
 bytes that are there, shapes and strides against their storage, and no more memory is taken than a small
 multiple of the file's size.
@@ -72,10 +72,11 @@ class TensorFile:
         self._budget = GROWTH * size + SLACK
 
     def tensor(self, reference: TensorRef) -> Tensor:
-        """The tensor that `reference` describes; floating types narrower or wider than float32 become float32.
+        """The tensor that `reference` describes; every floating type becomes float32.
 
         Raises:
-            CheckpointError: it reaches beyond its storage, or the file asks for more memory than its size justifies.
+            CheckpointError: it reaches beyond its storage, or the file asks for more memory than its size
+                justifies.
         """
         made = self._made.get(reference.identity())
         if made is None:
@@ -87,9 +88,10 @@ class TensorFile:
         if key not in self._storages:
             self._storages[key] = bytearray(self._read(key))
         buffer = self._storages[key]
-        if len(buffer) < reference.storage.nbytes:
+        expected = reference.storage.nbytes
+        if len(buffer) < expected:
             raise PickleError(
-                f"damaged: storage {shown(key)} has {len(buffer)} bytes, expected {reference.storage.nbytes}"
+                f"damaged: storage {shown(key)} has {len(buffer)} bytes, expected {expected}"
             )
         count = math.prod(reference.size)
         wide = reference.dtype.is_floating_point
@@ -250,9 +252,8 @@ def _read_safetensors(path: Path, stream: BinaryIO, size: int) -> TensorFile:
     try:
         with safe_open(path, framework="pt") as opened:
             metadata = opened.metadata() or {}
-            content: dict[str, Any] = {
-                key: _widened(opened.get_tensor(key)) for key in opened.keys()
-            }  # noqa: SIM118
+            keys = list(opened.keys())
+            content: dict[str, Any] = {key: _widened(opened.get_tensor(key)) for key in keys}
     except (SafetensorError, ValueError, KeyError, RuntimeError, OSError) as error:
         raise PickleError(f"damaged: not a whole safetensors file ({shown(error)})") from None
     for key in ("config", "names"):

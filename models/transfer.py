@@ -53,10 +53,16 @@ class TransferReport:
         """The report in one line, and one more for each kind of tensor that was left out."""
         total = len(self.transferred) + len(self.missing) + len(self.mismatched)
         share = 100 * self.parameters[0] / max(self.parameters[1], 1)
-        lines = [f"transferred {len(self.transferred)} of {total} tensors ({share:.1f}% of the numbers)"]
+        lines = [
+            f"transferred {len(self.transferred)} of {total} tensors ({share:.1f}% of the numbers)"
+        ]
         if self.moved:
-            pairs = ", ".join(f"{old} to {new}" for new, old in list(self.moved.items())[:MAX_GROUPS])
-            more = f" and {len(self.moved) - MAX_GROUPS} more" if len(self.moved) > MAX_GROUPS else ""
+            pairs = ", ".join(
+                f"{old} to {new}" for new, old in list(self.moved.items())[:MAX_GROUPS]
+            )
+            more = (
+                f" and {len(self.moved) - MAX_GROUPS} more" if len(self.moved) > MAX_GROUPS else ""
+            )
             lines.append(f"rows by position: {pairs}{more}")
         if self.partial:
             lines.append(f"without class rows {len(self.partial)}: {_by_prefix(self.partial)}")
@@ -73,7 +79,11 @@ class TransferReport:
 
 
 def transfer(
-    model: nn.Module, state: Mapping[str, Tensor], *, num_anchors: int | None = None, allow_empty: bool = False
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    num_anchors: int | None = None,
+    allow_empty: bool = False,
 ) -> TransferReport:
     """Copy into `model` every tensor of `state` that belongs there.
 
@@ -108,7 +118,13 @@ def transfer(
     unused = tuple(key for key in state if key not in used)
     total = sum(value.numel() for value in target.values())
     report = TransferReport(
-        tuple(transferred), tuple(partial), tuple(missing), tuple(mismatched), unused, moved, (count, total)
+        tuple(transferred),
+        tuple(partial),
+        tuple(missing),
+        tuple(mismatched),
+        unused,
+        moved,
+        (count, total),
     )
     if count == 0 and not allow_empty:
         raise CheckpointError(

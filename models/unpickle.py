@@ -1,12 +1,14 @@
 """Pickle streams as plain data: an interpreter that can call nothing.
 
-`pickletools.genops` splits a stream into opcodes without acting on them; this file gives the opcodes a meaning. A name that
-a stream mentions is never looked up and never imported. It becomes a `Name`, an object of it becomes a `Stub` (its name, its
-arguments, its state), and the few names in `models/unpickle_names.py` are rebuilt by code of ours into containers, numbers
-and `TensorRef`s, which only describe a tensor. Names of the standard library, and calls of functions, are refused.
+`pickletools.genops` splits a stream into opcodes without acting on them; this file gives the opcodes a
+meaning. A name that a stream mentions is never looked up and never imported. It becomes a `Name`, an
+object of it becomes a `Stub` (its name, its arguments, its state), and the few names of
+`models/unpickle_names.py` are rebuilt by code of ours into containers, numbers and `TensorRef`s, which
+only describe a tensor. Names of the standard library, and calls of functions, are refused.
 
-The work is bounded: at most `MAX_OPCODES` opcodes, at most `MAX_COPIED` bytes copied by calls (a few opcodes could ask for the
-same large list a million times), nothing is allocated by a number that the stream merely states, and nothing here recurses.
+The work is bounded: at most `MAX_OPCODES` opcodes, at most `MAX_COPIED` bytes copied by calls (a few
+opcodes could ask for the same large list a million times), nothing is allocated by a number that the
+stream merely states, and nothing here recurses.
 """
 
 from __future__ import annotations
@@ -177,7 +179,7 @@ class Interpreter:
         """The object that the stream describes; `stream` is left behind its STOP.
 
         Raises:
-            PickleError: the stream is damaged, too long, or asks for something that is not plain data.
+            PickleError: the stream is damaged, too long, or asks for more than plain data.
         """
         self.stack, self.memo = [], {}
         try:
@@ -267,39 +269,12 @@ class Interpreter:
         return Stub(dotted, args)
 
     def create(self, what: Any, args: Any) -> Any:
-        """What creating an object of the class `what` gives; unlike `call`, its name may be in lower case."""
+        """What an object of the class `what` gives; unlike in `call`, its name may be lower case."""
         if isinstance(what, Name) and isinstance(args, tuple) and str(what) not in self.rebuild:
             return Stub(str(what), args)
         return self.call(what, args)
 
-    # One method per opcode, or per group of opcodes that differ in where their operands come from.
-
-    def _mark(self, _: Any) -> None:
-        self.stack.append(MARK)
-
-    def _drop(self, _: Any) -> None:
-        self.stack.pop()
-
-    def _drop_mark(self, _: Any) -> None:
-        self._pop_mark()
-
-    def _duplicate(self, _: Any) -> None:
-        self.stack.append(self.stack[-1])
-
-    def _new_list(self, _: Any) -> None:
-        self.stack.append([])
-
-    def _new_dict(self, _: Any) -> None:
-        self.stack.append({})
-
-    def _new_tuple(self, _: Any) -> None:
-        self.stack.append(())
-
-    def _list(self, _: Any) -> None:
-        self.stack.append(self._pop_mark())
-
-    def _tuple(self, _: Any) -> None:
-        self.stack.append(tuple(self._pop_mark()))
+    # What the opcodes do; those of one line stand in HANDLERS.
 
     def _tuple_of(self, count: int) -> None:
         if len(self.stack) < count:
@@ -314,12 +289,6 @@ class Interpreter:
         self.stack.append({})
         self._store_all(items)
 
-    def _append(self, _: Any) -> None:
-        self._extend([self._pop()])
-
-    def _appends(self, _: Any) -> None:
-        self._extend(self._pop_mark())
-
     def _extend(self, items: list[Any]) -> None:
         target = self.stack[-1]
         if isinstance(target, list):
@@ -332,9 +301,6 @@ class Interpreter:
     def _set_item(self, _: Any) -> None:
         value = self._pop()
         self._store_all([self._pop(), value])
-
-    def _set_items(self, _: Any) -> None:
-        self._store_all(self._pop_mark())
 
     def _store_all(self, items: list[Any]) -> None:
         target = self.stack[-1]
@@ -405,32 +371,30 @@ class Interpreter:
     def _persistent_text(self, arg: str) -> None:
         raise PickleError(f"damaged: persistent id {shown(arg)!r} is text, expected a storage")
 
-    def _persistent(self, _: Any) -> None:
-        self.stack.append(self.persistent(self._pop()))
 
 
 Handler = Callable[[Interpreter, Any], None]
 HANDLERS: dict[str, Handler] = {
-    "MARK": Interpreter._mark,
-    "POP": Interpreter._drop,
-    "POP_MARK": Interpreter._drop_mark,
-    "DUP": Interpreter._duplicate,
-    "EMPTY_LIST": Interpreter._new_list,
-    "EMPTY_DICT": Interpreter._new_dict,
-    "EMPTY_TUPLE": Interpreter._new_tuple,
-    "EMPTY_SET": Interpreter._new_list,  # sets are kept as lists: nothing has to be hashed
-    "LIST": Interpreter._list,
-    "FROZENSET": Interpreter._list,
-    "TUPLE": Interpreter._tuple,
+    "MARK": lambda self, _: self.stack.append(MARK),
+    "POP": lambda self, _: self.stack.pop(),
+    "POP_MARK": lambda self, _: self._pop_mark(),
+    "DUP": lambda self, _: self.stack.append(self.stack[-1]),
+    "EMPTY_LIST": lambda self, _: self.stack.append([]),
+    "EMPTY_DICT": lambda self, _: self.stack.append({}),
+    "EMPTY_TUPLE": lambda self, _: self.stack.append(()),
+    "EMPTY_SET": lambda self, _: self.stack.append([]),  # sets are kept as lists: nothing has to be hashed
+    "LIST": lambda self, _: self.stack.append(self._pop_mark()),
+    "FROZENSET": lambda self, _: self.stack.append(self._pop_mark()),
+    "TUPLE": lambda self, _: self.stack.append(tuple(self._pop_mark())),
     "TUPLE1": lambda self, _: self._tuple_of(1),
     "TUPLE2": lambda self, _: self._tuple_of(2),
     "TUPLE3": lambda self, _: self._tuple_of(3),
     "DICT": Interpreter._dict,
-    "APPEND": Interpreter._append,
-    "APPENDS": Interpreter._appends,
-    "ADDITEMS": Interpreter._appends,
+    "APPEND": lambda self, _: self._extend([self._pop()]),
+    "APPENDS": lambda self, _: self._extend(self._pop_mark()),
+    "ADDITEMS": lambda self, _: self._extend(self._pop_mark()),
     "SETITEM": Interpreter._set_item,
-    "SETITEMS": Interpreter._set_items,
+    "SETITEMS": lambda self, _: self._store_all(self._pop_mark()),
     "GET": Interpreter._get,
     "BINGET": Interpreter._get,
     "LONG_BINGET": Interpreter._get,
@@ -447,5 +411,5 @@ HANDLERS: dict[str, Handler] = {
     "OBJ": Interpreter._object,
     "BUILD": Interpreter._build,
     "PERSID": Interpreter._persistent_text,
-    "BINPERSID": Interpreter._persistent,
+    "BINPERSID": lambda self, _: self.stack.append(self.persistent(self._pop())),
 }

@@ -1,13 +1,15 @@
 """The names that a weights file may mention, and what code of ours makes of each.
 
-Tensors become `TensorRef`s: descriptions, every number of which is checked against the storage. Containers become dicts, lists
-and tuples, NumPy scalars become numbers. Whatever is not in these tables is a stub or is refused (`models/unpickle.py`).
+Tensors become `TensorRef`s: descriptions, every number of which is checked against the storage.
+Containers become dicts, lists and tuples, NumPy scalars become numbers. Whatever is not in these tables
+is a stub or is refused (`models/unpickle.py`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,11 +32,12 @@ STORAGE_TYPES = {
     "ComplexFloat": torch.complex64,
     "ComplexDouble": torch.complex128,
 }
-DTYPES = (
-    "float16 float32 float64 half float double bfloat16 uint8 int8 int16 int32 int64 short int long bool"
-).split()
-DTYPES += ["complex64", "complex128", "uint16", "uint32", "uint64"]
-DTYPES += ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"]
+DTYPES = [
+    *("half", "float", "double", "short", "int", "long", "bool", "complex64", "complex128"),
+    *("float16", "float32", "float64", "bfloat16", "float8_e4m3fn", "float8_e5m2"),
+    *("float8_e4m3fnuz", "float8_e5m2fnuz", "int8", "int16", "int32", "int64"),
+    *("uint8", "uint16", "uint32", "uint64"),
+]
 NUMPY_TYPES = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "c16")
 
 
@@ -78,11 +81,11 @@ class NumpyType(NamedTuple):
 
 
 class NumpyArray:
-    """A NumPy array whose numbers arrive with its state."""
+    """A NumPy array whose numbers arrive with its state; what it is made with says nothing."""
 
     __slots__ = ("value",)
 
-    def __init__(self) -> None:
+    def __init__(self, _: tuple[Any, ...] = ()) -> None:
         self.value: np.ndarray[Any, Any] | None = None
 
 
@@ -150,7 +153,7 @@ def _integers(value: Any, what: str) -> tuple[int, ...]:
 
 
 def _tensor(args: tuple[Any, ...], dtype: torch.dtype | None = None) -> TensorRef:
-    """`(storage, offset, size, stride, ...)` as a reference, every number checked against the storage."""
+    """`(storage, offset, size, stride, ...)` as a reference that stays inside the storage."""
     if len(args) < 4 or not isinstance(args[0], StorageRef):
         raise PickleError("damaged: a tensor without a storage")
     storage = args[0]
@@ -193,7 +196,7 @@ def _subclass_tensor(args: tuple[Any, ...]) -> TensorRef:
 
 
 def _numpy_type(args: tuple[Any, ...]) -> NumpyType:
-    """A numeric dtype such as `f8`, byte order apart; any other has no text, and its arrays no value."""
+    """A numeric dtype such as `f8`, byte order apart; any other has no text, its arrays no value."""
     text = args[0] if args else None
     return NumpyType(text if text in NUMPY_TYPES else "")
 
@@ -203,17 +206,19 @@ def _from_buffer(kind: Any, data: Any) -> np.ndarray[Any, Any]:
     if not isinstance(kind, NumpyType) or not isinstance(data, (bytes, str)):
         raise PickleError("damaged: a NumPy array without numbers")
     raw = data.encode("latin-1") if isinstance(data, str) else data
-    if not kind.text:
-        raise PickleError("refused: a NumPy value that is no number")
     return np.frombuffer(raw, dtype=np.dtype(kind.text).newbyteorder("<"))
 
 
 def _numpy_scalar(args: tuple[Any, ...]) -> Any:
-    """A NumPy scalar as a Python number."""
-    values = _from_buffer(*args) if len(args) == 2 else ()
-    if len(values) != 1:
+    """A NumPy scalar as a Python number; text and dates stay stubs."""
+    if len(args) != 2:
+        raise PickleError("damaged: a NumPy scalar without its value")
+    if args[0] == NumpyType(""):
+        return Stub("numpy.scalar", args)
+    values = _from_buffer(args[0], args[1])
+    if values.size != 1:
         raise PickleError("damaged: a NumPy scalar without its number")
-    return values[0].item()
+    return values.item()
 
 
 def update(target: Any, state: Any) -> None:
@@ -271,27 +276,19 @@ REBUILD: dict[str, Callable[[tuple[Any, ...]], Any]] = {
     **{f"numpy.{c}.multiarray._reconstruct": lambda _: NumpyArray() for c in ("core", "_core")},
 }
 # Classes of the standard library that hold plain values: objects of them are stubs.
+PATHS = ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")
 PLAIN_CLASSES = {
     "argparse": ("Namespace",),
     "builtins": ("object", "slice", "range", "complex"),
     "__builtin__": ("object", "slice", "xrange", "complex"),
     "datetime": ("datetime", "date", "timedelta", "timezone"),
-    "pathlib": ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath"),
-    "pathlib._local": (
-        "Path",
-        "PosixPath",
-        "WindowsPath",
-        "PurePath",
-        "PurePosixPath",
-        "PureWindowsPath",
-    ),
+    "pathlib": PATHS,
+    "pathlib._local": PATHS,
     "types": ("SimpleNamespace",),
 }
-REBUILD |= {
-    f"{module}.{name}": (lambda args, dotted=f"{module}.{name}": Stub(dotted, args))
-    for module, names in PLAIN_CLASSES.items()
-    for name in names
-}
+for _module, _names in PLAIN_CLASSES.items():
+    for _dotted in (f"{_module}.{_name}" for _name in _names):
+        REBUILD[_dotted] = partial(Stub, _dotted)
 VALUES: dict[str, Any] = {
     f"torch.{name}": getattr(torch, name) for name in DTYPES if hasattr(torch, name)
 }

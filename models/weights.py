@@ -14,19 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.torch_file import TensorFile, open_file
-from models.transfer import TransferReport, transfer
+from models.transfer import ROW, TransferReport, transfer
 from models.unpickle import PickleError, Stub, shown
 from models.unpickle_names import NumpyArray, TensorRef
+from utils.errors import CheckpointError
 
-__all__ = ["ForeignWeights", "TransferReport", "read_weights", "transfer"]
+__all__ = ["ForeignWeights", "TransferReport", "load_backbone_weights", "read_weights", "transfer"]
 
 AVERAGED = ("ema", "model_ema", "ema_model", "state_dict_ema", "ema_state_dict", "net_E")
 RAW = ("model", "state_dict", "model_state_dict", "net", "network", "weights", "params", "module")
 WRAPPERS = ("module.", "_orig_mod.", "model.model.")
 BOOKKEEPING = ("n_averaged", "num_updates", "decay")
+BACKBONE_PREFIXES = ("", "backbone.", "model.", "model.backbone.", "features.", "encoder.")
 MAX_DEPTH = 64
 MAX_VISITS = 200_000
 MAX_WRAPPING = 5
@@ -67,6 +69,7 @@ def read_weights(path: str | Path) -> ForeignWeights:
         if found is None:
             raise PickleError("has no tensors. Expected a checkpoint, a module or a state dict")
         source, holder = found
+        source = source or ("module" if isinstance(holder, Stub) else "")
         state = _clean({key: _tensor(file, value) for key, value in _flatten(holder)})
         places = _places(file.content, holder)
         config = _config(places)
@@ -77,20 +80,22 @@ def read_weights(path: str | Path) -> ForeignWeights:
 
 
 def _is_tensor(value: Any) -> bool:
-    return isinstance(value, (TensorRef, Tensor)) or (isinstance(value, NumpyArray) and value.value is not None)
+    return isinstance(value, (TensorRef, Tensor)) or (
+        isinstance(value, NumpyArray) and value.value is not None
+    )
 
 
 def _find(content: Any, depth: int = 0) -> tuple[str, Any] | None:
     """Where the weights are: (keys on the way, state dict or module)."""
     if isinstance(content, Stub):
-        return ("module", content) if next(_flatten(content), None) else None
+        return ("", content) if next(_flatten(content), None) else None
     if not isinstance(content, dict) or depth > MAX_WRAPPING:
         return None
     for key in (*AVERAGED, *RAW):
         if isinstance(content.get(key), (dict, Stub)):
             inner = _find(content[key], depth + 1)
             if inner is not None:
-                return (key if inner[0] in ("module", "") else f"{key}.{inner[0]}"), inner[1]
+                return ".".join(filter(None, (key, inner[0]))), inner[1]
     return ("", content) if next(_flatten(content), None) else None
 
 
@@ -120,7 +125,9 @@ def _flatten(holder: Any) -> Iterator[tuple[str, Any]]:
 
 def _items(value: Any) -> list[tuple[str, Any]]:
     """The items of a dictionary with text keys; nothing for anything else."""
-    return [(k, v) for k, v in value.items() if isinstance(k, str)] if isinstance(value, dict) else []
+    return (
+        [(k, v) for k, v in value.items() if isinstance(k, str)] if isinstance(value, dict) else []
+    )
 
 
 def _tensor(file: TensorFile, value: Any) -> Tensor:
@@ -154,7 +161,9 @@ def _places(content: Any, holder: Any) -> list[dict[Any, Any]]:
     rows = inner.get("model") if isinstance(inner, dict) else None
     if isinstance(rows, Stub):
         modules = _items(rows.attributes().get("_modules"))
-        places += [modules[-1][1].attributes()] if modules and isinstance(modules[-1][1], Stub) else []
+        places += (
+            [modules[-1][1].attributes()] if modules and isinstance(modules[-1][1], Stub) else []
+        )
     return [*places, *([content] if isinstance(content, dict) else [])]
 
 
@@ -186,12 +195,18 @@ class _Plain:
         return value if isinstance(value, (str, int, float)) else None
 
 
-def _names(places: list[dict[Any, Any]], config: Mapping[str, Any] | None) -> tuple[str, ...] | None:
+def _names(
+    places: list[dict[Any, Any]], config: Mapping[str, Any] | None
+) -> tuple[str, ...] | None:
     """Class names, from a list or from a dictionary by index."""
     for value in [*(place.get("names") for place in places), (config or {}).get("names")]:
         if isinstance(value, dict) and set(value) == set(range(len(value))):
             value = [value[index] for index in range(len(value))]
-        if isinstance(value, (list, tuple)) and value and all(isinstance(name, str) for name in value):
+        if (
+            isinstance(value, (list, tuple))
+            and value
+            and all(isinstance(name, str) for name in value)
+        ):
             return tuple(value)
     return None
 
@@ -214,8 +229,15 @@ def _anchors(
 ) -> tuple[tuple[tuple[float, float], ...], ...] | None:
     """Anchors in pixels: the head's buffer (in units of its stride, perhaps refined), else the YAML's."""
     buffer = next((value for key, value in state.items() if key.endswith(".anchors")), None)
-    if buffer is not None and strides and buffer.dim() == 3 and buffer.shape[::2] == (len(strides), 2):
-        pixels = (buffer.float() * torch.tensor(strides, dtype=torch.float32).view(-1, 1, 1)).tolist()
+    if (
+        buffer is not None
+        and strides
+        and buffer.dim() == 3
+        and buffer.shape[::2] == (len(strides), 2)
+    ):
+        pixels = (
+            buffer.float() * torch.tensor(strides, dtype=torch.float32).view(-1, 1, 1)
+        ).tolist()
         return tuple(tuple((w, h) for w, h in level) for level in pixels)
     levels = (config or {}).get("anchors")
     if not isinstance(levels, list) or not levels:
@@ -225,3 +247,52 @@ def _anchors(
     if not all(isinstance(number, (int, float)) for level in levels for number in level):
         return None
     return tuple(tuple(zip(level[::2], level[1::2], strict=True)) for level in levels)
+
+
+def load_backbone_weights(model: Any, path: str | Path) -> TransferReport:
+    """Give only the backbone of a detection model the numbers of a file; neck and head stay as they are.
+
+    The file may hold a backbone alone, with or without a prefix and with names flattened as timm does
+    (`stages.0` or `stages_0`), a classifier, whose last layer is left out, or a whole detector.
+
+    Raises:
+        CheckpointError: the file cannot be read, or nothing in it fits the backbone.
+    """
+    state = read_weights(path).state
+    rows = [number for number, row in enumerate(model.rows) if row.section == "backbone"]
+    backbone = nn.ModuleDict({"model": nn.ModuleDict({str(n): model.model[n] for n in rows})})
+    maps = [n for n in rows if model.rows[n].map_slots is not None]
+    if any(ROW.match(key) for key in state) and not maps:
+        return transfer(backbone, state)
+    candidates = [(backbone, state)] if any(ROW.match(key) for key in state) else []
+    for number in maps:
+        for prefix in BACKBONE_PREFIXES:
+            candidates.append((model.model[number], _renamed(model.model[number], state, prefix)))
+    if not candidates:
+        raise CheckpointError(
+            f"{path}: the model's backbone is made of rows, the weights have none. Use --weights."
+        )
+    best = max(candidates, key=lambda item: _fitting(*item))
+    return transfer(*best)
+
+
+def _renamed(module: nn.Module, state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors of `state` under `prefix`, under the key of `module` that differs only in dots and underscores."""
+    own = {_flat(key): key for key in module.state_dict()}
+    endings = {flat: key for flat, key in own.items()}
+    found = {}
+    for key, value in state.items():
+        if key.startswith(prefix):
+            flat = _flat(key[len(prefix) :])
+            found[endings.get(flat, key)] = value
+    return found
+
+
+def _flat(key: str) -> str:
+    return key.replace(".", "_")
+
+
+def _fitting(module: nn.Module, state: Mapping[str, Tensor]) -> int:
+    """How many tensors of `module` have one of the same name and shape in `state`."""
+    own = module.state_dict()
+    return sum(key in state and state[key].shape == value.shape for key, value in own.items())

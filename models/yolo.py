@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,9 +17,13 @@ from torch import Tensor, nn
 
 from models import common, csp, gelan, hg_blocks, modules, transformer  # noqa: F401  (they register layers)
 from models.build import Row, apply_activation, build_rows
+from models.graft import forget_weights, replace_backbone, row_slots
 from models.heads import ddetect, detect, rtdetr  # noqa: F401
-from models.rows import ModelSpec, parse_spec, read_model_config
+from models.rows import ModelSpec, parse_spec, read_model_config, resolve
+from models.reparam import reparameterize_model
+from models.table import format_table, measure, row_records
 from utils.checkpoint import load_checkpoint
+from utils.config import ArgumentParser, integer, parse_imgsz
 from utils.errors import CheckpointError, ConfigError, nearest, run_cli
 from utils.structures import Decoded, Targets
 
@@ -94,14 +99,68 @@ def build_model(
     names: Sequence[str] | None = None,
     scale: str | None = None,
     imgsz: tuple[int, int] = (640, 640),
+    backbone: Sequence[str] | None = None,
+    allow_code: bool = False,
 ) -> DetectionModel:
-    """Build a model from a YAML (path, bare name such as `yolo11s`, or mapping).
+    """Build a model from a YAML.
+
+    Args:
+        cfg: a path, a bare name such as `yolo11s`, or a mapping.
+        num_classes: instead of the file's `nc`.
+        names: class names.
+        scale: size letter of a file with `scales`.
+        imgsz: size (height, width) that shapes are worked out for, and fixed-size backbones are made for.
+        backbone: `["convnext_tiny", "pretrained=true"]` replaces the backbone rows.
+        allow_code: whether files that the YAML imports may run.
 
     Raises:
         ConfigError: with every problem of the file, one line each.
     """
     file, config, lines = read_model_config(cfg, num_classes=num_classes, scale=scale)
-    return parse_model(parse_spec(file, config, lines), names=names, imgsz=imgsz)
+    if backbone:
+        config, lines = _with_backbone(file, config, lines, backbone), {}
+    spec = parse_spec(file, config, lines)
+    _import_code(spec, allow_code)
+    return parse_model(spec, names=names, imgsz=imgsz)
+
+
+def _with_backbone(
+    file: str, config: Mapping[str, Any], lines: Mapping[str, Sequence[int]], words: Sequence[str]
+) -> dict[str, Any]:
+    """The config with another backbone; what the rows' slots mean comes from the model as it was."""
+    spec = parse_spec(file, forget_weights(config), lines)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        _, rows = build_rows(spec, (256, 256))
+    return replace_backbone(config, words[0], parse_options(words[1:]), row_slots(rows))
+
+
+def parse_options(words: Sequence[str]) -> dict[str, Any]:
+    """`["factor=0.5", "pretrained=true"]` as a mapping; values are literals, nothing is evaluated.
+
+    Raises:
+        ConfigError: a word without `=`.
+    """
+    options = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not key.isidentifier():
+            raise ConfigError(f"--backbone: got {word!r}, expected key=value such as pretrained=true.")
+        options[key] = resolve(value, {})
+    return options
+
+
+def _import_code(spec: ModelSpec, allowed: bool) -> None:
+    for name in spec.imports:
+        if not allowed:
+            raise ConfigError(
+                f"{spec.file} imports: {name} would run code. Read it, then give --allow-code if you trust it."
+            )
+        path = Path(name) if Path(name).is_absolute() else Path(spec.file).parent / name
+        path = path if path.is_file() else Path(name)
+        try:
+            modules.import_outside(path)
+        except (OSError, ImportError, SyntaxError, NameError, AttributeError, TypeError, ValueError) as error:
+            raise ConfigError(f"{spec.file} imports: {name} cannot be imported - {error}.") from error
 
 
 def parse_model(
@@ -162,3 +221,43 @@ def load_model(path: str | Path) -> DetectionModel:
         CheckpointError: the file is missing, damaged or not ours.
     """
     return model_from_checkpoint(load_checkpoint(path)).float().eval()
+
+
+def describe(model: DetectionModel, imgsz: tuple[int, int]) -> dict[str, Any]:
+    """Size and rows of a model as plain data, in its training and its deployed form."""
+    trained = measure(model, imgsz)
+    deployed = measure(reparameterize_model(model), imgsz)
+    return {
+        "params": trained.params, "params_deployed": deployed.params,
+        "gflops": round(trained.gflops, 3), "gflops_deployed": round(deployed.gflops, 3),
+        "imgsz": list(imgsz), "strides": list(model.strides), "rows": row_records(model),
+    }  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table of a model."""
+    parser = ArgumentParser(description="Print the table of a model, without touching data.")
+    parser.add_argument("--cfg", default="yolov5n.yaml", help="model YAML, or a name in models/detect")
+    parser.add_argument("--imgsz", nargs="+", type=integer(1), default=[640], help="size, or height and width")
+    parser.add_argument("--scale", default=None, help="size letter of a YAML with scales")
+    parser.add_argument("--nc", type=integer(1), default=None, help="number of classes")
+    parser.add_argument("--backbone", nargs="+", default=None, metavar="NAME", help="NAME [key=value ...]")
+    parser.add_argument("--allow-code", action="store_true", help="let the YAML's imports run")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    options = parser.parse_args(arguments)
+    imgsz = parse_imgsz(options.imgsz, 32)
+    model = build_model(
+        options.cfg, num_classes=options.nc, scale=options.scale, imgsz=imgsz, backbone=options.backbone,
+        allow_code=options.allow_code,
+    )  # fmt: skip
+    record = describe(model, imgsz)
+    print(format_table(model))
+    size = f"{imgsz[0]}x{imgsz[1]}"
+    print(f"training form: {record['params']:,} parameters, {record['gflops']:.2f} GFLOPs at {size} (2 x GMACs)")
+    print(f"deployed form: {record['params_deployed']:,} parameters, {record['gflops_deployed']:.2f} GFLOPs at {size}")
+    if options.json:
+        print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    run_cli(main)

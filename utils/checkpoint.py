@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import os
 import random
+import struct
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -25,6 +27,19 @@ from utils.errors import CheckpointError
 
 FORMAT = "yoke"
 VERSION = 1
+# What torch.load raises on a file that is cut short, damaged, or holds other objects.
+UNREADABLE = (
+    UnpicklingError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    OSError,
+    struct.error,
+    zipfile.BadZipFile,
+)
 TRAINING_ONLY = ("ema", "optimizer", "scaler", "rng")
 
 
@@ -71,8 +86,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file. Give the path of a .pt checkpoint.")
     try:
+        if not zipfile.is_zipfile(path):
+            raise UnpicklingError("no complete zip archive")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except UNREADABLE as error:
         reason = _first_sentence(error)
         raise ForeignCheckpointError(
             f"{path}: not a file of tensors and plain data, or cut short - {reason}. "

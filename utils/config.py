@@ -283,7 +283,10 @@ def _record_lines(
 
 
 def _node_kind(node: yaml.Node) -> str:
-    kinds = {yaml.SequenceNode: "a list", yaml.MappingNode: "a mapping"}
+    kinds: dict[type[yaml.Node], str] = {
+        yaml.SequenceNode: "a list",
+        yaml.MappingNode: "a mapping",
+    }
     return kinds.get(type(node), "one value")
 
 

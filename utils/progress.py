@@ -63,7 +63,7 @@ class Progress(Generic[T]):
         from tqdm import tqdm
 
         layout = (
-            "{desc} |{bar:12}| {n_fmt}/{total_fmt} {postfix} [{elapsed}<{remaining}, {rate_fmt}]"
+            "{desc} |{bar:12}| {n_fmt}/{total_fmt}{postfix} [{elapsed}<{remaining}, {rate_fmt}]"
         )
         with tqdm(
             total=self.total,

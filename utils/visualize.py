@@ -211,7 +211,7 @@ def _draw_caption(
     left = max(0.0, min(x, size[0] - text_width))
     top = y - text_height + line if y - text_height + line >= 0 else max(0.0, y)
     top = min(top, max(0.0, size[1] - text_height))
-    draw.rectangle((left, top, left + text_width, top + text_height), fill=colour)
+    draw.rectangle((left, top, left + text_width - 1, top + text_height - 1), fill=colour)
     ink = (0, 0, 0) if _luminance(colour) > 0.5 else (255, 255, 255)
     draw.text((left + pad, top + text_height / 2), text, fill=ink, font=font, anchor="lm")
 

@@ -1,1 +1,1 @@
-"""Readers of annotation files: each has `find(config, split)` and `read(config, split, listing)`."""
+"""Annotation files: each reader has `find(config, split)` and `read(config, split, listing)`."""

@@ -44,7 +44,9 @@ def load(path: Path) -> Json:
     for key, fields in wanted.items():
         rows = document.get(key) if isinstance(document, dict) else None
         if not isinstance(rows, list):
-            raise DatasetError(f"{path}: no list {key!r}, expected images, annotations, categories.")
+            raise DatasetError(
+                f"{path}: no list {key!r}, expected images, annotations, categories."
+            )
         for number, row in enumerate(rows):
             absent = [f for f in fields if not isinstance(row, dict) or f not in row]
             if absent:
@@ -64,7 +66,7 @@ def names_of(paths: Iterable[Path]) -> tuple[str, ...]:
         document = load(path)
         by_id = {row["id"]: str(row["name"]) for row in document["categories"]}
         used |= {by_id.get(row["category_id"], "") for row in document["annotations"]}
-        for row in sorted(document["categories"], key=lambda row: (str(type(row["id"])), row["id"])):
+        for row in sorted(document["categories"], key=lambda row: str(row["id"]).zfill(20)):
             categories.setdefault(str(row["name"]), row)
     groups = {
         str(row.get("supercategory"))
@@ -94,7 +96,8 @@ def read(config: DataConfig, split: str, listing: Listing) -> Table:
     document = load(Path(path))
     faults: list[Fault] = []
     images = document["images"]
-    _check_ids(path, images, faults)
+    _check_ids(path, "images", images, faults)
+    _check_ids(path, "categories", document["categories"], faults)
     folder = image_folder(config, split, Path(path), [str(row["file_name"]) for row in images])
     files = [os.path.join(folder, str(row["file_name"])) for row in images]
     # Ids first: what follows relies on them.
@@ -142,14 +145,14 @@ def image_folder(config: DataConfig, split: str, path: Path, names: Sequence[str
     )
 
 
-def _check_ids(path: str, images: Sequence[Json], faults: list[Fault]) -> None:
+def _check_ids(path: str, key: str, rows: Sequence[Json], faults: list[Fault]) -> None:
     seen: set[int] = set()
-    for number, row in enumerate(images):
-        identity = row["id"]
+    for number, row in enumerate(rows):
+        identity, place = row["id"], f"{key}[{number}]"
         if not isinstance(identity, int) or isinstance(identity, bool):
-            faults.append(Fault(path, f"images[{number}]", f"id - got {identity!r}, expected int"))
+            faults.append(Fault(path, place, f"id - got {identity!r}, expected a whole number"))
         elif identity in seen:
-            faults.append(Fault(path, f"images[{number}]", f"id - got {identity} again"))
+            faults.append(Fault(path, place, f"id - got {identity} again, expected each id once"))
         else:
             seen.add(identity)
 
@@ -170,9 +173,7 @@ def _place(row: Json, number: int | None = None) -> str:
     return f"annotation {row['id']}" if "id" in row else f"annotations[{number}]"
 
 
-def _compare_size(
-    file: str, image: Json, headers: Headers, k: int, faults: list[Fault]
-) -> None:
+def _compare_size(file: str, image: Json, headers: Headers, k: int, faults: list[Fault]) -> None:
     height, width = (int(value) for value in headers.sizes[k])
     stated = (image.get("height", height), image.get("width", width))
     if stated != (height, width):
@@ -181,7 +182,11 @@ def _compare_size(
 
 
 def _add_image(
-    path: str, size: tuple[int, int], annotations: Sequence[Json], classes: dict[Any, int], rows: Rows
+    path: str,
+    size: tuple[int, int],
+    annotations: Sequence[Json],
+    classes: dict[Any, int],
+    rows: Rows,
 ) -> None:
     labels, boxes, crowd, places = [], [], [], []
     for number, row in enumerate(annotations):

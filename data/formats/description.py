@@ -84,7 +84,9 @@ class DataConfig:
             amount = f"{known / 1e9:.1f} GB " if known else ""
             return f"Pass --download to fetch {amount}from {hosts}, or correct `path`."
         if self.script:
-            return "Its `download` key is never run here: fetch the data by hand, or correct `path`."
+            return (
+                "Its `download` key is never run here: fetch the data by hand, or correct `path`."
+            )
         return f"Correct the split or `path` (now {self.path})."
 
 

@@ -9,12 +9,12 @@ from typing import NamedTuple
 from utils.errors import DatasetError
 
 KINDS = {
-    "unreadable": "unreadable images skipped",
-    "background": "images without a label file taken as background",
-    "outside": "boxes cut at the edge of their image",
-    "away": "boxes wholly outside their image dropped",
-    "empty": "objects without width or height dropped",
-    "duplicate": "repeated objects dropped",
+    "unreadable": "unreadable images, skipped",
+    "background": "images without a label file, taken as background",
+    "outside": "boxes that pass the edge of their image, cut",
+    "away": "boxes wholly outside their image, dropped",
+    "empty": "objects without width or height, dropped",
+    "duplicate": "repeated objects, dropped",
     "size": "images not of the size that their annotation states",
 }
 """What was done about each kind of fault that does not stop the run."""
@@ -74,5 +74,5 @@ def summarise(faults: Sequence[Fault], split: str) -> list[str]:
     lines = []
     for kind, count in counts.items():
         first = next(fault for fault in faults if fault.kind == kind)
-        lines.append(f"{split}: {count} {KINDS[kind]}, the first: {first}")
+        lines.append(f"{split}: {KINDS[kind]}: {count}, the first: {first}")
     return lines

@@ -134,20 +134,21 @@ class Rows:
         height, width = size
         cut = np.clip(boxes, 0, [width, height, width, height])
         beyond = np.abs(boxes - cut).max(axis=1, initial=0) > EDGE_TOLERANCE
-        has_area = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(axis=1)
-        stays = has_area & ((cut[:, 2:] - cut[:, :2]) > 0).all(axis=1)
+        has_area = _has_area(boxes)
+        stays = has_area & _has_area(cut)
         is_repeated = _repeated(labels, cut, crowd) & stays
-        for k in np.flatnonzero(beyond | ~stays | is_repeated):
-            self.faults.append(
-                _fault(path, places[k], boxes[k], size, has_area[k], stays[k], is_repeated[k])
-            )
+        for k in np.flatnonzero(beyond | ~stays | is_repeated).tolist():
+            states = bool(has_area[k]), bool(stays[k]), bool(is_repeated[k])
+            self.faults.append(_fault(path, places[k], boxes[k], size, states))
         kept = stays & ~is_repeated
         self.counts.append(int(kept.sum()))
         self._labels.append(labels[kept])
         self._boxes.append(cut[kept].astype(np.float32))
         self._crowd.append(crowd[kept])
 
-    def table(self, paths: Sequence[str], image_ids: Sequence[int], sizes: NDArray[np.int32]) -> Table:
+    def table(
+        self, paths: Sequence[str], image_ids: Sequence[int], sizes: NDArray[np.int32]
+    ) -> Table:
         """The finished table; `paths` and so on in the order in which images were added."""
         assert len(paths) == len(self.counts) == len(sizes), "one entry per image"
         return Table(
@@ -160,6 +161,10 @@ class Rows:
             np.concatenate([np.zeros(0, np.bool_), *self._crowd]),
             tuple(self.faults),
         )
+
+
+def _has_area(boxes: NDArray[np.float64]) -> NDArray[np.bool_]:
+    return np.asarray((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]))
 
 
 def _repeated(
@@ -180,10 +185,10 @@ def _fault(
     place: str,
     box: NDArray[np.float64],
     size: tuple[int, int],
-    has_area: bool,
-    stays: bool,
-    is_repeated: bool,
+    states: tuple[bool, bool, bool],
 ) -> Fault:
+    """What was wrong with a box; `states` tell if it has an area, stays, and is repeated."""
+    has_area, stays, is_repeated = states
     corners = ", ".join(f"{value:.6g}" for value in box)
     if not has_area:
         return Fault(path, place, f"got box ({corners}), expected width and height", "empty")

@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 import numpy as np
 
@@ -61,7 +61,7 @@ def names_of(entries: Iterable[Path]) -> tuple[str, ...]:
     for entry in entries:
         for file in xml_files(entry):
             root = _parse(file)
-            if isinstance(root, ElementTree.Element):
+            if isinstance(root, ET.Element):
                 names |= {(node.findtext("name") or "").strip() for node in root.iter("object")}
     return tuple(sorted(names - {""}))
 
@@ -100,14 +100,14 @@ def _images_by_stem(folder: Path) -> dict[str, str]:
 def _stated_image(file: str, folder: Path) -> str:
     """The image that an annotation names in its text."""
     root = _parse(file)
-    stated = root.findtext("filename") if isinstance(root, ElementTree.Element) else None
+    stated = root.findtext("filename") if isinstance(root, ET.Element) else None
     return str(folder / (stated or Path(file).with_suffix(".jpg").name).strip())
 
 
-def _parse(file: str) -> ElementTree.Element | Fault:
+def _parse(file: str) -> ET.Element | Fault:
     try:
-        return ElementTree.parse(file).getroot()
-    except ElementTree.ParseError as error:
+        return ET.parse(file).getroot()
+    except ET.ParseError as error:
         return Fault(file, "", f"got no XML ({error}), expected a VOC annotation")
     except OSError as error:
         raise DatasetError(f"{file}: cannot be read - got {error.strerror}.") from error
@@ -153,9 +153,7 @@ def _add_image(
     rows.add(file, (height, width), objects, places)
 
 
-def _read_object(
-    node: ElementTree.Element, config: DataConfig
-) -> tuple[int, tuple[float, ...]] | str:
+def _read_object(node: ET.Element, config: DataConfig) -> tuple[int, tuple[float, ...]] | str:
     """Class and xyxy pixels, or what is wrong with the object."""
     name = (node.findtext("name") or "").strip()
     if name not in config.names:
@@ -177,11 +175,10 @@ def _read_object(
     return config.names.index(name), tuple(corners)
 
 
-def _compare_size(
-    image: str, root: ElementTree.Element, size: tuple[int, int], faults: list[Fault]
-) -> None:
+def _compare_size(image: str, root: ET.Element, size: tuple[int, int], faults: list[Fault]) -> None:
     stated = (root.findtext("size/height"), root.findtext("size/width"))
-    if all(text and text.strip().isdigit() and int(text) > 0 for text in stated):
-        if tuple(int(text) for text in stated if text) != size:
-            problem = f"got {size[1]} x {size[0]}, expected {stated[1]} x {stated[0]} as annotated"
-            faults.append(Fault(image, "", problem, "size"))
+    numbers = tuple(int(text) if text and text.strip().isdigit() else 0 for text in stated)
+    # Zero is what some labelling tools write for "not known".
+    if all(numbers) and numbers != size:
+        problem = f"got {size[1]} x {size[0]}, expected {numbers[1]} x {numbers[0]} as annotated"
+        faults.append(Fault(image, "", problem, "size"))

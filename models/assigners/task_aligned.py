@@ -1,14 +1,15 @@
-"""Task-aligned assignment: each object takes the predictions that classify and localise it best together.
+"""Task-aligned assignment: objects take the predictions that classify and localise them best.
 
-Source: TOOD (Feng et al., ICCV 2021, arXiv 2108.07755, section 3.2): alignment = score^alpha * overlap^beta. As the YOLO
-families have it, the overlap is CIoU cut at 0 (Zheng et al., arXiv 1911.08287), only anchor points inside an object may
-serve it, and a prediction that several objects want goes to the one it overlaps most.
+Source: TOOD (Feng et al., ICCV 2021, arXiv 2108.07755, section 3.2): alignment = score^alpha *
+overlap^beta. As the YOLO families have it, the overlap is CIoU cut at 0 (Zheng et al., arXiv
+1911.08287), only anchor points inside an object may serve it, and a prediction that several objects
+want goes to the one it overlaps most.
 
-Letters: B batch, A anchor points, N objects of the whole batch, C classes, P positive pairs. Predictions of all images are
-counted through: prediction i of image b is number b * A + i.
+Letters: B batch, A anchor points, N objects of the whole batch, C classes, P positive pairs.
+Predictions of all images are counted through: prediction i of image b is number b * A + i.
 
-Work is done for as many objects at a time as `PAIRS_AT_ONCE` allows, and only on points inside them, so memory follows
-neither the most crowded image nor the batch.
+Work is done for as many objects at a time as `PAIRS_AT_ONCE` allows, and only on points inside
+them, so memory follows neither the most crowded image nor the batch.
 """
 
 from __future__ import annotations
@@ -23,6 +24,20 @@ from utils.structures import Targets
 
 PAIRS_AT_ONCE = 2**21
 EPS = 1e-9
+
+
+class Predictions(NamedTuple):
+    """Decoded predictions, without gradient.
+
+    Attributes:
+        scores: class probabilities, (B, A, C), float32.
+        boxes: xyxy in pixels, (B, A, 4), float32.
+        points: xy of the anchor points in pixels, (A, 2).
+    """
+
+    scores: Tensor
+    boxes: Tensor
+    points: Tensor
 
 
 class Candidates(NamedTuple):
@@ -57,21 +72,12 @@ class Assignment(NamedTuple):
 
 @torch.no_grad()
 def assign(
-    scores: Tensor,
-    boxes: Tensor,
-    points: Tensor,
-    targets: Targets,
-    *,
-    topk: int,
-    alpha: float,
-    beta: float,
+    predictions: Predictions, targets: Targets, *, topk: int, alpha: float, beta: float
 ) -> Assignment:
     """Assign predictions to objects.
 
     Args:
-        scores: class probabilities, (B, A, C), float32.
-        boxes: predicted xyxy in pixels, (B, A, 4), float32.
-        points: xy of the anchor points in pixels, (A, 2).
+        predictions: what the model says, counted through as the file's head tells.
         targets: ground truth of the batch; object numbers are its rows.
         topk: predictions an object may take.
         alpha: power of the score.
@@ -79,50 +85,44 @@ def assign(
     """
     order = canonical_order(targets)
     ordered = Targets(*(values[order] for values in targets))
-    rows = max(PAIRS_AT_ONCE // points.shape[0], 1)
-    chunks = [
-        _candidates_of(ordered, start, rows, scores, boxes, points, topk, alpha, beta)
-        for start in range(0, max(len(order), 1), rows)
-    ]
-    candidates = Candidates(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
-    settled = weigh(settle(candidates), len(order))
-    return settled._replace(objects=order[settled.objects])
+    count = predictions.points.shape[0]
+    rows = max(PAIRS_AT_ONCE // count, 1)
+    found = []
+    for start in range(0, max(len(order), 1), rows):
+        part = Targets(*(values[start : start + rows] for values in ordered))
+        best = best_of_each(*align(predictions, part, alpha, beta), topk)
+        numbers = best.predictions + part.image_index[best.objects] * count
+        found.append(best._replace(objects=best.objects + start, predictions=numbers))
+    candidates = Candidates(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+    assignment = weigh(settle(candidates), len(order))
+    return assignment._replace(objects=order[assignment.objects])
 
 
 def canonical_order(targets: Targets) -> Tensor:
-    """Order of the objects by image, class and box, (N,): ties fall alike however the objects come in."""
+    """Order by image, class and box, (N,): ties fall alike however the objects come in."""
     order = torch.arange(len(targets.labels), device=targets.labels.device)
     for key in (*reversed(targets.boxes.unbind(-1)), targets.labels, targets.image_index):
         order = order[key[order].argsort(stable=True)]
     return order
 
 
-def _candidates_of(
-    targets: Targets,
-    start: int,
-    count: int,
-    scores: Tensor,
-    boxes: Tensor,
-    points: Tensor,
-    topk: int,
-    alpha: float,
-    beta: float,
-) -> Candidates:
-    """Candidates of objects `start` to `start + count`."""
-    images, labels, truths = (values[start : start + count] for values in targets)
-    inside = points_inside(points, truths)
+def align(
+    predictions: Predictions, targets: Targets, alpha: float, beta: float
+) -> tuple[Tensor, Tensor]:
+    """Alignment and overlap of every object with its image's predictions, (N, A) and (N, A).
+
+    Both are 0 where the anchor point is not inside the object.
+    """
+    inside = points_inside(predictions.points, targets.boxes)
     rows, columns = inside.nonzero(as_tuple=True)
-    found = complete_iou(boxes[images[rows], columns], truths[rows]).clamp(min=0)
-    confidence = scores[images[rows], columns, labels[rows]]
-    overlaps = torch.zeros(inside.shape, dtype=found.dtype, device=found.device)
-    overlaps[rows, columns] = found
+    images = targets.image_index[rows]
+    found = complete_iou(predictions.boxes[images, columns], targets.boxes[rows]).clamp(min=0)
+    scores = predictions.scores[images, columns, targets.labels[rows]]
+    overlaps = found.new_zeros(inside.shape)
     alignment = torch.zeros_like(overlaps)
-    alignment[rows, columns] = confidence.pow(alpha) * found.pow(beta)
-    best = best_of_each(alignment, overlaps, topk)
-    return best._replace(
-        objects=best.objects + start,
-        predictions=best.predictions + images[best.objects] * points.shape[0],
-    )
+    overlaps[rows, columns] = found
+    alignment[rows, columns] = scores.pow(alpha) * found.pow(beta)
+    return alignment, overlaps
 
 
 def points_inside(points: Tensor, boxes: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ def settle(candidates: Candidates) -> Candidates:
 
 
 def weigh(settled: Candidates, num_objects: int) -> Assignment:
-    """Scale each object's alignments so that the largest equals its largest overlap (TOOD, eq. 6)."""
+    """Scale each object's alignments so that the largest equals its largest overlap."""
     peaks = settled.alignment.new_zeros(2, num_objects)
     values = torch.stack((settled.alignment, settled.overlaps))
     peaks = peaks.scatter_reduce(1, settled.objects.expand(2, -1), values, "amax")

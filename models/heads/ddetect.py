@@ -1,6 +1,7 @@
-"""YOLOv9's heads: decoupled towers with grouped convolutions, alone or with an auxiliary twin for training.
+"""YOLOv9's heads: decoupled towers, alone or with an auxiliary twin for training.
 
-Sources: YOLOv9 (Wang et al., arXiv 2402.13616) for the auxiliary branch, DFL (arXiv 2006.04388) for distances.
+Sources: YOLOv9 (Wang et al., arXiv 2402.13616) for the auxiliary branch, DFL (arXiv 2006.04388) for
+distances.
 Letters: B batch, A anchor points, C classes, R bins of a distance.
 """
 
@@ -84,7 +85,7 @@ class DualRaw(NamedTuple):
 
 @register(detection_head)
 class DualDDetect(nn.Module):
-    """Two YOLOv9 heads: the first half of the inputs feeds the auxiliary one, the second half the main one.
+    """Two YOLOv9 heads: the first half of the inputs feeds the auxiliary one, the rest the main.
 
     Args:
         num_classes: C.

@@ -1,8 +1,9 @@
-"""YOLO11's head: one anchor point a cell, distances to the four sides as distributions, class scores.
+"""YOLO11's head: an anchor point a cell, distances to four sides as distributions, class scores.
 
-Sources: DFL (Generalized Focal Loss, Li et al., arXiv 2006.04388, eq. 3-5) for distances as distributions, FCOS
-(arXiv 1904.01355) for points and sides.
-Letters: B batch, H, W size of a level, A = sum over levels of H * W, C classes, R bins of a distance.
+Sources: DFL (Generalized Focal Loss, Li et al., arXiv 2006.04388, eq. 3-5) for distances as
+distributions, FCOS (arXiv 1904.01355) for points and sides.
+Letters: B batch, H, W size of a level, A = sum over levels of H * W, C classes, R bins of a
+distance.
 The functions here are shared with the YOLOv9 heads.
 """
 
@@ -40,7 +41,7 @@ class DFLRaw(NamedTuple):
 
 
 class DFL(nn.Module):
-    """Expected distance of a distribution over R bins, in bins; the fixed weight is 0, 1, ..., R - 1."""
+    """Expected distance of a distribution over R bins, in bins; the fixed weight is 0 to R - 1."""
 
     def __init__(self, reg_max: int) -> None:
         super().__init__()
@@ -53,14 +54,14 @@ class DFL(nn.Module):
 
 
 def expected_distance(distances: Tensor, bins: Tensor) -> Tensor:
-    """Softmax over each side's bins, then the mean of `bins` (R,), (..., 4R) to (..., 4) in float32."""
+    """Mean of `bins` (R,) under each side's softmax, (..., 4R) to (..., 4) in float32."""
     sides = distances.float().reshape(*distances.shape[:-1], 4, bins.shape[0])
-    # Not a matrix product: autocast would run it in half precision, which cannot hold a pixel at R = 16.
+    # Not a matrix product: autocast would run that in half precision, too coarse for a pixel.
     return (sides.softmax(-1) * bins).sum(-1)
 
 
 def distances_to_boxes(points: Tensor, distances: Tensor) -> Tensor:
-    """xyxy boxes (..., 4) that reach `distances` (left, top, right, bottom) from `points` (..., 2)."""
+    """xyxy boxes (..., 4) reaching left, top, right, bottom `distances` from `points` (..., 2)."""
     low, high = distances.split(2, -1)
     return torch.cat((points - low, points + high), -1)
 
@@ -117,10 +118,17 @@ def set_biases(
     The class prior spreads a few objects over the cells of an image of 640 x 640.
     """
     for box, scores, stride in zip(box_towers, class_towers, strides, strict=True):
-        num_classes = scores[-1].out_channels
-        nn.init.constant_(box[-1].bias, 1.0)
-        prior = OBJECTS_PER_IMAGE / num_classes / (640 / stride) ** 2
-        nn.init.constant_(scores[-1].bias, math.log(prior))
+        box_output, class_output = _last_layer(box), _last_layer(scores)
+        prior = OBJECTS_PER_IMAGE / class_output.out_channels / (640 / stride) ** 2
+        for layer, value in ((box_output, 1.0), (class_output, math.log(prior))):
+            assert layer.bias is not None
+            nn.init.constant_(layer.bias, value)
+
+
+def _last_layer(tower: nn.Module) -> nn.Conv2d:
+    layer = list(tower.children())[-1]
+    assert isinstance(layer, nn.Conv2d)
+    return layer
 
 
 def check_levels(channels: Sequence[int], reg_max: int) -> None:

@@ -101,8 +101,8 @@ class HungarianLoss:
 
     def _varifocal(self, logits: Tensor, quality: Tensor, is_class: Tensor) -> Tensor:
         """Elementwise varifocal loss: the target of a matched query's class is the overlap of its box."""
-        weight = self.alpha * logits.detach().sigmoid() ** self.gamma * (1 - is_class) + quality
-        return functional.binary_cross_entropy_with_logits(logits, quality, weight, reduction="none")
+        weight = self.alpha * logits.sigmoid() ** self.gamma * (1 - is_class) + quality
+        return weight * functional.binary_cross_entropy_with_logits(logits, quality, reduction="none")
 
 
 def mean_object_count(targets: Targets) -> Tensor:

@@ -1,7 +1,7 @@
 """Losses of YOLO11 and YOLOv9: classification towards alignment, CIoU, distribution focal loss.
 
-Sources: TOOD (arXiv 2108.07755) for targets and weights, CIoU (arXiv 1911.08287), DFL (arXiv 2006.04388, eq. 6),
-YOLOv9 (arXiv 2402.13616) for the weighted auxiliary branch.
+Sources: TOOD (arXiv 2108.07755) for targets and weights, CIoU (arXiv 1911.08287), DFL (arXiv
+2006.04388, eq. 6), YOLOv9 (arXiv 2402.13616) for the weighted auxiliary branch.
 Letters: B batch, A anchor points, C classes, R bins of a distance, P positive predictions.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.assigners.task_aligned import Assignment, assign
+from models.assigners.task_aligned import Assignment, Predictions, assign
 from models.heads.ddetect import DualRaw
 from models.heads.dfl import DFLRaw, distances_to_boxes, expected_distance
 from utils.boxes import complete_iou
@@ -52,18 +52,14 @@ class TaskAlignedLoss:
     @torch.no_grad()
     def _assign(self, raw: DFLRaw, targets: Targets) -> Assignment:
         boxes = self._boxes(raw.distances, raw.points, raw.strides)
-        return assign(
-            raw.logits.sigmoid(), boxes, raw.points, targets,
-            topk=self.topk, alpha=self.alpha, beta=self.beta,
-        )  # fmt: skip
+        predictions = Predictions(raw.logits.sigmoid(), boxes, raw.points)
+        return assign(predictions, targets, topk=self.topk, alpha=self.alpha, beta=self.beta)
 
     def _boxes(self, distances: Tensor, points: Tensor, strides: Tensor) -> Tensor:
         bins = torch.arange(self.reg_max, dtype=torch.float32, device=distances.device)
         return distances_to_boxes(points, expected_distance(distances, bins) * strides)
 
-    def _classification(
-        self, raw: DFLRaw, targets: Targets, assignment: Assignment
-    ) -> Tensor:
+    def _classification(self, raw: DFLRaw, targets: Targets, assignment: Assignment) -> Tensor:
         """Binary cross-entropy towards the alignment weight of the object's class, summed."""
         wanted = torch.zeros_like(raw.logits)
         labels = targets.labels[assignment.objects]

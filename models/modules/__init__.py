@@ -7,8 +7,10 @@ YAML uses, which then counts as a backbone.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import pkgutil
+from pathlib import Path
 from types import ModuleType
 
 from models.registry import Layer, backbone
@@ -24,6 +26,21 @@ def _import_files() -> None:
         except (ImportError, SyntaxError, NameError, AttributeError, TypeError, ValueError) as error:
             # One broken file of a user must not take every other model down; it is named on a failed look-up.
             _BROKEN[f"models/modules/{info.name}.py"] = f"{type(error).__name__}: {error}"
+
+
+def import_outside(path: Path) -> None:
+    """Run a user's Python file and offer what it registers or defines; the caller has been allowed to.
+
+    Raises:
+        OSError, ImportError, SyntaxError, ...: whatever the file's own code raises.
+    """
+    name = f"yoke_import_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError("is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    _FILES[name] = module
 
 
 def find_unregistered(name: str) -> Layer | None:

@@ -1,8 +1,8 @@
 """EMO, a backbone of inverted residual mobile blocks (Zhang et al., ICCV 2023, arXiv 2301.01146).
 
 Every block is one iRMB (the paper's Fig. 2): a norm, window attention on the *unexpanded* map in
-the last two stages, an expanding 1x1 convolution `v`, a depthwise convolution with a skip around it,
-squeeze-and-excitation where the form has it, a projecting 1x1 convolution, and a residual.
+the last two stages, an expanding 1x1 convolution `v`, a depthwise convolution with a skip around
+it, squeeze-and-excitation where the form has it, a projecting 1x1 convolution, and a residual.
 
 Letters: B batch, C channels, H height, W width, N heads, D channels of a head, and R, S the number
 of windows in a column and in a row.

@@ -21,10 +21,15 @@ from models.layers import ChannelNorm
 from models.registry import Layer, LayerError, Plan, Scaling, backbone, register_fallback
 from models.tensor_files import read_weights
 from models.timm_features import FeaturePlan, create, is_known, known_names, plan_features
+from models.timm_hub import cached_weights, hub_is_reachable
 from utils.errors import CheckpointError, ConfigError
 
 REQUIRED_STRIDES = (8, 16, 32)
 VIT_STRIDES = (4, 8, 16, 32)
+OFFLINE_ADVICE = (
+    "Without a network, fetch the file once where there is one and give it as {weights: path}, "
+    "or leave pretrained out to start from fresh weights."
+)
 
 
 class PyramidLevel(nn.Sequential):
@@ -100,7 +105,7 @@ class TimmBackbone(nn.Module):
 
     def _plan_outputs(self, width: int) -> None:
         """Which map or derived level each output is; the levels are built here."""
-        own = {tap.stride: i for i, tap in enumerate(self.plan.taps) if tap.stride > 1}  # of two maps with one stride the later
+        own = self.plan.kept
         is_single = len(own) == 1
         wanted = sorted(set(VIT_STRIDES) | set(own)) if is_single else sorted({*own, *REQUIRED_STRIDES})
         self.outputs: list[tuple[int, str]] = []
@@ -152,11 +157,17 @@ def _create_with_weights(model_name: str, plan: FeaturePlan, pretrained: bool, w
     options = {**plan.options, "out_indices": plan.indices}
     if weights:
         state = read_weights(weights)
-        net = _load(weights, model_name, {**options, "pretrained_cfg_overlay": {"state_dict": state, "custom_load": False}})
+        net = _load(weights, model_name, {**options, "pretrained_cfg_overlay": {"state_dict": state}})
         _require_transfer(net, state, weights, model_name)
         return net
     if pretrained:
-        return _load(f"timm's weights of {model_name}", model_name, options)
+        source = f"timm's weights of {model_name}"
+        cached = cached_weights(model_name)
+        if cached:
+            return _load(source, model_name, {**options, "pretrained_cfg_overlay": {"file": cached}})
+        if not hub_is_reachable():
+            raise CheckpointError(f"{source}: are not in the cache, and the hub cannot be reached. {OFFLINE_ADVICE}")
+        return _load(source, model_name, options)
     return create(model_name, options)
 
 
@@ -166,8 +177,7 @@ def _load(source: str, model_name: str, options: dict[str, Any]) -> nn.Module:
     except (OSError, RuntimeError, ValueError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise CheckpointError(
-            f"{source}: cannot be loaded - {type(error).__name__}: {reason}. Without a network, fetch the file once where "
-            "there is one and give it as {weights: path}, or leave pretrained out to start from fresh weights."
+            f"{source}: cannot be loaded - {type(error).__name__}: {reason}. {OFFLINE_ADVICE}"
         ) from error
 
 

@@ -1,0 +1,334 @@
+"""The images and objects of one split, ready for the network.
+
+A sample is asked for with a key `(epoch, index)`. All chance of a sample comes from a generator
+seeded with (seed, epoch, index), so that it is the same in every worker, in any order, and after a
+resumed run. n images, N objects.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from data import ground_truth
+from data.formats.description import DataConfig
+from data.formats.faults import Fault
+from data.formats.table import Table, offsets_of
+from data.image_cache import ImageCache, cache_in_memory, cache_on_disk
+from data.images import Image, read_image
+from data.label_cache import image_key, load_table
+from data.mosaic import mixup, mosaic4, mosaic9
+from data.storage import cache_file
+from data.transforms import (
+    Picture,
+    fitted_size,
+    letterbox_boxes,
+    pad_to,
+    random_affine,
+    random_colours,
+    random_flips,
+    resize_to_fit,
+)
+from utils.errors import DatasetError
+from utils.structures import Letterbox
+
+LOGGER = logging.getLogger("yoke.data")
+Key = int | tuple[int, int]
+
+
+class Sample(NamedTuple):
+    """One image on its way into a batch.
+
+    Attributes:
+        image: RGB, (3, H, W), uint8.
+        labels: class indices, (k,), int64.
+        boxes: xyxy pixels of `image`, (k, 4), float32.
+        image_id: id under which the evaluator knows the image.
+        letterbox: the way back to the original pixels; of an augmented image there is none, and
+            this maps it onto itself.
+        path: file of the image.
+    """
+
+    image: Tensor
+    labels: Tensor
+    boxes: Tensor
+    image_id: int
+    letterbox: Letterbox
+    path: str
+
+
+class DetectionDataset(Dataset[Sample]):
+    """Images of one split with their boxes; see `build_dataset` for the arguments.
+
+    Attributes:
+        names: class names; one name if all classes are taken for one.
+        image_ids: ids for the evaluator, (n,).
+        paths: image files, n of them.
+        sizes: height and width of the images as stored, (n, 2).
+        labels: class indices of the objects that are trained on, (N,).
+        boxes: their boxes, xyxy in pixels of the images as stored, (N, 4).
+        offsets: image i has the objects `offsets[i]` to `offsets[i + 1]`, (n + 1,).
+        category_ids: category id of the ground truth for every class index.
+        faults: what was mended when the labels were read.
+        batch_shapes: height and width of every batch if `rect`, else None.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        split: str,
+        table: Table,
+        *,
+        imgsz: tuple[int, int],
+        augment: bool = False,
+        hyp: Mapping[str, Any] | None = None,
+        rect: bool = False,
+        batch_size: int = 16,
+        stride: int = 32,
+        pad: float = 0.0,
+        single_cls: bool = False,
+        seed: int = 0,
+        close_mosaic_epoch: int | None = None,
+    ) -> None:
+        self.config, self.split = config, split
+        self.imgsz, self.augment, self.rect = (int(imgsz[0]), int(imgsz[1])), augment, rect
+        self.batch_size, self.seed = batch_size, seed
+        self.hyp: dict[str, Any] = dict(hyp or {})
+        self.close_mosaic_epoch = close_mosaic_epoch
+        self.single_cls = single_cls
+        self.batch_shapes: NDArray[np.int64] | None = None
+        if rect:
+            table = table.take(_by_aspect(table.sizes))
+            self.batch_shapes = _batch_shapes(table.sizes, self.imgsz, batch_size, stride, pad)
+        self.table = table
+        self.names = ("object",) if single_cls and len(config.names) > 1 else config.names
+        self.faults: tuple[Fault, ...] = table.faults
+        self.image_ids, self.paths, self.sizes = table.image_ids, table.paths, table.sizes
+        self.labels, self.boxes, self.offsets = _trained(table, single_cls)
+        self.cache: ImageCache | None = None
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def category_ids(self) -> list[int]:
+        """Category id in `coco_ground_truth` of every class index."""
+        if self.single_cls and len(self.config.names) > 1:
+            return [1]
+        return ground_truth.category_ids(self.config, self.split)
+
+    @property
+    def labels_per_image(self) -> list[NDArray[np.int64]]:
+        """Class indices of the objects of every image; made anew at each call."""
+        return np.split(self.labels, self.offsets[1:-1])
+
+    def class_counts(self) -> NDArray[np.int64]:
+        """Number of objects of every class."""
+        return np.bincount(self.labels, minlength=len(self.names)).astype(np.int64)
+
+    def box_sizes_wh(self) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+        """Width and height of every box in original pixels (N, 2), and height and width of the
+        image that it stands in (N, 2)."""
+        counts = np.diff(self.offsets)
+        return self.boxes[:, 2:] - self.boxes[:, :2], np.repeat(self.sizes, counts, axis=0)
+
+    def coco_ground_truth(self) -> dict[str, Any]:
+        """Images, annotations and categories for a COCO evaluator."""
+        one_name = self.names[0] if self.single_cls and len(self.config.names) > 1 else ""
+        return ground_truth.coco_ground_truth(self.config, self.split, self.table, one_name)
+
+    def cache_images(self, kind: str) -> None:
+        """Keep the resized images in memory (`ram`) or in a file (`disk`) if there is room.
+
+        Raises:
+            DatasetError: `kind` is neither.
+        """
+        fitted = [fitted_size(int(h), int(w), self.imgsz) for h, w in self.sizes]
+        sizes = np.array(fitted, dtype=np.int32).reshape(-1, 2)
+        if kind == "ram":
+            self.cache = cache_in_memory(sizes, self._read_resized)
+        elif kind == "disk":
+            beside = Path(self.paths[0]).parent
+            suffix = f"-{self.split}.{self.imgsz[0]}x{self.imgsz[1]}"
+            file = cache_file(beside, suffix)
+            self.cache = cache_on_disk(sizes, self._read_resized, file, image_key(self.table))
+        else:
+            raise DatasetError(f"--cache: got {kind!r}, expected ram or disk.")
+
+    def __getitem__(self, key: Key) -> Sample:
+        epoch, index = key if isinstance(key, tuple) else (0, int(key))
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        if self.augment:
+            rng = np.random.default_rng((self.seed, epoch, index))
+            picture = self._augmented(index, epoch, rng)
+            height, width = picture.image.shape[:2]
+            box = Letterbox(height, width, 1.0, 1.0, 0, 0)
+        else:
+            picture, box = self._letterboxed(index)
+        image = np.ascontiguousarray(picture.image.transpose(2, 0, 1))
+        if not image.flags.writeable:
+            image = image.copy()
+        return Sample(
+            torch.from_numpy(image),
+            torch.from_numpy(picture.labels),
+            torch.from_numpy(np.ascontiguousarray(picture.boxes)),
+            int(self.image_ids[index]),
+            box,
+            self.paths[index],
+        )
+
+    def _read_resized(self, index: int) -> Image:
+        image = read_image(self.paths[index])
+        if image.shape[:2] != tuple(self.sizes[index]):
+            raise DatasetError(
+                f"{self.paths[index]}: changed since it was scanned - got {image.shape[:2]}, "
+                f"expected {tuple(map(int, self.sizes[index]))}. Start again."
+            )
+        return resize_to_fit(image, self.imgsz)
+
+    def _resized(self, index: int) -> Picture:
+        """An image that just fits into `imgsz`, with its objects in its own pixels."""
+        image = self.cache[index] if self.cache is not None else self._read_resized(index)
+        height, width = (int(side) for side in self.sizes[index])
+        scale = np.array([image.shape[1] / width, image.shape[0] / height] * 2)
+        rows = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+        boxes = (self.boxes[rows] * scale).astype(np.float32)
+        return Picture(image, self.labels[rows].copy(), boxes)
+
+    def _letterboxed(self, index: int) -> tuple[Picture, Letterbox]:
+        shape = self.imgsz
+        if self.batch_shapes is not None:
+            rows, columns = self.batch_shapes[index // self.batch_size]
+            shape = (int(rows), int(columns))
+        resized = self._resized(index)
+        original = (int(self.sizes[index, 0]), int(self.sizes[index, 1]))
+        image, box = pad_to(resized.image, shape, original)
+        own = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+        return Picture(image, resized.labels, letterbox_boxes(self.boxes[own], box)), box
+
+    def _augmented(self, index: int, epoch: int, rng: np.random.Generator) -> Picture:
+        closed = self.close_mosaic_epoch is not None and epoch >= self.close_mosaic_epoch
+        if not (closed or self.rect) and rng.random() < self.hyp.get("mosaic", 0.0):
+            picture = self._mosaic(index, rng)
+            if rng.random() < self.hyp.get("mixup", 0.0):
+                other = self._mosaic(int(rng.integers(len(self))), rng)
+                picture = mixup(picture, other, rng)
+        else:
+            padded, _ = self._letterboxed(index)
+            size = (padded.image.shape[0], padded.image.shape[1])
+            picture = random_affine(padded, size, self.hyp, rng)
+        image = random_colours(picture.image, self.hyp, rng)
+        return random_flips(picture._replace(image=image), self.hyp, rng)
+
+    def _mosaic(self, index: int, rng: np.random.Generator) -> Picture:
+        of_nine = rng.random() < self.hyp.get("mosaic9", 0.0)
+        others = rng.integers(len(self), size=8 if of_nine else 3)
+        chosen = [index, *(int(other) for other in others)]
+        rng.shuffle(chosen)
+        pictures = [self._resized(place) for place in chosen]
+        canvas = (mosaic9 if of_nine else mosaic4)(pictures, self.imgsz, rng)
+        return random_affine(canvas, self.imgsz, self.hyp, rng)
+
+
+def build_dataset(
+    config: DataConfig,
+    split: str,
+    *,
+    imgsz: tuple[int, int],
+    augment: bool = False,
+    hyp: Mapping[str, Any] | None = None,
+    rect: bool = False,
+    batch_size: int = 16,
+    stride: int = 32,
+    pad: float = 0.0,
+    cache: str | None = None,
+    single_cls: bool = False,
+    seed: int = 0,
+    close_mosaic_epoch: int | None = None,
+) -> DetectionDataset:
+    """Read the labels of a split and make its data set.
+
+    Args:
+        config: the data set.
+        split: `train`, `val` or `test`.
+        imgsz: height and width of the samples.
+        augment: mosaic, mixup, warp, colours and flips, as far as `hyp` asks for them.
+        hyp: `mosaic`, `mosaic9` (share of the mosaics that are made of nine), `mixup`, `hsv_h`,
+            `hsv_s`, `hsv_v`, `degrees`, `translate`, `scale`, `shear`, `perspective`, `flipud`,
+            `fliplr`; an absent key is 0.
+        rect: sort the images by aspect and pad each batch only as far as its images need; there
+            is no mosaic then.
+        batch_size: images of a batch, for `rect`.
+        stride: sides of a `rect` batch are multiples of it.
+        pad: extra padding of a `rect` batch, in strides.
+        cache: `ram` or `disk`: keep the resized images.
+        single_cls: take all classes for one.
+        seed: of the augmentation.
+        close_mosaic_epoch: from this epoch on there is no mosaic and no mixup.
+
+    Raises:
+        DatasetError: files are missing or labels hold faults that cannot be mended.
+    """
+    if seed < 0:
+        raise DatasetError(f"--seed: got {seed}, expected 0 or more.")
+    table = load_table(config, split)
+    dataset = DetectionDataset(
+        config,
+        split,
+        table,
+        imgsz=imgsz,
+        augment=augment,
+        hyp=hyp,
+        rect=rect,
+        batch_size=batch_size,
+        stride=stride,
+        pad=pad,
+        single_cls=single_cls,
+        seed=seed,
+        close_mosaic_epoch=close_mosaic_epoch,
+    )
+    if augment and dataset.hyp.get("copy_paste", 0):
+        LOGGER.warning("copy_paste: not done, it needs outlines and these labels are boxes")
+    if augment and not len(dataset.labels):
+        LOGGER.warning("%s: %s holds no objects at all", config.file, split)
+    if cache:
+        dataset.cache_images(cache)
+    return dataset
+
+
+def _trained(
+    table: Table, single_cls: bool
+) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]:
+    """Labels, boxes and offsets without crowds."""
+    kept = ~table.crowd
+    before = np.concatenate([[0], np.cumsum(kept)])
+    offsets = offsets_of(np.diff(before[table.offsets]))
+    labels = table.labels[kept]
+    return np.zeros_like(labels) if single_cls else labels, table.boxes[kept], offsets
+
+
+def _by_aspect(sizes: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Places of the images, widest first; images of one aspect stay in order."""
+    return np.argsort(sizes[:, 0] / sizes[:, 1], kind="stable")
+
+
+def _batch_shapes(
+    sizes: NDArray[np.int32], imgsz: tuple[int, int], batch_size: int, stride: int, pad: float
+) -> NDArray[np.int64]:
+    """Height and width of each batch: what its largest resized image needs, in whole strides."""
+    fitted = np.array([fitted_size(int(h), int(w), imgsz) for h, w in sizes]).reshape(-1, 2)
+    shapes = []
+    for start in range(0, len(fitted), batch_size):
+        needed = fitted[start : start + batch_size].max(axis=0)
+        shapes.append([math.ceil(side / stride + pad) * stride for side in needed])
+    return np.array(shapes, dtype=np.int64).reshape(-1, 2)

@@ -1,0 +1,249 @@
+"""What detection reads from: images, folders, globs, lists, videos, cameras, streams.
+
+A local source never touches the network.
+"""
+
+from __future__ import annotations
+
+import glob
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from data.formats.description import image_files
+from data.formats.yolo import read_list
+from data.images import IMAGE_SUFFIXES, Image, ImageError, is_image_path, read_image
+from utils.errors import DatasetError
+
+LOGGER = logging.getLogger("yoke.data")
+VIDEO_SUFFIXES = frozenset(
+    {".asf", ".avi", ".m4v", ".mkv", ".mov", ".mp4"} | {".mpeg", ".mpg", ".ts", ".webm", ".wmv"}
+)
+SCHEMES = ("rtsp://", "rtsps://", "rtmp://", "http://", "https://", "tcp://", "udp://")
+STREAM_PATIENCE = 10.0
+"""Seconds without a new frame after which a stream counts as ended."""
+
+
+class VideoInfo(NamedTuple):
+    """What a video says of itself.
+
+    Attributes:
+        fps: frames per second; 30 where the source does not say.
+        height: of the frames.
+        width: of the frames.
+        frames: number of frames; 0 for live sources.
+    """
+
+    fps: float
+    height: int
+    width: int
+    frames: int
+
+
+class Frame(NamedTuple):
+    """One picture to look at.
+
+    Attributes:
+        path: file, or address of the stream or camera.
+        image: RGB, (H, W, 3), uint8.
+        index: number of the frame within its video or stream, counted before strides; 0 for an
+            image.
+        video: what the video says of itself; None for an image.
+    """
+
+    path: str
+    image: Image
+    index: int  # type: ignore[assignment]
+    video: VideoInfo | None
+
+
+class Source:
+    """Frames of a source, in order; an unreadable image is named in the log and skipped.
+
+    Args:
+        name: image, folder, glob, `.txt` list, video, number of a camera, or address of a stream.
+        vid_stride: take every so many frames of videos and streams.
+
+    Attributes:
+        files: images, then videos; empty for a camera or stream.
+        is_live: True for a camera or stream, which has no end of its own.
+        skipped: images that could not be read so far.
+
+    Raises:
+        DatasetError: there is no such file, or nothing readable in it.
+    """
+
+    def __init__(self, name: str | Path, *, vid_stride: int = 1) -> None:
+        self.name = str(name)
+        self.vid_stride = vid_stride
+        self.skipped: list[str] = []
+        if vid_stride < 1:
+            raise DatasetError(f"--vid-stride: got {vid_stride}, expected 1 or more.")
+        if self.name.split()[:1] == ["screen"]:
+            raise DatasetError(
+                "--source: got screen, expected a file, folder, camera or stream. The screen is "
+                "not recorded here; record it to a video and pass that."
+            )
+        self.is_live = self.name.isdigit() or self.name.lower().startswith(SCHEMES)
+        self.files = [] if self.is_live else _files(self.name)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __iter__(self) -> Iterator[Frame]:
+        if self.is_live:
+            yield from _live_frames(self.name, self.vid_stride)
+            return
+        for path in self.files:
+            if not is_video(path):
+                try:
+                    yield Frame(path, read_image(path), 0, None)
+                except ImageError as error:
+                    self.skipped.append(path)
+                    LOGGER.warning("skipped %s", error)
+            else:
+                yield from _video_frames(path, self.vid_stride)
+
+
+def open_source(source: str | Path, *, vid_stride: int = 1) -> Source:
+    """The frames of `source`; see `Source`."""
+    return Source(source, vid_stride=vid_stride)
+
+
+def is_video(path: str) -> bool:
+    """True if the suffix is one of a video format."""
+    return os.path.splitext(path)[1].lower() in VIDEO_SUFFIXES
+
+
+def _files(name: str) -> list[str]:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        videos = sorted(str(file) for file in path.rglob("*") if is_video(str(file)))
+        files = image_files(path) + videos
+    elif path.is_file():
+        files = read_list(path, path.parent) if path.suffix.lower() == ".txt" else [str(path)]
+    elif glob.has_magic(name):
+        found = sorted(glob.glob(str(path), recursive=True))
+        files = [file for file in found if is_image_path(file) or is_video(file)]
+    else:
+        raise DatasetError(
+            f"--source: got {name}, which does not exist, expected a file or folder."
+        )
+    _check(name, files)
+    return files
+
+
+def _check(name: str, files: Sequence[str]) -> None:
+    known = ", ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES | VIDEO_SUFFIXES))
+    if not files:
+        raise DatasetError(f"--source: got no image or video in {name}, expected {known}.")
+    for file in files:
+        if not os.path.isfile(file):
+            raise DatasetError(f"--source: got {file} (from {name}), which does not exist.")
+        if not is_image_path(file) and not is_video(file):
+            raise DatasetError(f"--source: got {file}, expected one of {known}.")
+
+
+def _open(name: str) -> cv2.VideoCapture:
+    capture = cv2.VideoCapture(int(name) if name.isdigit() else name)
+    if not capture.isOpened():
+        capture.release()
+        kind = "camera" if name.isdigit() else "video or stream"
+        raise DatasetError(f"--source: {kind} {name} cannot be opened. Check that it is there.")
+    return capture
+
+
+def _describe(capture: cv2.VideoCapture, is_live: bool) -> VideoInfo:
+    fps = capture.get(cv2.CAP_PROP_FPS)
+    count = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+    return VideoInfo(
+        fps if 0 < fps <= 1000 else 30.0,
+        int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT)),
+        int(capture.get(cv2.CAP_PROP_FRAME_WIDTH)),
+        0 if is_live else max(count, 0),
+    )
+
+
+def _to_rgb(frame: np.ndarray) -> Image:
+    return np.asarray(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB), dtype=np.uint8)
+
+
+def _video_frames(path: str, vid_stride: int) -> Iterator[Frame]:
+    capture = _open(path)
+    try:
+        info = _describe(capture, is_live=False)
+        index = 0
+        # Frames that are left out are passed over without being decoded to pixels.
+        while capture.grab():
+            if index % vid_stride == 0:
+                is_read, frame = capture.retrieve()
+                if is_read:
+                    yield Frame(path, _to_rgb(frame), index, info)
+            index += 1
+    finally:
+        capture.release()
+
+
+def _live_frames(name: str, vid_stride: int) -> Iterator[Frame]:
+    """The newest frame each time; what came while the caller was busy is dropped."""
+    capture = _open(name)
+    reader = _Reader(capture, vid_stride)
+    info = _describe(capture, is_live=True)
+    try:
+        last = -1
+        while (newest := reader.wait_for_newer(last)) is not None:
+            last, frame = newest
+            yield Frame(name, _to_rgb(frame), last, info)
+    finally:
+        reader.stop()
+
+
+class _Reader:
+    """Reads a live source in a thread, so that its buffer does not age."""
+
+    def __init__(self, capture: cv2.VideoCapture, vid_stride: int) -> None:
+        self._capture, self._vid_stride = capture, vid_stride
+        self._newest: tuple[int, np.ndarray] | None = None
+        self._is_done = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        index = 0
+        while not self._is_done and self._capture.grab():
+            if index % self._vid_stride == 0:
+                is_read, frame = self._capture.retrieve()
+                if is_read:
+                    with self._changed:
+                        self._newest = (index, frame)
+                        self._changed.notify_all()
+            index += 1
+        with self._changed:
+            self._is_done = True
+            self._changed.notify_all()
+
+    def wait_for_newer(self, last: int) -> tuple[int, np.ndarray] | None:
+        """The newest frame after number `last`; None when the source has ended or fell silent."""
+        deadline = time.monotonic() + STREAM_PATIENCE
+        with self._changed:
+            while self._newest is None or self._newest[0] <= last:
+                remaining = deadline - time.monotonic()
+                if self._is_done or remaining <= 0:
+                    return None
+                self._changed.wait(remaining)
+            return self._newest
+
+    def stop(self) -> None:
+        """End the thread, then release the source."""
+        self._is_done = True
+        self._thread.join(timeout=STREAM_PATIENCE)
+        if not self._thread.is_alive():
+            self._capture.release()

@@ -1,0 +1,144 @@
+"""Entry points for torch.hub.
+
+    model = torch.hub.load("path/to/this/folder", "custom", path="best.pt", source="local")
+    results = model("picture.jpg")
+    results.pred, results.pandas().xyxy[0], results.save()
+
+Programs that load a model here often have a `utils.py` or a `models` of their own. The packages of this
+folder are therefore imported aside: while one of the functions below runs they stand in `sys.modules`,
+afterwards the caller's modules of the same names are back, and this folder is no longer searched.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+dependencies = ["torch", "torchvision", "numpy", "cv2", "yaml"]
+
+_ROOT = Path(__file__).resolve().parent
+_PACKAGES = {file.parent.name for file in _ROOT.glob("*/__init__.py")}
+_PACKAGES |= {file.stem for file in _ROOT.glob("*.py")} - {"hubconf"}
+# Kept in a module of its own, so that loading a second time finds what the first has imported.
+_KEPT = sys.modules.setdefault(f"yoke_hub:{_ROOT}", ModuleType("yoke_hub"))
+_OWN: dict[str, ModuleType] = _KEPT.__dict__.setdefault("modules", {})
+_LOCK: Any = _KEPT.__dict__.setdefault("lock", threading.RLock())
+
+
+def _is_named_like_ours(name: str) -> bool:
+    return name.partition(".")[0] in _PACKAGES
+
+
+def _is_ours(module: ModuleType) -> bool:
+    """Whether `module` was imported from this folder."""
+    places = list(getattr(module, "__path__", [])) or [getattr(module, "__file__", None) or ""]
+    return any(Path(place).resolve().is_relative_to(_ROOT) for place in places if place)
+
+
+@contextmanager
+def _own_packages() -> Iterator[None]:
+    """Let `import models`, `import utils`, ... mean the packages of this folder for a while."""
+    with _LOCK:
+        loaded = {n: m for n, m in sys.modules.items() if _is_named_like_ours(n)}
+        if loaded and all(_is_ours(module) for module in loaded.values()):
+            yield  # the program runs in this folder: they are its own modules
+            return
+        for name in loaded:
+            del sys.modules[name]
+        sys.modules.update(_OWN)
+        sys.path.insert(0, str(_ROOT))
+        try:
+            yield
+        finally:
+            sys.path.remove(str(_ROOT))
+            for name in [name for name in sys.modules if _is_named_like_ours(name)]:
+                _OWN[name] = sys.modules.pop(name)
+            sys.modules.update(loaded)
+
+
+def custom(
+    path: str = "path/to/model.pt",
+    autoshape: bool = True,
+    _verbose: bool = True,
+    device: str | None = None,
+    cfg: str | None = None,
+) -> Any:
+    """A detector from a weights file: one of ours, or another project's that is read safely.
+
+    Args:
+        path: the weights.
+        autoshape: False gives the bare network, (B, 3, H, W) in and raw predictions out.
+        _verbose: log what was transferred from another project's file.
+        device: such as "cpu" or "cuda:0"; None is the CPU.
+        cfg: model YAML, for weights that carry none.
+    """
+    with _own_packages():
+        loaded = importlib.import_module("models.pretrained").load_weights(path, cfg=cfg)
+        if _verbose and loaded.report is not None:
+            logger = importlib.import_module("utils.logger").get_logger()
+            logger.info(f"{path}: {loaded.report.summary()}")
+        return _finish(loaded.model, autoshape, device)
+
+
+def _create(
+    name: str, pretrained: bool | str, classes: int, autoshape: bool, device: str | None
+) -> Any:
+    """A network by its published name; `pretrained` is a path, or True for `<name>.pt` in the working folder."""
+    if pretrained:
+        path = pretrained if isinstance(pretrained, str) else f"{name}.pt"
+        with _own_packages():
+            pretrained_models = importlib.import_module("models.pretrained")
+            loaded = pretrained_models.load_weights(path, cfg=name, num_classes=classes)
+            return _finish(loaded.model, autoshape, device)
+    with _own_packages():
+        model = importlib.import_module("models.yolo").build_model(name, num_classes=classes)
+        return _finish(model.eval(), autoshape, device)
+
+
+def _finish(model: Any, autoshape: bool, device: str | None) -> Any:
+    if autoshape:
+        return importlib.import_module("engine.hub").Detector(model, device)
+    return model.to(device) if device else model
+
+
+def _entry(name: str) -> Callable[..., Any]:
+    """The entry point of one published model."""
+
+    def create(
+        pretrained: bool | str = False,
+        channels: int = 3,
+        classes: int = 80,
+        autoshape: bool = True,
+        _verbose: bool = True,
+        device: str | None = None,
+    ) -> Any:
+        if channels != 3:
+            raise ValueError(
+                f"{name}: got channels={channels}, expected 3. Set ch in a model YAML of your own."
+            )
+        return _create(name, pretrained, classes, autoshape, device)
+
+    create.__name__ = create.__qualname__ = name.replace("-", "_")
+    create.__doc__ = f"""{name}, untrained; nothing is downloaded.
+
+    Args:
+        pretrained: path of weights, or True for {name}.pt in the working folder.
+        channels: of the input, 3.
+        classes: number of classes.
+        autoshape: False gives the bare network.
+        device: such as "cpu" or "cuda:0"; None is the CPU.
+    """
+    return create
+
+
+yolov5n, yolov5s, yolov5m, yolov5l, yolov5x = (_entry(f"yolov5{size}") for size in "nsmlx")
+yolo11n, yolo11s, yolo11m, yolo11l, yolo11x = (_entry(f"yolo11{size}") for size in "nsmlx")
+gelan_t, gelan_s, gelan_m, gelan_c, gelan_e = (_entry(f"gelan-{size}") for size in "tsmce")
+yolov9_t, yolov9_s, yolov9_m, yolov9_c, yolov9_e = (_entry(f"yolov9-{size}") for size in "tsmce")
+rtdetr_l, rtdetr_x = (_entry(f"rtdetr-{size}") for size in "lx")

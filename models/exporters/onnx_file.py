@@ -1,0 +1,187 @@
+"""ONNX: one graph, checked, with the metadata and the names that existing runners look for."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models.exporters.end2end import append_postprocess
+from models.exporters.network import (
+    ExportNetwork,
+    ExportOptions,
+    beside,
+    build_network,
+    example,
+    metadata,
+)
+from models.layouts import ANCHOR_AXES
+from models.yolo import DetectionModel
+from utils.errors import ConfigError
+from utils.logger import get_logger
+
+INPUT = "images"
+AXIS_NAMES = {0: "batch", 2: "height", 3: "width"}
+FLOAT32_OPERATORS = ("Softmax", "LayerNormalization", "ReduceMean", "GridSample", "Pow", "Sqrt")
+"""Operators that overflow or round badly in float16 and stay float32 with `--half`."""
+DECODE_SCOPE = "/decode/"
+
+
+def export_onnx(model: DetectionModel, options: ExportOptions, weights: Path) -> Path:
+    """Write `<stem>.onnx`.
+
+    Raises:
+        ConfigError: the onnx package, or one that an option needs, is missing.
+    """
+    try:
+        import onnx
+    except ImportError as error:
+        raise ConfigError("--include onnx needs onnx. pip install onnx onnxruntime") from error
+    path = beside(weights, options, ".onnx")
+    network = build_network(model, options)
+    proto = trace_onnx(network, options, path)
+    if options.simplify:
+        proto = _simplify(proto)
+    if options.half:
+        proto = _to_half(proto)
+    if options.end2end:
+        opset = next(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx"))
+        proto = append_postprocess(proto, model.head.postprocess, options, opset)
+    _name_axes(proto, options, model)
+    del proto.metadata_props[:]
+    onnx.helper.set_model_props(proto, metadata(model, options, weights.stem))
+    onnx.save(proto, str(path))
+    onnx.checker.check_model(str(path), full_check=True)
+    return path
+
+
+def trace_onnx(network: ExportNetwork, options: ExportOptions, path: Path) -> Any:
+    """The ONNX model of `network`, written to `path` on the way."""
+    import onnx
+
+    images = example(options)
+    knows_dynamo = "dynamo" in inspect.signature(torch.onnx.export).parameters
+    outputs = _output_names(network, images)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecation of the exporter, constants that were checked
+        if options.dynamo:
+            return _trace_dynamo(network, images, outputs, options, knows_dynamo)
+        torch.onnx.export(
+            network, (images,), str(path), input_names=[INPUT], output_names=outputs,
+            opset_version=options.opset, dynamic_axes=_dynamic_axes(options, outputs),
+            **({"dynamo": False} if knows_dynamo else {}),
+        )  # fmt: skip
+    return onnx.load(str(path))
+
+
+def _trace_dynamo(
+    network: ExportNetwork, images: torch.Tensor, outputs: list[str], options: ExportOptions, known: bool
+) -> Any:
+    if not known:
+        raise ConfigError(f"--dynamo: torch {torch.__version__} has no such exporter. Leave it out.")
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ConfigError("--dynamo needs onnxscript. pip install onnxscript, or leave it out.") from error
+    program = torch.onnx.export(
+        network, (images,), input_names=[INPUT], output_names=outputs, opset_version=max(options.opset, 18),
+        dynamic_shapes=dynamic_shapes(options, network.network.max_stride), dynamo=True, verbose=False,
+    )  # fmt: skip
+    return program.model_proto
+
+
+def dynamic_shapes(options: ExportOptions, stride: int) -> Any:
+    """What torch.export is told of the images' shape."""
+    if not options.dynamic:
+        return None
+    shape: dict[int, Any] = {0: torch.export.Dim("batch", min=1, max=4096)}
+    if options.dynamic == "all":
+        shape[2] = stride * torch.export.Dim("rows", min=1, max=512)
+        shape[3] = stride * torch.export.Dim("columns", min=1, max=512)
+    return (shape,)
+
+
+def _output_names(network: ExportNetwork, images: torch.Tensor) -> list[str]:
+    if network.form == "decoded":
+        return ["boxes", "scores"]
+    if network.form == "layout":
+        return ["output0"]
+    with torch.no_grad():
+        return [f"output{i}" for i in range(len(network(images)))]
+
+
+def _dynamic_axes(options: ExportOptions, outputs: list[str]) -> dict[str, dict[int, str]]:
+    if not options.dynamic:
+        return {}
+    axes = dict(AXIS_NAMES) if options.dynamic == "all" else {0: AXIS_NAMES[0]}
+    return {INPUT: axes} | {name: {0: AXIS_NAMES[0]} for name in outputs}
+
+
+def _name_axes(proto: Any, options: ExportOptions, model: DetectionModel) -> None:
+    """Give the axes of input and outputs the names that runners look for, or their sizes."""
+    image = proto.graph.input[0].type.tensor_type.shape.dim
+    for axis, size in ((0, options.batch), (2, options.imgsz[0]), (3, options.imgsz[1])):
+        if options.dynamic == "all" or (options.dynamic and axis == 0):
+            image[axis].dim_param = AXIS_NAMES[axis]
+        else:
+            image[axis].dim_value = size
+    anchors = ANCHOR_AXES.get(options.layout(model))
+    for output in proto.graph.output:
+        shape = output.type.tensor_type.shape.dim
+        if options.dynamic:
+            shape[0].dim_param = AXIS_NAMES[0]
+        elif not shape[0].HasField("dim_value"):
+            shape[0].dim_value = options.batch
+        if options.dynamic == "all" and anchors is not None:
+            shape[anchors].dim_param = "anchors"
+
+
+def _simplify(proto: Any) -> Any:
+    try:
+        import onnxslim
+    except ImportError as error:
+        raise ConfigError("--simplify needs onnxslim. pip install onnxslim, or leave it out.") from error
+    before = len(proto.graph.node)
+    slim = onnxslim.slim(proto)
+    get_logger().info(f"simplified: {before} -> {len(slim.graph.node)} nodes")
+    return slim
+
+
+def _to_half(proto: Any) -> Any:
+    """float16 weights and arithmetic; input, output, decoding and softmax stay float32."""
+    try:
+        from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+    except ImportError as error:
+        raise ConfigError("--half needs onnxruntime. pip install onnxruntime") from error
+    converted = convert_float_to_float16(
+        proto, keep_io_types=True, op_block_list=[*DEFAULT_OP_BLOCK_LIST, *FLOAT32_OPERATORS],
+        node_block_list=[node.name for node in proto.graph.node if is_decoding(node)],
+    )  # fmt: skip
+    _sort_nodes(converted.graph)
+    return converted
+
+
+def _sort_nodes(graph: Any) -> None:
+    """Put every node behind those that make its inputs."""
+    made_by = {name: i for i, node in enumerate(graph.node) for name in node.output}
+    order: dict[int, None] = {}
+    for start in range(len(graph.node)):
+        stack = [start]
+        while stack:
+            index = stack[-1]
+            needs = {made_by[name] for name in graph.node[index].input if name in made_by}
+            open_needs = [i for i in needs if i not in order]
+            if not open_needs:
+                order.setdefault(stack.pop())
+            stack.extend(open_needs)
+    nodes = [graph.node[i] for i in order]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def is_decoding(node: Any) -> bool:
+    """Whether a node belongs to the decoding, by its scope."""
+    return DECODE_SCOPE in node.name or node.name.startswith("/postprocess/")

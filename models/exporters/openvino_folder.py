@@ -1,0 +1,42 @@
+"""OpenVINO: a folder with the graph, its weights and the metadata."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import yaml
+
+from models.backends import OPENVINO_FOLDER
+from models.exporters.network import ExportOptions, metadata
+from models.exporters.onnx_file import export_onnx
+from models.yolo import DetectionModel
+from utils.errors import ConfigError
+
+
+def export_openvino(model: DetectionModel, options: ExportOptions, weights: Path) -> Path:
+    """Write `<stem>_openvino_model/`, by way of an ONNX file that is not kept.
+
+    Raises:
+        ConfigError: the openvino package is missing.
+    """
+    try:
+        import openvino
+    except ImportError as error:
+        raise ConfigError("--include openvino needs openvino. pip install openvino") from error
+    folder = weights.with_name(f"{weights.stem}{options.suffix()}{OPENVINO_FOLDER}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        path = export_onnx(model, replace(options, half=False), Path(temporary) / weights.name)
+        converted = openvino.convert_model(str(path))
+    described = metadata(model, options, weights.stem)
+    for key, value in described.items():
+        converted.set_rt_info(value, ["model_info", key])
+    for old in folder.glob("*.xml"):
+        old.unlink()
+    file = folder / f"{weights.stem}.xml"
+    openvino.save_model(converted, str(file), compress_to_fp16=options.half)
+    text = yaml.safe_dump(described, sort_keys=False, allow_unicode=True)
+    (folder / "metadata.yaml").write_text(text, encoding="utf-8")
+    return folder

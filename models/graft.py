@@ -1,0 +1,204 @@
+"""`--backbone NAME`: the same config with another backbone, as a new mapping.
+
+What leads the rows without downsampling (`Silence`) stays, what stands on the coarsest map (`SPPF`, `C2PSA`, ...) stays, the
+rows between become one row. Every reference to a removed row becomes `P3`, `P4`, ... by the stride of what it meant;
+references among the rows that stay become names, since a backbone may take more slots than the rows it replaces.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from models import modules
+from models.build import Row
+from models.registry import backbone as backbone_rule
+from models.registry import find
+from utils.errors import ConfigError
+
+CONTEXT_MODULES = ("SPP", "SPPF", "SPPELAN", "C2PSA", "PSA", "AIFI")
+WEIGHT_PARAMETERS = ("pretrained", "weights")
+
+
+class RowSlots(NamedTuple):
+    """Which slots a row of the original model takes.
+
+    Attributes:
+        first: index of its first slot.
+        strides: stride of each of its slots; None where the slot is empty.
+        is_backbone: whether it returns a list of maps.
+        is_image: whether its output is still the image: stride 1, three channels.
+    """
+
+    first: int
+    strides: tuple[int | None, ...]
+    is_backbone: bool = False
+    is_image: bool = False
+
+
+def row_slots(rows: Sequence[Row]) -> list[RowSlots]:
+    """`RowSlots` of each row of a built model."""
+    slots: list[RowSlots] = []
+    for row in rows:
+        first = slots[-1].first + len(slots[-1].strides) if slots else 0
+        filled = sorted(s for s in row.map_slots if s is not None) if row.map_slots is not None else [row.index]
+        stride_of = dict(zip(filled, row.strides))
+        strides = tuple(stride_of.get(slot) for slot in range(first, row.index + 1))
+        is_image = row.map_slots is None and strides == (1,) and bool(row.shape) and row.shape[0][0] == 3
+        slots.append(RowSlots(first, strides, row.map_slots is not None, is_image))
+    return slots
+
+
+def replace_backbone(
+    config: Mapping[str, Any], name: str, kwargs: Mapping[str, Any], slots: Sequence[RowSlots]
+) -> dict[str, Any]:
+    """A copy of `config` whose backbone is `name` with keyword arguments `kwargs`.
+
+    Args:
+        config: a model YAML as a mapping; it is not changed.
+        name: a registered backbone, a class in `models/modules/`, or a timm model.
+        kwargs: its arguments.
+        slots: of each row of `config`, backbone rows first, then head rows.
+
+    Raises:
+        ConfigError: a row that stays refers to a removed one whose stride is not a power of two.
+    """
+    rows = [list(row) for row in (*config["backbone"], *config["head"])]
+    before, after = _removed_range(config["backbone"], slots)
+    writer = _Writer(rows, slots, before, after, len(config["backbone"]))
+    new_row = [-1, 1, name, [dict(kwargs)] if kwargs else []]
+    kept_before = [writer.rewrite(i) for i in range(before)]
+    kept_after = [writer.rewrite(i) for i in range(after, len(rows))]
+    for i, label in writer.labels.items():
+        target = kept_after[i - after]
+        target[4:] = [label]
+    in_backbone = len(config["backbone"]) - after
+    return {
+        **config,
+        "backbone": [*kept_before, new_row, *kept_after[:in_backbone]],
+        "head": kept_after[in_backbone:],
+    }
+
+
+def _removed_range(backbone: Sequence[Sequence[Any]], slots: Sequence[RowSlots]) -> tuple[int, int]:
+    """Rows `before <= i < after` of the backbone section go."""
+    count = len(backbone)
+    before = next((i for i in range(count) if not slots[i].is_image), count)
+    lists = [i for i in range(count) if slots[i].is_backbone]
+    if lists:
+        return before, lists[-1] + 1
+    coarsest = max((slot.strides[0] or 0 for slot in slots[:count]), default=0)
+    on_coarsest = (
+        i for i in range(before, count)
+        if slots[i].strides[0] == coarsest and str(backbone[i][2]).split(".")[-1] in CONTEXT_MODULES
+    )  # fmt: skip
+    return before, next(on_coarsest, count)
+
+
+class _Writer:
+    """Rewrites the `from` of rows that stay; collects the names that this makes necessary."""
+
+    def __init__(
+        self, rows: Sequence[Sequence[Any]], slots: Sequence[RowSlots], before: int, after: int, in_backbone: int
+    ) -> None:
+        self.rows, self.slots, self.before, self.after, self.in_backbone = rows, slots, before, after, in_backbone
+        self.row_of_slot = {slot.first + k: i for i, slot in enumerate(slots) for k in range(len(slot.strides))}
+        self.labels: dict[int, str] = {}
+        self.taken = {row[4] for row in rows if len(row) > 4}
+
+    def rewrite(self, i: int) -> list[Any]:
+        """Row `i` as it stands in the new config."""
+        source, *rest = self.rows[i]
+        items = source if isinstance(source, list) else [source]
+        new = [self._reference(item, i) for item in items]
+        return [new if isinstance(source, list) else new[0], *rest]
+
+    def _reference(self, item: int | str, i: int) -> int | str:
+        slot = self._slot(item, i)
+        if slot is None:
+            return item
+        target = self.row_of_slot[slot]
+        if target < self.before:
+            return item if i < self.before else slot
+        if target < self.after:
+            return self._level(slot, target, i)
+        is_stable = isinstance(item, str) and item in self.taken or isinstance(item, int) and item < 0
+        return item if is_stable else self._label(target)
+
+    def _slot(self, item: int | str, i: int) -> int | None:
+        """The original slot that `item` means in row `i`; None for the image itself and for what does not exist."""
+        if isinstance(item, int):
+            slot = item if item >= 0 else self.slots[i].first + item
+            return slot if slot in self.row_of_slot else None
+        for k in range(i):
+            if len(self.rows[k]) > 4 and self.rows[k][4] == item:
+                return self.slots[k].first + len(self.slots[k].strides) - 1
+        return self._pyramid(i).get(item)
+
+    def _pyramid(self, i: int) -> dict[str, int]:
+        """What `P3` and the like mean to row `i`: the maps of the last backbone, else the last plain row of the stride."""
+        levels: dict[str, int] = {}
+        has_backbone = False
+        for slot in self.slots[: min(i, self.in_backbone)]:
+            if slot.is_backbone:
+                levels, has_backbone = {}, True
+            elif has_backbone:
+                continue
+            for k, stride in enumerate(slot.strides):
+                if stride and stride > 1 and stride & (stride - 1) == 0:
+                    levels[f"P{stride.bit_length() - 1}"] = slot.first + k
+        return levels
+
+    def _level(self, slot: int, target: int, i: int) -> str:
+        stride = self.slots[target].strides[slot - self.slots[target].first]
+        level = f"P{(stride or 0).bit_length() - 1}"
+        if not stride or stride < 2 or stride & (stride - 1) or level in self.taken:
+            why = f"a row of the config is called {level}" if level in self.taken else f"its stride is {stride}"
+            raise ConfigError(
+                f"--backbone: row {self.slots[i].first} ({self.rows[i][2]}) reads row {slot}, which goes, and nothing "
+                f"can take its place - {why}. Write a YAML for this pair."
+            )
+        return level
+
+    def _label(self, target: int) -> str:
+        """The name of row `target`, made from its old index if it has none."""
+        row = self.rows[target]
+        if len(row) > 4:
+            return str(row[4])
+        label = f"row{self.slots[target].first + len(self.slots[target].strides) - 1}"
+        while label in self.taken:
+            label += "_"
+        return self.labels.setdefault(target, label)
+
+
+def forget_weights(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `config` whose backbones start from fresh weights.
+
+    For building a model whose weights come from elsewhere (a checkpoint, a resumed run): nothing is read or downloaded
+    for it. `pretrained` and `weights` arguments, given by name or by position, become false.
+    """
+    return {**config, "backbone": [_without_weights(row) for row in config["backbone"]]}
+
+
+def _without_weights(row: Sequence[Any]) -> list[Any]:
+    args = row[3]
+    positional = list(args) if isinstance(args, list) else []
+    keywords = dict(args) if isinstance(args, Mapping) else {}
+    if positional and isinstance(positional[-1], Mapping):
+        keywords = dict(positional.pop())
+    keywords.update({key: False for key in WEIGHT_PARAMETERS if key in keywords})
+    for position, key in enumerate(_parameters(row[2])[: len(positional)]):
+        if key in WEIGHT_PARAMETERS:
+            positional[position] = False
+    return [*row[:3], [*positional, keywords] if keywords else positional, *row[4:]]
+
+
+def _parameters(module: Any) -> list[str]:
+    """Names of the arguments that a backbone row may give by position."""
+    layer = find(str(module)) or modules.find_unregistered(str(module))
+    if layer is None:
+        return list(WEIGHT_PARAMETERS)  # a timm model
+    if layer.rule is not backbone_rule:
+        return []
+    return list(inspect.signature(layer.build).parameters)

@@ -1,0 +1,369 @@
+"""RevCol: published layout and numbers, and reversible training equal to plain autograd."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from models.modules import revcol
+from models.registry import LayerError, find
+
+GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
+needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="golden numbers are not here")
+SIZES = {
+    "tiny": 29_942_144,
+    "small": 60_054_400,
+    "base": 138_038_256,
+    "large": 272_068_352,
+    "xlarge": 832_010_816,
+}
+
+
+def golden_module() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("golden", GOLDEN / "golden.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def small(
+    save_memory: bool | str = True,
+    columns: int = 3,
+    drop_path: float = 0.3,
+    channels: tuple[int, int, int, int] = (4, 8, 8, 16),
+) -> revcol.RevCol:
+    """A narrow network whose layer scales are near one, so that every branch counts."""
+    torch.manual_seed(0)
+    size = revcol.Size(channels, (1, 1, 2, 1), columns, drop_path)
+    model = revcol.RevCol(size, save_memory)
+    for name, parameter in model.named_parameters():
+        if "gamma" in name:
+            nn.init.uniform_(parameter, 0.5, 1.0)
+        elif parameter.ndim > 1 and "alpha" not in name:
+            nn.init.kaiming_uniform_(parameter)
+    return model.train()
+
+
+def score(maps: list[Tensor]) -> Tensor:
+    """A number in which every element of every map has a weight of its own."""
+    weights = [torch.linspace(-1, 1, m.numel(), dtype=m.dtype).view_as(m) for m in maps]
+    return torch.stack([(m * w).sum() for m, w in zip(maps, weights, strict=True)]).sum()
+
+
+def gradients(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """Gradients of `score` by parameter name, and of the images, from one fixed random state."""
+    torch.manual_seed(7)
+    images = images.clone().requires_grad_()
+    score(model(images)).backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {**found, "images": images.grad}
+
+
+def worst(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """The largest difference of a gradient relative to its own size."""
+    assert a.keys() == b.keys()
+    return max(float((a[k] - b[k]).norm() / a[k].norm().clamp(min=1e-12)) for k in a)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_size_has_the_published_count_and_builds_without_memory(size: str) -> None:
+    layer = find(f"revcol_{size}")
+    assert layer is not None
+    with torch.device("meta"):
+        model = layer.build()
+    assert sum(p.numel() for p in model.parameters()) == SIZES[size]
+    assert model.strides == [4, 8, 16, 32]
+
+
+def test_channels_and_strides_agree_with_the_maps_that_come_out() -> None:
+    model = small()
+    shapes = [(2, c, 64 // s, 96 // s) for c, s in zip(model.channels, model.strides, strict=True)]
+    assert [tuple(m.shape) for m in model(torch.rand(2, 3, 64, 96))] == shapes
+
+
+@needs_golden
+def test_keys_and_outputs_equal_the_published_network() -> None:
+    golden = golden_module()
+    keys = json.loads((GOLDEN / "revcol_tiny.keys.json").read_text())
+    with torch.device("meta"):
+        model = revcol.revcol_tiny().eval()
+    model = model.to_empty(device="cpu")
+    own = {key: list(value.shape) for key, value in model.state_dict().items()}
+    heads = ("cls_blocks.", "decoder_blocks.")
+    assert own == {key: shape for key, shape in keys.items() if not key.startswith(heads)}
+    model.load_state_dict(golden.fill(model.state_dict()))
+    with torch.no_grad():
+        maps = model(golden.image(224, 288))
+    for stage, feature in enumerate(maps, 1):
+        path = str(GOLDEN / "revcol_tiny.npz")
+        assert golden.difference(feature, path, f"stage{stage}") < 1e-4
+
+
+def test_a_column_is_the_equation_written_out() -> None:
+    model = small(drop_path=0.0).eval()
+    stem, images = model.stem, torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        previous = model.subnet0(stem(images), (), [], None)
+        got = model.subnet1(stem(images), previous, model.subnet1.alphas(), None)
+        below = stem(images)
+        for index, level in enumerate(model.subnet1.levels()):
+            x = level.fusion.down(below)
+            if index < 3:
+                up = level.fusion.up.channel_reschedule(previous[index + 1].permute(0, 2, 3, 1))
+                x = x + up.permute(0, 3, 1, 2).repeat_interleave(2, 2).repeat_interleave(2, 3)
+            for block in level.blocks:
+                x = block(x)
+            below = x + 0.5 * previous[index]
+            assert torch.allclose(got[index], below, atol=1e-5)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 5])
+@pytest.mark.parametrize("drop_path", [0.0, 0.4])
+def test_reversible_gradients_equal_plain_ones(columns: int, drop_path: float) -> None:
+    images = torch.rand(3, 3, 64, 96)
+    plain = gradients(small(False, columns, drop_path), images)
+    state = torch.get_rng_state()
+    reversible = gradients(small(True, columns, drop_path), images)
+    assert worst(plain, reversible) < 1e-5
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("columns", [4, 8])
+def test_flat_gradients_stay_within_a_thousandth(columns: int) -> None:
+    images = torch.rand(2, 3, 64, 64)
+    error = worst(
+        gradients(small(False, columns), images), gradients(small("flat", columns), images)
+    )
+    assert 0 < error < 1e-3
+
+
+@pytest.mark.parametrize("save_memory", [True, "flat"])
+def test_gradcheck_in_float64(save_memory: bool | str) -> None:
+    model = small(save_memory, 2, 0.3, (2, 2, 3, 2)).double()
+    learned = [p for p in model.parameters() if p.requires_grad]
+
+    def run(images: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        torch.manual_seed(7)
+        names = [name for name, p in model.named_parameters() if p.requires_grad]
+        state = dict(zip(names, parameters, strict=True))
+        return tuple(torch.func.functional_call(model, state, (images,)))
+
+    images = torch.rand(2, 3, 32, 32, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(run, (images, *learned), fast_mode=True)
+
+
+@pytest.mark.parametrize("backward_inside", [False, True])
+def test_bfloat16_autocast_gives_the_gradients_of_plain_autocast(backward_inside: bool) -> None:
+    images = torch.rand(2, 3, 64, 64)
+    found = []
+    for save_memory in (False, True):
+        model = small(save_memory)
+        torch.manual_seed(7)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = score(model(images))
+            if backward_inside:
+                loss.backward()
+        if not backward_inside:
+            loss.backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+    plain, reversible = found
+    assert (plain - reversible).norm() / plain.norm() < 1e-2
+
+
+def freeze_stem(model: revcol.RevCol) -> None:
+    model.stem.requires_grad_(False)
+
+
+def freeze_half(model: revcol.RevCol) -> None:
+    for part in (model.stem, model.subnet0, model.subnet1.level2, model.subnet2.level0):
+        part.requires_grad_(False)
+
+
+@pytest.mark.parametrize("freeze", [freeze_stem, freeze_half])
+def test_frozen_parts_leave_the_other_gradients_as_they_are(
+    freeze: Callable[[revcol.RevCol], None],
+) -> None:
+    images = torch.rand(2, 3, 64, 64)
+    plain, reversible = small(False), small(True)
+    found = []
+    for model in (plain, reversible):
+        freeze(model)
+        torch.manual_seed(7)
+        score(model(images)).backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        assert len(found[-1]) == sum(p.requires_grad for p in model.parameters())
+    assert worst(*found) < 1e-5
+
+
+def test_a_hook_on_a_parameter_runs_once_and_backward_can_be_repeated() -> None:
+    for save_memory in (True, "flat"):
+        model, calls = small(save_memory, drop_path=0.0), []
+        model.subnet1.level0.blocks[0].gamma.register_hook(lambda grad: calls.append(1))
+        loss = score(model(torch.rand(1, 3, 32, 32)))
+        loss.backward(retain_graph=True)
+        once = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+        loss.backward()
+        assert len(calls) == 2
+        twice = {name: p.grad / 2 for name, p in model.named_parameters() if p.requires_grad}
+        assert worst(once, twice) < 1e-6
+
+
+def saved_bytes(model: nn.Module, images: Tensor) -> int:
+    """Bytes of all storages saved for the backward pass, parameters left out."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages: dict[int, int] = {}
+    held = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+        held.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        maps = model(images)
+    assert all(m.requires_grad for m in maps)
+    return sum(storages.values())
+
+
+def test_saved_memory_grows_by_a_columns_outputs_and_flat_by_a_quarter() -> None:
+    images = torch.rand(1, 3, 64, 64)
+    outputs = 4 * sum(c * (64 // s) ** 2 for c, s in zip((4, 8, 8, 16), (4, 8, 16, 32)))
+    alphas = 4 * (4 + 8 + 8 + 16)
+    clamps = 4 * alphas  # what keeping four small alphas from zero may save beside them
+    noise = 4 * 5
+    for save_memory, share in ((True, 1), ("flat", 4)):
+        sizes = [saved_bytes(small(save_memory, columns), images) for columns in (4, 8, 12)]
+        for growth in (sizes[1] - sizes[0], sizes[2] - sizes[1]):
+            assert growth <= 4 * (outputs / share + alphas + clamps + noise)
+    plain = [saved_bytes(small(False, columns), images) for columns in (4, 8)]
+    assert plain[1] - plain[0] > 20 * 4 * outputs
+
+
+@pytest.mark.parametrize("save_memory", [False, True, "flat"])
+def test_alpha_is_kept_from_zero_and_never_written(save_memory: bool | str) -> None:
+    model = small(save_memory, columns=2, drop_path=0.0)
+    values = torch.tensor([0.0, -1e-5, 2e-4, -0.25])
+    with torch.no_grad():
+        model.subnet1.alpha0.copy_(values.view(1, 4, 1, 1))
+    kept = model.subnet1.alphas()[0].flatten()
+    assert kept.tolist() == pytest.approx([1e-3, -1e-3, 1e-3, -0.25])
+    found = gradients(model, torch.rand(1, 3, 32, 32))
+    assert all(grad.isfinite().all() for grad in found.values())
+    assert (found["subnet1.alpha0"] != 0).all()
+    assert torch.equal(model.subnet1.alpha0.flatten(), values)
+
+
+def test_the_first_columns_alphas_are_kept_but_ask_for_no_gradient() -> None:
+    model = small()
+    found = gradients(model, torch.rand(2, 3, 64, 64))
+    dead = {f"subnet0.alpha{level}" for level in range(4)}
+    assert dead <= model.state_dict().keys()
+    assert {name for name, p in model.named_parameters() if not p.requires_grad} == dead
+    learned = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert found.keys() == learned | {"images"}
+    assert all(grad.abs().sum() > 0 for grad in found.values())
+
+
+def uses_reversible_columns(model: nn.Module, images: Tensor) -> bool:
+    node = model(images)[-1].grad_fn
+    return node is not None and type(node).__name__ == "ReversibleColumnBackward"
+
+
+def test_only_eager_training_takes_the_reversible_path() -> None:
+    images = torch.rand(1, 3, 32, 32)
+    assert uses_reversible_columns(small(True), images)
+    assert uses_reversible_columns(small("flat"), images)
+    assert not uses_reversible_columns(small(False), images)
+    assert not uses_reversible_columns(small(True).eval(), images)
+
+
+def test_torch_compile_trains_on_the_plain_path_with_the_same_gradients() -> None:
+    images = torch.rand(2, 3, 32, 32)
+    model = small(columns=2, drop_path=0.0)
+    expected = gradients(copy.deepcopy(model), images)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    got = {n.removeprefix("_orig_mod."): g for n, g in gradients(compiled, images).items()}
+    assert worst(expected, got) < 1e-5
+
+
+def test_an_onnx_file_traced_at_one_size_is_right_at_another(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, path = small(columns=2).eval(), str(tmp_path / "revcol.onnx")
+    torch.onnx.export(
+        model, (torch.rand(2, 3, 64, 96),), path, dynamo=False, input_names=["images"],
+        dynamic_axes={"images": {0: "batch", 2: "height", 3: "width"}}, opset_version=17,
+    )  # fmt: skip
+    images = torch.rand(3, 3, 96, 32)
+    got = onnxruntime.InferenceSession(path).run(None, {"images": images.numpy()})
+    with torch.no_grad():
+        for part, expected in zip(got, model(images), strict=True):
+            assert torch.allclose(torch.from_numpy(part), expected, atol=1e-4)
+
+
+def test_an_exported_program_runs_at_another_batch_and_size() -> None:
+    model = small(columns=2).eval()
+    batch, height, width = (torch.export.Dim(name, min=1) for name in ("b", "h", "w"))
+    shapes = ({0: batch, 2: 32 * height, 3: 32 * width},)
+    program = torch.export.export(model, (torch.rand(2, 3, 64, 96),), dynamic_shapes=shapes)
+    images = torch.rand(3, 3, 96, 64)
+    with torch.no_grad():
+        for got, expected in zip(program.module()(images), model(images), strict=True):
+            assert torch.allclose(got, expected, atol=1e-5)
+
+
+def test_channels_last_gives_the_same_gradients() -> None:
+    images = torch.rand(2, 3, 64, 96)
+    expected = gradients(small(), images)
+    model = small().to(memory_format=torch.channels_last)
+    got = gradients(model, images.contiguous(memory_format=torch.channels_last))
+    assert worst(expected, got) < 1e-5
+
+
+def test_a_wrong_save_memory_says_what_was_expected() -> None:
+    with pytest.raises(LayerError, match=r"save_memory - got 'full', expected True, False or"):
+        revcol.revcol_tiny("full")
+
+
+def distributed_worker(rank: int, folder: str) -> None:
+    """One of two ranks: its averaged gradients must be the mean of both ranks' plain ones."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    batches = [torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(r)) for r in (0, 1)]
+    plain = [gradients(small(False, drop_path=0.0), images) for images in batches]
+    mean = {name: (plain[0][name] + plain[1][name]) / 2 for name in plain[0] if name != "images"}
+    for find_unused in (False, True):
+        for save_memory in (True, "flat"):
+            model = small(save_memory, drop_path=0.0)
+            wrapped = DistributedDataParallel(model, find_unused_parameters=find_unused)
+            for _ in range(2):  # a second step fails where the first left gradients unreduced
+                model.zero_grad()
+                score(wrapped(batches[rank])).backward()
+            got = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+            error = worst(mean, got)
+            if error > (1e-5 if save_memory is True else 1e-3):
+                raise ValueError(f"{save_memory}, {find_unused}: gradients differ by {error}")
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
+def test_two_gloo_ranks_average_to_the_plain_gradients(tmp_path: Path) -> None:
+    context = torch.multiprocessing.get_context("spawn")
+    ranks = [context.Process(target=distributed_worker, args=(r, str(tmp_path))) for r in (0, 1)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(timeout=120)
+    assert [process.exitcode for process in ranks] == [0, 0]

@@ -1,0 +1,161 @@
+"""Checkpoints: atomic, plain, safe to read."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from utils.checkpoint import (
+    ForeignCheckpointError,
+    capture_rng,
+    finalize_checkpoint,
+    load_checkpoint,
+    restore_rng,
+    save_checkpoint,
+)
+from utils.errors import CheckpointError
+
+
+def weights(value: float = 1.0) -> dict[str, torch.Tensor]:
+    return {"a.weight": torch.full((2, 3), value), "a.steps": torch.tensor(7)}
+
+
+def test_what_is_saved_is_read_back_with_format_and_version(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "last.pt"
+    save_checkpoint(path, {"model": weights(), "names": ("cat", "dog"), "hyp": {"lr0": 0.01}})
+    content = load_checkpoint(path)
+    assert content["format"] == "yoke"
+    assert content["version"] == 1
+    assert content["names"] == ["cat", "dog"]
+    assert content["hyp"] == {"lr0": 0.01}
+    assert torch.equal(content["model"]["a.weight"], torch.ones(2, 3))
+    assert content["model"]["a.steps"].item() == 7
+    assert [p.name for p in path.parent.iterdir()] == ["last.pt"]
+
+
+def test_a_view_is_stored_without_the_tensor_it_looks_into(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "a.pt", {"model": {"x": torch.zeros(1_000_000)[:2]}})
+    assert (tmp_path / "a.pt").stat().st_size < 10_000
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("key", ["model", "ema"])
+def test_weights_that_are_not_finite_never_replace_a_good_file(tmp_path, bad, key) -> None:
+    path = tmp_path / "best.pt"
+    save_checkpoint(path, {"model": weights()})
+    content = {"model": weights(bad)} if key == "model" else {"ema": {"model": weights(bad)}}
+    with pytest.raises(CheckpointError, match=r"a\.weight.*not finite"):
+        save_checkpoint(path, content)
+    assert torch.equal(load_checkpoint(path)["model"]["a.weight"], torch.ones(2, 3))
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, {"model": weights()})
+
+    def half_written(content, file) -> None:
+        file.write(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(torch, "save", half_written)
+    with pytest.raises(OSError, match="no space"):
+        save_checkpoint(path, {"model": weights(2.0)})
+    monkeypatch.undo()
+    assert torch.equal(load_checkpoint(path)["model"]["a.weight"], torch.ones(2, 3))
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_objects_are_refused_with_the_key_they_stand_under(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"opt\.path.*Path"):
+        save_checkpoint(tmp_path / "a.pt", {"opt": {"path": Path("x")}})
+
+
+class Planted:
+    """Runs something when unpickled by a careless reader."""
+
+    def __reduce__(self):
+        return (Path.touch, (Path("planted"),))
+
+
+def test_a_pickle_with_code_is_refused_and_runs_nothing(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": Planted()}, "evil.pt")
+    with pytest.raises(ForeignCheckpointError) as caught:
+        load_checkpoint("evil.pt")
+    assert not Path("planted").exists()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "cut short"),
+        (b"this is text", "cut short"),
+        ({"weights": torch.zeros(1)}, "expected format: 'yoke'"),
+        (torch.zeros(1), "expected format: 'yoke'"),
+    ],
+)
+def test_other_files_are_named_in_one_line(tmp_path: Path, content, words: str) -> None:
+    path = tmp_path / "x.pt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(ForeignCheckpointError) as caught:
+        load_checkpoint(path)
+    assert words in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_half_a_checkpoint_and_a_missing_one_are_user_errors(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    save_checkpoint(path, {"model": weights()})
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(CheckpointError, match="cut short"):
+        load_checkpoint(path)
+    with pytest.raises(CheckpointError, match="no such file"):
+        load_checkpoint(tmp_path / "absent.pt")
+
+
+def test_a_later_version_is_not_taken_for_ours(tmp_path: Path) -> None:
+    torch.save({"format": "yoke", "version": 2}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match="version 2, expected 1"):
+        load_checkpoint(tmp_path / "a.pt")
+
+
+def test_finalizing_keeps_the_average_and_drops_the_state_of_training(tmp_path: Path) -> None:
+    path = tmp_path / "best.pt"
+    full = {
+        "model": weights(1.0),
+        "ema": {"model": weights(2.0), "updates": 5},
+        "optimizer": {},
+        "rng": capture_rng(),
+        "epoch": 3,
+    }
+    save_checkpoint(path, full)
+    for _ in range(2):
+        finalize_checkpoint(path, half=True)
+        content = load_checkpoint(path)
+        assert sorted(content) == ["epoch", "format", "model", "version"]
+        assert content["model"]["a.weight"].dtype == torch.float16
+        assert content["model"]["a.weight"].unique().item() == 2
+        assert content["model"]["a.steps"].dtype == torch.int64
+
+
+def test_generators_go_on_where_they_were_saved(tmp_path: Path) -> None:
+    random.gauss(0, 1), np.random.randn(1), torch.rand(1)
+    save_checkpoint(tmp_path / "a.pt", {"rng": capture_rng()})
+
+    def draw() -> tuple:
+        return (
+            random.random(),
+            random.gauss(0, 1),
+            np.random.rand(3).tolist(),
+            np.random.randn(3).tolist(),
+            torch.randn(3).tolist(),
+        )
+
+    first = draw()
+    assert draw() != first
+    restore_rng(load_checkpoint(tmp_path / "a.pt")["rng"])
+    assert draw() == first

@@ -1,0 +1,226 @@
+"""YAML with lines, hyper-parameters, run folders, sizes, command-line values."""
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from utils.config import (
+    ArgumentParser,
+    increment_path,
+    integer,
+    load_hyp,
+    load_yaml,
+    number,
+    parse_imgsz,
+    parse_yaml,
+    report_ignored_flags,
+    save_yaml,
+)
+from utils.errors import ConfigError
+
+
+@pytest.fixture
+def messages(monkeypatch):
+    """What is told to the user."""
+    told: list[str] = []
+    monkeypatch.setattr(
+        logging.getLogger("yoke"), "handle", lambda record: told.append(record.getMessage())
+    )
+    return told
+
+
+def test_every_value_has_its_line() -> None:
+    file = parse_yaml("nc: 3\n\nhead:\n  - [1, 2]\n  # a comment\n  - [3, 4]\n", "x.yaml")
+    assert file.data == {"nc": 3, "head": [[1, 2], [3, 4]]}
+    assert file.lines[("nc",)] == 1
+    assert file.lines[("head", 0)] == 4
+    assert file.lines[("head", 1, 1)] == 6
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 0.001),
+        ("5E2", 500.0),
+        ("-2", -2),
+        ("007", 7),
+        (".5", 0.5),
+        ("true", True),
+        ("no", "no"),
+        ("on", "on"),
+        ("1:30", "1:30"),
+        ("2024-01-01", "2024-01-01"),
+        ("None", "None"),
+        ("~", None),
+        ("", None),
+        ("'5'", "5"),
+    ],
+)
+def test_scalars_are_what_they_look_like(text: str, value: object) -> None:
+    read = parse_yaml(f"key: {text}\n", "x").data["key"]
+    assert read == value
+    assert type(read) is type(value)
+
+
+def test_names_may_be_words_that_older_yaml_takes_for_true() -> None:
+    assert parse_yaml("names: {0: yes, 1: off}", "x").data == {"names": {0: "yes", 1: "off"}}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a: 1\nb: 2\na: 3\n", "x.yaml:3: key 'a' stands twice, first in line 1"),
+        ("h:\n  a: 1\n  a: 2\n", "x.yaml:3: key 'a' stands twice"),
+        ("a: [1, 2\nb: 3\n", "x.yaml:2: not valid YAML"),
+        ("- 1\n- 2\n", "got a list, expected `key: value` lines"),
+        ("a: !!python/object/apply:os.system ['touch planted']\n", "x.yaml:1: not valid YAML"),
+        ("? [1, 2]\n: 3\n", "a key must be a word or a number"),
+        ("a: &x [*x]\n", "an alias that contains itself"),
+    ],
+)
+def test_faulty_yaml_is_named_with_its_line(text, expected, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        parse_yaml(text, "x.yaml")
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_file_is_an_empty_mapping_and_a_missing_one_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("# nothing\n")
+    assert load_yaml(tmp_path / "a.yaml") == {}
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_yaml(tmp_path / "b.yaml")
+    (tmp_path / "c.yaml").write_bytes(b"a: \xff\xfe")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load_yaml(tmp_path / "c.yaml")
+
+
+def test_saved_yaml_is_read_back_in_order(tmp_path: Path) -> None:
+    data = {"z": 1, "a": (320, 640), "path": Path("runs/exp"), "name": "Größe", "lr": 1e-5}
+    save_yaml(tmp_path / "opt.yaml", data)
+    read = load_yaml(tmp_path / "opt.yaml")
+    assert read == {"z": 1, "a": [320, 640], "path": "runs/exp", "name": "Größe", "lr": 1e-5}
+    assert list(read) == list(data)
+
+
+BASE = "lr0: 0.01\nmosaic: 1\noptimizer: SGD\nflag: false\n"
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    path = tmp_path / "yolov5.yaml"
+    path.write_text(BASE)
+    return path
+
+
+def test_the_users_file_overlays_the_familys(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("lr0: 1e-3\nmosaic: 0.5\n")
+    hyp = load_hyp(tmp_path / "mine.yaml", base)
+    assert dict(hyp) == {"lr0": 0.001, "mosaic": 0.5, "optimizer": "SGD", "flag": False}
+    assert dict(load_hyp(None, base))["lr0"] == 0.01
+    with pytest.raises(TypeError):
+        hyp["lr0"] = 1.0
+
+
+def test_all_problems_of_a_hyp_file_are_told_together(base: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("lr0: fast\nmosaik: 1\nflag: 1\nmosaic: true\noptimizer: 3\n")
+    with pytest.raises(ConfigError) as caught:
+        load_hyp(mine, base)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 5
+    assert f"{mine}:1: lr0 - got 'fast', expected a number such as 0.01." in lines
+    assert f"{mine}:2: unknown key 'mosaik'. Did you mean 'mosaic'?" in lines
+    assert f"{mine}:3: flag - got 1, expected true or false such as False." in lines
+    assert f"{mine}:4: mosaic - got True, expected a number such as 1." in lines
+    assert f"{mine}:5: optimizer - got 3, expected a word such as 'SGD'." in lines
+
+
+def test_a_number_that_is_none_is_a_problem(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("lr0: .nan\n")
+    with pytest.raises(ConfigError, match="lr0 - got nan"):
+        load_hyp(tmp_path / "mine.yaml", base)
+
+
+def test_known_keys_without_effect_are_said_in_one_line(base, tmp_path, messages) -> None:
+    (tmp_path / "mine.yaml").write_text("copy_paste: 0.1\nanchor_t: 4.0\nlr0: 0.02\n")
+    hyp = load_hyp(tmp_path / "mine.yaml", base)
+    assert "copy_paste" not in hyp
+    assert messages == [
+        f"{tmp_path / 'mine.yaml'}: without effect for yolov5: copy_paste, anchor_t"
+    ]
+
+
+def test_runs_are_numbered_from_two(tmp_path: Path) -> None:
+    assert increment_path(tmp_path, "exp") == tmp_path / "exp"
+    (tmp_path / "exp").mkdir()
+    (tmp_path / "exp3").mkdir()
+    assert increment_path(tmp_path, "exp") == tmp_path / "exp2"
+    (tmp_path / "exp2").mkdir()
+    assert increment_path(tmp_path, "exp") == tmp_path / "exp4"
+    assert increment_path(tmp_path, "exp", exist_ok=True) == tmp_path / "exp"
+
+
+@pytest.mark.parametrize(
+    ("values", "expected", "told"),
+    [
+        (640, (640, 640), 0),
+        ([320], (320, 320), 0),
+        ([384, 640], (384, 640), 0),
+        ([100, 65], (128, 96), 1),
+    ],
+)
+def test_image_sizes_are_height_then_width(values, expected, told, messages) -> None:
+    assert parse_imgsz(values, 32) == expected
+    assert len(messages) == told
+
+
+@pytest.mark.parametrize("values", [[], [1, 2, 3], [0], [-32, 64]])
+def test_impossible_image_sizes_are_refused(values: list[int]) -> None:
+    with pytest.raises(ConfigError, match="--imgsz"):
+        parse_imgsz(values, 32)
+
+
+def parser() -> ArgumentParser:
+    made = ArgumentParser(prog="train.py")
+    made.add_argument("--epochs", type=integer(1), default=100)
+    made.add_argument("--batch-size", type=integer(1, allowed=(-1,)), default=16)
+    made.add_argument("--conf-thres", type=number(0, 1), default=0.25)
+    made.add_argument("--quad", action="store_true")
+    return made
+
+
+def test_good_values_are_taken() -> None:
+    options = parser().parse_args(["--epochs", "3", "--batch-size", "-1", "--conf-thres", "1"])
+    assert (options.epochs, options.batch_size, options.conf_thres) == (3, -1, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--epochs", "0"], "argument --epochs: got 0, expected 1 or more"),
+        (["--epochs", "1.5"], "got '1.5', expected a whole number"),
+        (["--batch-size", "-2"], "got -2, expected 1 or more or -1"),
+        (["--conf-thres", "2"], "got 2, expected 0 to 1"),
+        (["--conf-thres", "nan"], "got 'nan', expected a number"),
+        (["--epoch-s", "3"], "unknown argument '--epoch-s'. Did you mean '--epochs'?"),
+    ],
+)
+def test_bad_values_are_one_line_and_exit_code_two(words, expected, capsys) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parser().parse_args(words)
+    printed = capsys.readouterr()
+    assert caught.value.code == 2
+    assert expected in printed.err
+    assert printed.err.count("\n") == 1
+    assert printed.out == ""
+
+
+def test_flags_without_effect_are_said_once_and_only_if_given(messages) -> None:
+    report_ignored_flags(parser().parse_args([]), {"quad": False})
+    assert messages == []
+    report_ignored_flags(parser().parse_args(["--quad"]), {"quad": False, "epochs": 100})
+    assert messages == ["accepted but without effect here: --quad"]
