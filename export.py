@@ -120,14 +120,22 @@ def export(
 
 def _shown(exporter: Exporter, options: ExportOptions) -> ExportOptions:
     """Weights without a graph take any batch and size, and know no NMS."""
-    return options if exporter.fused else replace(options, dynamic="all", end2end=False, int8=False, raw=False)
+    return (
+        options
+        if exporter.fused
+        else replace(options, dynamic="all", end2end=False, int8=False, raw=False)
+    )
 
 
 def _find(name: str, options: ExportOptions) -> tuple[str, Exporter]:
     key = ALIASES.get(name, name)
     if key in FOREIGN:
         library, advice = FOREIGN[key]
-        state = "is installed, but is not driven from here" if find_spec(library) else "is not installed"
+        state = (
+            "is installed, but is not driven from here"
+            if find_spec(library)
+            else "is not installed"
+        )
         raise ConfigError(f"--include {name}: {library} {state}. {advice}.")
     if key not in EXPORTERS:
         known = [*EXPORTERS, *FOREIGN]
@@ -148,8 +156,12 @@ def _megabytes(path: Path) -> float:
 
 def parse_options(arguments: Sequence[str] | None = None) -> Any:
     """Read the command line."""
-    parser = ArgumentParser(description="Write a detector for other runtimes, and compare it with PyTorch.")
-    parser.add_argument("--weights", nargs="+", default=[], help="checkpoints; artifacts are put beside them")
+    parser = ArgumentParser(
+        description="Write a detector for other runtimes, and compare it with PyTorch."
+    )
+    parser.add_argument(
+        "--weights", nargs="+", default=[], help="checkpoints; artifacts are put beside them"
+    )
     add_model_flags(parser)
     add_size_flag(parser, None)
     parser.add_argument("--batch-size", type=integer(1), default=1, help="traced batch")
@@ -159,17 +171,33 @@ def parse_options(arguments: Sequence[str] | None = None) -> Any:
         "--dynamic", nargs="?", const="all", default="", choices=("", "batch", "all"),
         help="any batch, or any batch and size",
     )  # fmt: skip
-    parser.add_argument("--half", action="store_true", help="float16 weights; decoding stays float32")
-    parser.add_argument("--int8", action="store_true", help="integers, calibrated on --data; head and decoding stay float32")
-    parser.add_argument("--data", default="", help="data YAML: class names with --cfg, calibration images with --int8")
+    parser.add_argument(
+        "--half", action="store_true", help="float16 weights; decoding stays float32"
+    )
+    parser.add_argument(
+        "--int8",
+        action="store_true",
+        help="integers, calibrated on --data; head and decoding stay float32",
+    )
+    parser.add_argument(
+        "--data",
+        default="",
+        help="data YAML: class names with --cfg, calibration images with --int8",
+    )
     parser.add_argument("--simplify", action="store_true", help="run ONNX graphs through onnxslim")
     parser.add_argument("--opset", type=integer(11), default=17, help="of the ONNX file")
     parser.add_argument("--dynamo", action="store_true", help="use torch.export's ONNX exporter")
-    parser.add_argument("--nms", "--end2end", dest="end2end", action="store_true", help="NMS or top-k in the graph")
-    parser.add_argument("--raw", action="store_true", help="what the head's layers give, no decoding")
+    parser.add_argument(
+        "--nms", "--end2end", dest="end2end", action="store_true", help="NMS or top-k in the graph"
+    )
+    parser.add_argument(
+        "--raw", action="store_true", help="what the head's layers give, no decoding"
+    )
     parser.add_argument("--conf-thres", type=number(0, 1), default=0.25, help="of --end2end")
     parser.add_argument("--iou-thres", type=number(0, 1), default=0.45, help="of --end2end")
-    parser.add_argument("--max-det", "--topk-all", dest="max_det", type=integer(1), default=300, help="of --end2end")
+    parser.add_argument(
+        "--max-det", "--topk-all", dest="max_det", type=integer(1), default=300, help="of --end2end"
+    )
     add_ignored_flags(parser, IGNORED)
     return parser.parse_args(arguments)
 
@@ -199,10 +227,16 @@ def models_of(options: Any) -> list[tuple[DetectionModel, Path]]:
     if options.weights:
         return [(load_model(weights), Path(weights)) for weights in options.weights]
     if not options.cfg:
-        raise ConfigError("--weights: got nothing, expected a checkpoint (or --cfg for fresh weights).")
+        raise ConfigError(
+            "--weights: got nothing, expected a checkpoint (or --cfg for fresh weights)."
+        )
     imgsz = parse_imgsz(options.imgsz, 32) if options.imgsz else (640, 640)
     model = build_model(
-        options.cfg, scale=options.scale, imgsz=imgsz, backbone=options.backbone, allow_code=options.allow_code
+        options.cfg,
+        scale=options.scale,
+        imgsz=imgsz,
+        backbone=options.backbone,
+        allow_code=options.allow_code,
     )
     get_logger().info(f"{options.cfg}: fresh weights, not trained")
     return [(model, Path(Path(options.cfg).stem))]

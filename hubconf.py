@@ -4,9 +4,10 @@
     results = model("picture.jpg")
     results.pred, results.pandas().xyxy[0], results.save()
 
-Programs that load a model here often have a `utils.py` or a `models` of their own. The packages of this
-folder are therefore imported aside: while one of the functions below runs they stand in `sys.modules`,
-afterwards the caller's modules of the same names are back, and this folder is no longer searched.
+Programs that load a model here often have a `utils.py` or a `models` of their own. The packages of
+this folder are therefore imported aside: while one of the functions below runs they stand in
+`sys.modules`, afterwards the caller's modules of the same names are back, and this folder is no
+longer searched.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def custom(
 def _create(
     name: str, pretrained: bool | str, classes: int, autoshape: bool, device: str | None
 ) -> Any:
-    """A network by its published name; `pretrained` is a path, or True for `<name>.pt` in the working folder."""
+    """A network by its published name, with weights if asked for."""
     if pretrained:
         path = pretrained if isinstance(pretrained, str) else f"{name}.pt"
         with _own_packages():

@@ -99,6 +99,8 @@ class DetectionDataset(Dataset[Sample]):
         seed: int = 0,
         close_mosaic_epoch: int | None = None,
     ) -> None:
+        if seed < 0:
+            raise DatasetError(f"--seed: got {seed}, expected 0 or more.")
         self.config, self.split = config, split
         self.imgsz, self.augment, self.rect = (int(imgsz[0]), int(imgsz[1])), augment, rect
         self.batch_size, self.seed = batch_size, seed
@@ -268,24 +270,21 @@ def build_dataset(
             `fliplr`; an absent key is 0.
         rect: sort the images by aspect and pad each batch only as far as its images need; there
             is no mosaic then.
-        batch_size: images of a batch, for `rect`.
-        stride: sides of a `rect` batch are multiples of it.
+        batch_size: images of a `rect` batch.
+        stride: the sides of a `rect` batch are multiples of it.
         pad: extra padding of a `rect` batch, in strides.
         cache: `ram` or `disk`: keep the resized images.
         single_cls: take all classes for one.
-        seed: of the augmentation.
+        seed: of all chance.
         close_mosaic_epoch: from this epoch on there is no mosaic and no mixup.
 
     Raises:
         DatasetError: files are missing or labels hold faults that cannot be mended.
     """
-    if seed < 0:
-        raise DatasetError(f"--seed: got {seed}, expected 0 or more.")
-    table = load_table(config, split)
     dataset = DetectionDataset(
         config,
         split,
-        table,
+        load_table(config, split),
         imgsz=imgsz,
         augment=augment,
         hyp=hyp,
@@ -297,13 +296,18 @@ def build_dataset(
         seed=seed,
         close_mosaic_epoch=close_mosaic_epoch,
     )
-    if augment and dataset.hyp.get("copy_paste", 0):
-        LOGGER.warning("copy_paste: not done, it needs outlines and these labels are boxes")
-    if augment and not len(dataset.labels):
-        LOGGER.warning("%s: %s holds no objects at all", config.file, split)
+    if augment:
+        _warn_of_training(dataset)
     if cache:
         dataset.cache_images(cache)
     return dataset
+
+
+def _warn_of_training(dataset: DetectionDataset) -> None:
+    if dataset.hyp.get("copy_paste", 0):
+        LOGGER.warning("copy_paste: not done, it needs outlines and these labels are boxes")
+    if not len(dataset.labels):
+        LOGGER.warning("%s: %s holds no objects at all", dataset.config.file, dataset.split)
 
 
 def _trained(

@@ -119,14 +119,16 @@ class DetectionLoader(DataLoader[Sample]):
         except DatasetError as error:
             # Workers hand over the whole traceback as the message; its last line is the message.
             message = str(error).strip().splitlines()[-1]
-            raise DatasetError(message.split("Error: ", 1)[-1]) from error
+            # Without its frames: they hold the loader in a cycle, and workers whose loader is
+            # collected late take seconds to end.
+            raise DatasetError(message.split("Error: ", 1)[-1]) from error.with_traceback(None)
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
-            reason = " ".join(str(error).split())
+            reason = " ".join(str(error).split()).rstrip(".")
             raise DatasetError(
-                f"data loader: {reason} Most often the machine or {SHARED_MEMORY} ran out of "
-                "memory. Try --workers 0, fewer workers, or a smaller --batch-size."
+                f"data loader: {reason}. Most often the machine or {SHARED_MEMORY} ran out "
+                "of memory. Try --workers 0, fewer workers, or a smaller --batch-size."
             ) from error
 
     def set_epoch(self, epoch: int) -> None:

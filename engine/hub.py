@@ -52,8 +52,8 @@ class Detector(nn.Module):
         """Detect objects.
 
         Args:
-            images: a path, a PIL image, an array (H, W, 3) in RGB, a list of those, or a tensor (B, 3, H, W)
-                in [0, 1] whose sides are multiples of the stride, which is taken as it is.
+            images: a path, a PIL image, an array (H, W, 3) in RGB, a list of those, or a tensor (B,
+                3, H, W) in [0, 1] whose sides are multiples of the stride, which is taken as it is.
             size: the sides that images are fitted into, one number or (height, width).
 
         Raises:
@@ -119,7 +119,8 @@ def _as_rgb(array: np.ndarray[Any, Any], number: int) -> Image:
         or not array.size
     ):
         raise DatasetError(
-            f"image {number}: got {array.dtype} {array.shape}, expected a path, a PIL image or a uint8 array (H, W, 3)."
+            f"image {number}: got {array.dtype} {array.shape}, expected a path, a PIL image or a "
+            "uint8 array (H, W, 3)."
         )
     return np.ascontiguousarray(array.repeat(3, 2) if array.shape[2] == 1 else array[..., :3])
 
@@ -146,8 +147,8 @@ def _from_tensor(
     good = images.ndim == 4 and images.shape[1] == 3 and images.is_floating_point()
     if not good or images.shape[2] % stride or images.shape[3] % stride:
         raise DatasetError(
-            f"images: got a tensor {tuple(images.shape)} {images.dtype}, expected float (B, 3, H, W) in [0, 1] "
-            f"with sides that are multiples of {stride}."
+            f"images: got a tensor {tuple(images.shape)} {images.dtype}, expected float "
+            f"(B, 3, H, W) in [0, 1] with sides that are multiples of {stride}."
         )
     height, width = images.shape[2:]
     bytes_ = images.detach().mul(255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()

@@ -30,7 +30,7 @@ class Frames(NamedTuple):
 
 
 class Results:
-    """Detections of a list of images; a row is `x1, y1, x2, y2, confidence, class` in original pixels.
+    """Detections of a list of images; a row is x1, y1, x2, y2, confidence, class in their pixels.
 
     Attributes:
         ims: the images, RGB (H, W, 3) uint8.
@@ -102,11 +102,11 @@ class Results:
         )
 
     def _frames(self, tables: Sequence[Tensor], columns: Sequence[str]) -> list[Any]:
-        import pandas
+        import pandas as pd
 
         frames = []
         for table in tables:
-            frame = pandas.DataFrame(table.cpu().numpy(), columns=[*columns, "confidence", "class"])
+            frame = pd.DataFrame(table.cpu().numpy(), columns=[*columns, "confidence", "class"])
             frame["class"] = frame["class"].astype("int64")
             frame["name"] = [self._name(label) for label in frame["class"]]
             frames.append(frame)
@@ -164,7 +164,7 @@ class Results:
     def crop(
         self, save: bool = True, save_dir: str | Path = "runs/detect/exp", exist_ok: bool = False
     ) -> list[dict[str, Any]]:
-        """Cut every detection out, with a small margin; `save` writes them to `<folder>/crops/<class>/`.
+        """Cut out every detection with a small margin; `save` writes to `<folder>/crops/<class>/`.
 
         Returns:
             For each: `box` (xyxy), `conf`, `cls`, `label` (name and score) and `im` (RGB).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +97,7 @@ def prepare(options: Any, folder: Path, device: torch.device, world: World) -> R
     model = build_from_flags(options, names)
     imgsz = parse_imgsz(options.imgsz, model.max_stride)
     hyp = _recipe(options, model)
-    model.to(device)
+    model.to(device, memory_format=torch.channels_last)
     frozen = freeze(model, options.freeze) if options.freeze else []
     batch_size = options.batch_size
     if batch_size == -1:
@@ -108,11 +109,13 @@ def prepare(options: Any, folder: Path, device: torch.device, world: World) -> R
     if model.head.loss == "anchor" and not (options.noautoanchor or options.resume):
         check_anchors(model, _sizes_at(train_set, imgsz), hyp["anchor_t"], options.seed)
     accumulate = max(round(hyp["nbs"] / batch_size), 1)
-    hyp = _settle_optimizer(hyp, model.head.num_classes, len(train_loader) * options.epochs, accumulate)
+    hyp = _settle_optimizer(hyp, model.head.num_classes, len(train_set), options)
     decay = hyp["weight_decay"] * batch_size * accumulate / hyp["nbs"]
     if options.sync_bn and world.is_distributed:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    optimizer = build_optimizer(model, hyp["optimizer"], hyp["lr0"], hyp["momentum"], decay)
+    optimizer = build_optimizer(
+        model, hyp["optimizer"], hyp["lr0"], hyp["momentum"], decay, lr_factors=_lr_factors(model, hyp)
+    )
     ema = ModelEMA(model, hyp["ema_decay"], hyp["ema_tau"])
     autocast = autocast_dtype(options.amp, device)
     warmup_steps = round(hyp["warmup_epochs"] * len(train_loader))
@@ -140,37 +143,47 @@ def _recipe(options: Any, model: DetectionModel) -> dict[str, Any]:
     return recipe(model.head.family, options.hyp, overrides)
 
 
-def _settle_optimizer(hyp: Mapping[str, Any], num_classes: int, iterations: int, accumulate: int) -> dict[str, Any]:
-    """Decide what `optimizer: auto` means for a training of this length."""
+def _settle_optimizer(hyp: Mapping[str, Any], num_classes: int, images: int, options: Any) -> dict[str, Any]:
+    """Decide what `optimizer: auto` means for a training of this length; the recipe has the rule and its numbers."""
     if hyp["optimizer"] != "auto":
         return dict(hyp)
-    settled = dict(hyp)
-    short = iterations <= hyp["auto_iterations"]
-    settled["optimizer"] = "AdamW" if short else "SGD"
-    if short:
-        settled["lr0"] = round(hyp["auto_lr_scale"] * 5 / (4 + num_classes), 6)
-        settled["momentum"] = hyp["auto_momentum"]
-        settled["warmup_bias_lr"] = 0.0
+    steps = math.ceil(images / max(options.batch_size, hyp["nbs"])) * options.epochs
+    is_short = steps <= hyp["auto_steps"]
+    adamw_lr = round(hyp["auto_adamw_lr"] * 5 / (4 + num_classes), 6)
+    settled = {
+        **hyp, "optimizer": "AdamW" if is_short else "SGD", "lr0": adamw_lr if is_short else hyp["auto_sgd_lr"],
+        "momentum": hyp["auto_momentum"], "warmup_bias_lr": hyp["auto_warmup_bias_lr"],
+    }  # fmt: skip
     get_logger().info(
         f"optimizer: {settled['optimizer']}, lr0 {settled['lr0']}, momentum {settled['momentum']} "
-        f"({iterations} iterations; --optimizer to choose)"
+        f"(auto, {steps} steps; --optimizer to choose)"
     )
     return settled
+
+
+def _lr_factors(model: DetectionModel, hyp: Mapping[str, Any]) -> dict[str, float]:
+    """Learning-rate factor of each parameter that does not have the common one: those of the backbone rows."""
+    factor = hyp.get("backbone_lr", 1.0)
+    if factor == 1.0:
+        return {}
+    prefixes = tuple(f"model.{i}." for i, row in enumerate(model.rows) if row.section == "backbone")
+    return {name: factor for name, _ in model.named_parameters() if name.startswith(prefixes)}
 
 
 def _train_data(
     options: Any, data: DataConfig, hyp: Mapping[str, Any], imgsz: tuple[int, int], stride: int, world: World
 ) -> tuple[DetectionDataset, Any]:
     close = options.epochs - hyp.get("close_mosaic", 0) if hyp.get("close_mosaic", 0) else None
+    share = options.batch_size // world.size
     dataset = build_dataset(
-        data, "train", imgsz=imgsz, augment=True, hyp=hyp, rect=options.rect, batch_size=options.batch_size,
+        data, "train", imgsz=imgsz, augment=True, hyp=hyp, rect=options.rect, batch_size=share,
         stride=stride, cache=options.cache, single_cls=options.single_cls, seed=options.seed, close_mosaic_epoch=close,
     )  # fmt: skip
     weights = None
     if options.image_weights:
         weights = _image_weights(dataset)
     loader = build_loader(
-        dataset, options.batch_size // world.size, workers=options.workers, shuffle=not options.rect,
+        dataset, share, workers=options.workers, shuffle=True,
         seed=options.seed, rank=world.rank, world_size=world.size, image_weights=weights,
     )  # fmt: skip
     return dataset, loader

@@ -31,7 +31,7 @@ def open_data(options: Any) -> DataConfig:
     """
     config = load_data_config(options.data)
     if options.download:
-        fetch(config)
+        config = fetch(config)
     return config
 
 

@@ -273,7 +273,9 @@ def model_backend(
 
 
 def _missing(library: str, path: Path) -> ConfigError:
-    return ConfigError(f"{path}: running it needs {library}, which is not installed. pip install {library}")
+    return ConfigError(
+        f"{path}: running it needs {library}, which is not installed. pip install {library}"
+    )
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
@@ -327,7 +329,9 @@ def _with_taps(path: Path, taps: Sequence[str]) -> bytes:
 
     proto = onnx.load(str(path))
     for name in taps:
-        proto.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+        proto.graph.output.append(
+            onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+        )
     return bytes(proto.SerializeToString())
 
 
@@ -370,7 +374,9 @@ def _load_openvino(
         )
     metadata = yaml.safe_load(described.read_text(encoding="utf-8"))
     if not isinstance(metadata, dict):
-        raise CheckpointError(f"{described}: got {type(metadata).__name__}, expected keys and values.")
+        raise CheckpointError(
+            f"{described}: got {type(metadata).__name__}, expected keys and values."
+        )
     info = parse_metadata({k: str(v) for k, v in metadata.items()}, str(path))
     core = openvino.Core()
     # float32 sums on every CPU: some would choose bfloat16 of themselves.

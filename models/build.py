@@ -22,9 +22,10 @@ from models.registry import Layer, LayerError, Plan, Scaling, all_names, backbon
 from models.rows import ModelSpec, RowSpec
 from utils.errors import CheckpointError, ConfigError, nearest
 
-BUILD_ERRORS = (TypeError, ValueError, RuntimeError, AssertionError, IndexError, KeyError, ConfigError, NotImplementedError)
+BUILD_ERRORS = (TypeError, ValueError, RuntimeError, AssertionError, IndexError, KeyError, ConfigError, NotImplementedError, ArithmeticError)
 IMAGE = -1
 PYRAMID_SLOTS = 5
+LONGEST_REASON = 300  # characters of a library's own message inside ours
 
 
 class Row(NamedTuple):
@@ -79,6 +80,7 @@ class _State:
     slots: list[Slot] = field(default_factory=list)
     named: dict[str, int] = field(default_factory=dict)
     pyramid: dict[str, int] = field(default_factory=dict)
+    has_backbone: bool = False
     problems: list[str] = field(default_factory=list)
     modules: list[nn.Module] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
@@ -148,9 +150,11 @@ def _build_row(state: _State, row: RowSpec) -> None:
     )  # fmt: skip
     plan = layer.rule([slot.channels for slot in sources], row.args, scaling)
     copies = 1 if plan.repeats_inside else scaling.repeats
-    built = [_construct(layer, plan, row) for _ in range(copies)]
+    built = [_construct(layer, plan, row)]
+    for _ in range(copies - 1):  # the first may change the width, the others take what it gives
+        built.append(_construct(layer, layer.rule([plan.channels], row.args, scaling), row))
     module = built[0] if copies == 1 else nn.Sequential(*built)
-    takes_list = isinstance(row.source, list)
+    takes_list = isinstance(row.source, list) or hasattr(module, "decode")  # a head of one level may say -1
     values = [slot.value for slot in sources]
     output = _propagate(module, values if takes_list else values[0])
     is_backbone = plan.channels is None
@@ -187,6 +191,8 @@ def _resolve_source(state: _State, item: int | str, first: int) -> int:
         index = item if item >= 0 else first + item
         if index == IMAGE and first == 0:
             return IMAGE
+        if first == 0:
+            raise LayerError(f"got from {item} in the first row, expected -1, the image.")
         if not 0 <= index < first:
             raise LayerError(f"got from {item}, which means row {index}, expected an index from 0 to {first - 1}.")
     slot = state.slots[index]
@@ -222,7 +228,7 @@ def _construct(layer: Layer, plan: Plan, row: RowSpec) -> nn.Module:
 def _propagate(module: nn.Module, value: Any) -> Any:
     try:
         return run_on_meta(module, value)
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, NotImplementedError) as error:
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError) as error:
         shapes = [s for v in (value if isinstance(value, list) else [value]) for s in _shapes(v)]
         raise LayerError(f"does not fit its input of shape {_brief(shapes)} - {_one_line(error)}") from error
 
@@ -232,7 +238,8 @@ def _brief(shapes: list[tuple[int, ...]]) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST_REASON else text[: LONGEST_REASON - 3] + "..."
 
 
 def _shapes(value: Any) -> list[tuple[int, ...]]:
@@ -242,8 +249,13 @@ def _shapes(value: Any) -> list[tuple[int, ...]]:
 
 
 def _stride(state: _State, value: Any) -> int:
+    """Stride of a map; a power of two where the size allows it, since sizes that do not divide are rounded."""
     shape = _shapes(value)
-    return max(round(state.imgsz[0] / shape[0][1]), 1) if shape and len(shape[0]) == 3 else 0
+    if not shape or len(shape[0]) != 3:
+        return 0
+    size, extent = state.imgsz[0], shape[0][1]
+    power = 2 ** max(round(math.log2(size / extent)), 0)
+    return power if abs(size / power - extent) < 1 else max(round(size / extent), 1)
 
 
 def _plain_slot(state: _State, plan: Plan, output: Any) -> Slot:
@@ -293,8 +305,8 @@ def _backbone_slots(
 def _remember_names(state: _State, row: RowSpec, first: int, new: list[Slot], is_backbone: bool) -> None:
     if is_backbone:
         state.pyramid = {f"P{k + 1}": first + k for k in range(len(new))}
-        state.pyramid["from backbone"] = first
-    elif row.section == "backbone" and "from backbone" not in state.pyramid:
+        state.has_backbone = True
+    elif row.section == "backbone" and not state.has_backbone:
         stride = new[0].stride
         if stride > 1 and stride & (stride - 1) == 0:
             state.pyramid[f"P{round(math.log2(stride))}"] = first

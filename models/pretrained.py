@@ -1,7 +1,7 @@
-"""A model from somebody's weights file: the architecture from the file or from a YAML, the numbers from the file.
+"""A model from a weights file: architecture from the file or a YAML, numbers from the file.
 
-`load_weights` takes our own checkpoints and everybody else's;
-`dual_to_single` turns the weights of a YOLOv9 with an auxiliary branch into those of the network without it.
+`load_weights` takes our own checkpoints and everybody else's; `dual_to_single` turns the weights of
+a YOLOv9 with an auxiliary branch into those of the network without it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from models.yolo import DetectionModel, build_model, model_from_checkpoint
 from utils.checkpoint import ForeignCheckpointError, load_checkpoint
 from utils.errors import CheckpointError, ConfigError
 
-# The main branch of a dual head under the names it has in the single head; the auxiliary one is left out.
+# The main branch of a dual head, under the names that it has in the single head.
 MAIN_BRANCH = {"cv4": "cv2", "cv5": "cv3", "dfl2": "dfl"}
 
 
 class Loaded(NamedTuple):
-    """A model with the numbers of a file; `report` is None where the file was one of ours and fits exactly."""
+    """A model with the numbers of a file; no `report` where the file was ours and fits exactly."""
 
     model: DetectionModel
     report: TransferReport | None
@@ -43,15 +43,15 @@ def load_weights(
         num_classes: None takes what the file says.
 
     Raises:
-        CheckpointError: the file cannot be read, carries no YAML we can build and `cfg` is None, or nothing
-            in it fits.
+        CheckpointError: the file cannot be read, carries no YAML we can build and `cfg` is None, or
+            nothing in it fits.
         ConfigError: `cfg` is wrong.
     """
     if cfg is None and num_classes is None:
         try:
             return Loaded(model_from_checkpoint(load_checkpoint(path)).float().eval(), None)
         except ForeignCheckpointError:
-            pass  # another project's file: the reader below says what is wrong with it, if anything is
+            pass  # another project's file, or none: the reader below says
     weights = read_weights(path)
     model = _build_for(path, weights, cfg, num_classes)
     report = transfer(model, weights.state, num_anchors=getattr(model.head, "num_anchors", None))
@@ -86,15 +86,16 @@ def _build_for(
 def dual_to_single(state: Mapping[str, Tensor], single: nn.Module) -> dict[str, Tensor]:
     """The main branch of a dual YOLOv9 as the state dict of the network without the auxiliary one.
 
-    Rows are found by their place in the graph: the rows of `single` appear in the dual network in the same
-    order with the same shapes, the auxiliary ones between or behind them.
+    Rows are found by their place in the graph: the rows of `single` appear in the dual network in
+    the same order with the same shapes, the auxiliary ones between or behind them.
 
     Args:
         state: weights of the dual network (`yolov9-c`).
         single: the network of the same size without auxiliary branch (`gelan-c`); not changed.
 
     Raises:
-        CheckpointError: `state` is not that of a dual head, or a tensor of `single` has no counterpart.
+        CheckpointError: `state` is not that of a dual head, or a tensor of `single` has no
+            counterpart.
     """
     heads = _dual_heads(state)
     if not heads:
@@ -115,8 +116,9 @@ def dual_to_single(state: Mapping[str, Tensor], single: nn.Module) -> dict[str, 
     ]
     if unmatched:
         raise CheckpointError(
-            f"weights: {len(unmatched)} tensors of the single form have no counterpart, first {unmatched[0]} "
-            f"{list(target[unmatched[0]])}. Take the gelan of the same size and number of classes."
+            f"weights: {len(unmatched)} tensors of the single form have no counterpart, "
+            f"first {unmatched[0]} {list(target[unmatched[0]])}. "
+            "Take the gelan of the same size and number of classes."
         )
     return {key: main[source] for key, source in sources.items()}
 

@@ -137,10 +137,7 @@ def parse_spec(file: str, config: dict[str, Any], lines: Mapping[str, Sequence[i
         ConfigError: with every problem of the file, one line each.
     """
     problems: list[str] = []
-    num_classes = config.get("nc", 80)
-    if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 1:
-        problems.append(f"{file} nc: got {num_classes!r}, expected a whole number of classes, 1 or more.")
-        num_classes = 1
+    num_classes = _check_values(file, config, problems)
     depth, width, max_channels, size = _factors(file, config, problems)
     rows: list[RowSpec] = []
     for section in SECTIONS:
@@ -167,15 +164,51 @@ def parse_spec(file: str, config: dict[str, Any], lines: Mapping[str, Sequence[i
     )  # fmt: skip
 
 
+def _check_values(file: str, config: Mapping[str, Any], problems: list[str]) -> int:
+    """Add what is wrong with the plain keys to `problems`; the number of classes."""
+    num_classes, channels = config.get("nc", 80), config.get("ch", 3)
+    if not _is_count(num_classes):
+        problems.append(f"{file} nc: got {num_classes!r}, expected a whole number of classes, 1 or more.")
+        num_classes = 1
+    if not _is_count(channels):
+        problems.append(f"{file} ch: got {channels!r}, expected the number of an image's channels, 1 or more.")
+    anchors, imports = config.get("anchors"), config.get("imports") or []
+    if anchors is not None and not _is_count(anchors) and not _are_anchors(anchors):
+        problems.append(
+            f"{file} anchors: got {anchors!r}, expected a number of anchors or one list of widths and heights in "
+            "pixels a level, such as [10,13, 16,30, 33,23]."
+        )
+    if not isinstance(imports, str) and not (isinstance(imports, list) and all(isinstance(i, str) for i in imports)):
+        problems.append(f"{file} imports: got {imports!r}, expected a Python file or a list of them.")
+    return num_classes
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _are_anchors(value: Any) -> bool:
+    if not isinstance(value, list) or not value or not all(isinstance(row, list) and row for row in value):
+        return False
+    numbers = [number for row in value for number in row]
+    is_positive = all(isinstance(n, (int, float)) and not isinstance(n, bool) and n > 0 for n in numbers)
+    return is_positive and len({len(row) for row in value}) == 1 and len(value[0]) % 2 == 0
+
+
 def _factors(file: str, config: Mapping[str, Any], problems: list[str]) -> tuple[float, float, float, str]:
     scales, size = config.get("scales"), str(config.get("scale") or "")
-    if not scales:
-        values = [config.get("depth_multiple", 1.0), config.get("width_multiple", 1.0), math.inf]
-    elif size not in scales:
-        problems.append(f"{file} scales: got size {size!r}, expected one of {', '.join(map(str, scales))}.")
+    values = [config.get("depth_multiple", 1.0), config.get("width_multiple", 1.0), math.inf]
+    if scales:
         values = [1.0, 1.0, math.inf]
-    else:
-        values = [*scales[size], *[math.inf] * (3 - len(scales[size]))]
+        factors = scales.get(size) if isinstance(scales, Mapping) else None
+        if not isinstance(scales, Mapping):
+            problems.append(f"{file} scales: got {scales!r}, expected letters with [depth, width, max_channels].")
+        elif size not in scales:
+            problems.append(f"{file} scales: got size {size!r}, expected one of {', '.join(map(str, scales))}.")
+        elif not isinstance(factors, list) or len(factors) not in (2, 3):
+            problems.append(f"{file} scales {size}: got {factors!r}, expected [depth, width, max_channels].")
+        else:
+            values[: len(factors)] = factors
     for label, value in zip(("depth", "width", "max_channels"), values, strict=True):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
             problems.append(f"{file} {label}: got {value!r}, expected a number above 0.")

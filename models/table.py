@@ -46,7 +46,7 @@ def row_records(model: Any) -> list[dict[str, Any]]:
     return [
         {
             "index": row.index, "from": row.source, "n": row.repeats, "params": count_params(module),
-            "module": row.module, "args": row.args, "shape": [list(shape) for shape in row.shape],
+            "module": row.module, "args": row.args, "shape": [list(shape) for shape in row.shape if len(shape) > 1],
             "stride": list(row.strides),
         }
         for row, module in zip(model.rows, model.model, strict=True)

@@ -1,12 +1,13 @@
 """Files of tensors as other projects write them: torch's zip and legacy formats, and safetensors.
 
-`open_file` gives what is inside as plain data in which every tensor is a `TensorRef`, a description, and
-`TensorFile.tensor` makes the tensor. No number of a file is believed: storages are measured against the
-bytes that are there, shapes and strides against their storage, and no more memory is taken than a small
-multiple of the file's size.
+`open_file` gives what is inside as plain data in which every tensor is a `TensorRef`, a
+description, and `TensorFile.tensor` makes the tensor. No number of a file is believed: storages are
+measured against the bytes that are there, shapes and strides against their storage, and no more
+memory is taken than a small multiple of the file's size.
 
-Formats after the documentation of `torch.save` (zip: `<name>/data.pkl` and `<name>/data/<key>`, stored;
-legacy: magic number, protocol, system info, object, storage keys, storages) and of safetensors.
+Formats after the documentation of `torch.save` (zip: `<name>/data.pkl` and `<name>/data/<key>`,
+stored; legacy: magic number, protocol, system info, object, storage keys, storages) and of
+safetensors.
 """
 
 from __future__ import annotations
@@ -75,8 +76,8 @@ class TensorFile:
         """The tensor that `reference` describes; every floating type becomes float32.
 
         Raises:
-            CheckpointError: it reaches beyond its storage, or the file asks for more memory than its size
-                justifies.
+            CheckpointError: it reaches beyond its storage, or the file asks for more memory than
+                its size justifies.
         """
         made = self._made.get(reference.identity())
         if made is None:
@@ -206,8 +207,27 @@ def _entry(archive: zipfile.ZipFile, name: str) -> bytes:
         ) from None
 
 
-def _read_legacy(path: Path, stream: BinaryIO, size: int) -> TensorFile:
+class _Clamped(io.RawIOBase):
+    """A file that is never asked for more than it has: a read allocates what it is asked for."""
+
+    def __init__(self, stream: BinaryIO, size: int) -> None:
+        self.stream = stream
+        self.size = size
+
+    def read(self, count: int = -1) -> bytes:
+        left = self.size - self.stream.tell()
+        return self.stream.read(left if count < 0 else min(count, left))
+
+    def readline(self, count: int | None = -1) -> bytes:
+        return self.stream.readline(-1 if count is None else count)
+
+    def tell(self) -> int:
+        return self.stream.tell()
+
+
+def _read_legacy(path: Path, file_stream: BinaryIO, size: int) -> TensorFile:
     """`torch.save` before 1.6: four pickles, the storage keys, then the storages."""
+    stream = _Clamped(file_stream, size)
     storages = Storages(None)
     interpreter = Interpreter(REBUILD, VALUES, storages, update)
     if interpreter.load(stream) != LEGACY_MAGIC:
@@ -234,7 +254,7 @@ def _read_legacy(path: Path, stream: BinaryIO, size: int) -> TensorFile:
     return file
 
 
-def _legacy_block(stream: BinaryIO, storage: StorageRef, size: int) -> bytes:
+def _legacy_block(stream: _Clamped, storage: StorageRef, size: int) -> bytes:
     """One storage: its number of elements in 8 bytes, then the elements."""
     header = stream.read(8)
     count = int.from_bytes(header, "little", signed=True)

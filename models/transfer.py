@@ -1,8 +1,9 @@
 """Giving a model the weights of another: by name, then by position, every shape checked.
 
-Keys of a detector begin with the number of a row, `model.<row>.`, so one inserted or deleted layer moves every key behind it.
-The rows of both sides are therefore aligned as two sequences: the alignment that lets most tensors fit wins, and where two fit
-equally the one that keeps the numbers. All other keys go by name.
+Keys of a detector begin with the number of a row, `model.<row>.`, so one inserted or deleted layer
+moves every key behind it. The rows of both sides are therefore aligned as two sequences: the
+alignment that lets most tensors fit wins, and where two fit equally the one that keeps the numbers.
+All other keys go by name.
 """
 
 from __future__ import annotations
@@ -90,8 +91,8 @@ def transfer(
     Args:
         model: changed in place; its devices and types stay.
         state: weights, for instance of `read_weights`.
-        num_anchors: anchors of a cell, if the head stacks (5 + classes) outputs for each: with another
-            number of classes the first five of each are still taken.
+        num_anchors: anchors of a cell, if the head stacks (5 + classes) outputs for each: with
+            another number of classes the first five of each are still taken.
         allow_empty: accept that nothing fits.
 
     Raises:
@@ -128,14 +129,14 @@ def transfer(
     )
     if count == 0 and not allow_empty:
         raise CheckpointError(
-            f"weights: none of {len(state)} tensors fits the model - got {_example(state)}, expected "
-            f"{_example(target)}. Give the weights of the same family and size, or none."
+            f"weights: none of {len(state)} tensors fits the model - got {_example(state)}, "
+            f"expected {_example(target)}. Give the weights of the same family and size, or none."
         )
     return report
 
 
 def match_keys(source: Shapes, target: Shapes) -> tuple[dict[str, str], dict[int, int]]:
-    """Counterparts: key of `target` -> key of `source`, and row of `target` -> row of `source` where they differ.
+    """Which tensors belong together: (key of `target` -> key of `source`, the same for moved rows).
 
     Shapes of counterparts may still differ where their names say that they are the same tensor.
     """
@@ -152,7 +153,8 @@ def match_keys(source: Shapes, target: Shapes) -> tuple[dict[str, str], dict[int
 def align(source: Mapping[int, Shapes], target: Mapping[int, Shapes]) -> list[tuple[int, int]]:
     """Pairs (row of `target`, row of `source`), both rising, that let most tensors fit.
 
-    The classic alignment of two sequences by dynamic programming (Needleman and Wunsch, 1970), gaps free.
+    The classic alignment of two sequences by dynamic programming (Needleman and Wunsch, 1970), gaps
+    free.
     """
     old_rows, new_rows = sorted(source), sorted(target)
     best = [[0.0] * (len(old_rows) + 1) for _ in range(len(new_rows) + 1)]
@@ -184,7 +186,7 @@ def _similarity(new: int, target: Shapes, old: int, source: Shapes) -> float:
 
 
 def _copy(target: Tensor, given: Tensor, num_anchors: int | None) -> int:
-    """Copy `given`, or its box outputs if only the classes differ; return how many numbers were copied."""
+    """Copy `given`, or its box outputs if only the classes differ; return how many numbers."""
     with torch.no_grad():
         if given.shape == target.shape:
             target.copy_(given)

@@ -93,8 +93,9 @@ class SelfAttention(nn.Module):
         Returns:
             (B, N, D).
         """
-        query_key_weight, value_weight = self.in_proj_weight.tensor_split((2 * x.shape[-1],))
-        query_key_bias, value_bias = self.in_proj_bias.tensor_split((2 * x.shape[-1],))
+        width = self.out_proj.in_features  # not from the tensor: a traced split would follow its shape
+        query_key_weight, value_weight = self.in_proj_weight.split((2 * width, width))
+        query_key_bias, value_bias = self.in_proj_bias.split((2 * width, width))
         query, key = functional.linear(x + position, query_key_weight, query_key_bias).chunk(2, -1)
         value = functional.linear(x, value_weight, value_bias)
         query, key, value = (
@@ -151,7 +152,7 @@ class AIFI(nn.Module):
         position = sine_position(size, x.shape[1], x).to(x.dtype)
         tokens = self.norm1(tokens + self.ma(tokens, position))
         tokens = self.norm2(tokens + self.fc2(functional.gelu(self.fc1(tokens))))
-        return tokens.transpose(1, 2).unflatten(2, (size.height, size.width)).contiguous()
+        return tokens.transpose(1, 2).reshape(-1, x.shape[1], size.height, size.width)
 
 
 def gather_bilinear(maps: Tensor, locations: Tensor) -> Tensor:
@@ -176,7 +177,7 @@ def gather_bilinear(maps: Tensor, locations: Tensor) -> Tensor:
             index = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
             corner = flat.gather(2, index.long()[:, None].expand(-1, maps.shape[1], -1))
             total = total + corner * (share_x * share_y * inside)[:, None]
-    return total.unflatten(2, locations.shape[1:3])
+    return total.reshape(*maps.shape[:2], *locations.shape[1:3])
 
 
 class DeformableAttention(nn.Module):
@@ -249,9 +250,8 @@ class DeformableAttention(nn.Module):
 
     def _sample(self, tokens: Tensor, locations: Tensor, size: MapSize) -> Tensor:
         """Values of one map, (B, H * W, D), at `locations` (B, Q, M, P, 2): (B * M, D / M, Q, P)."""
-        maps = tokens.transpose(1, 2).unflatten(1, (self.num_heads, -1)).flatten(0, 1)
-        maps = maps.unflatten(2, (size.height, size.width))
-        maps = maps.to(locations.dtype)
+        per_head = tokens.shape[-1] // self.num_heads
+        maps = tokens.transpose(1, 2).reshape(-1, per_head, size.height, size.width).to(locations.dtype)
         locations = locations.transpose(1, 2).flatten(0, 1)
         if self.sampling == "gather":
             return gather_bilinear(maps, locations)

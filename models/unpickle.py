@@ -1,31 +1,32 @@
 """Pickle streams as plain data: an interpreter that can call nothing.
 
-`pickletools.genops` splits a stream into opcodes without acting on them; this file gives the opcodes a
-meaning. A name that a stream mentions is never looked up and never imported. It becomes a `Name`, an
-object of it becomes a `Stub` (its name, its arguments, its state), and the few names of
-`models/unpickle_names.py` are rebuilt by code of ours into containers, numbers and `TensorRef`s, which
-only describe a tensor. Names of the standard library, and calls of functions, are refused.
+`pickletools.genops` splits a stream into opcodes without acting on them; this file gives the
+opcodes a meaning. A name that a stream mentions is never looked up and never imported. It becomes a
+`Name`, an object of it becomes a `Stub` (its name, its arguments, its state), and the few names of
+`models/unpickle_names.py` are rebuilt by code of ours into containers, numbers and `TensorRef`s,
+which only describe a tensor. Names of the standard library, and calls of functions, are refused.
 
-The work is bounded: at most `MAX_OPCODES` opcodes, at most `MAX_COPIED` bytes copied by calls (a few
-opcodes could ask for the same large list a million times), nothing is allocated by a number that the
-stream merely states, and nothing here recurses.
+The work is bounded: at most `MAX_OPCODES` opcodes, at most `MAX_COPIED` bytes copied by calls (a
+few opcodes could ask for the same large list a million times), nothing is allocated by a number
+that the stream merely states, and nothing here recurses.
 """
 
 from __future__ import annotations
 
+import io
 import pickletools
 import sys
 from collections.abc import Callable
-from typing import Any, BinaryIO
+from typing import IO, Any, cast
 
 from utils.errors import CheckpointError
 
-MAX_OPCODES = 5_000_000
+MAX_OPCODES = 3_000_000  # a checkpoint with 2,000 tensors, its average and optimiser: 0.5 million
 MAX_COPIED = 1 << 28
 BYTES_PER_ITEM = 64
 MAX_KEY_ITEMS = 8
 MAX_TEXT = 100
-# Names that Python 2 wrote for what `sys.stdlib_module_names` knows under another name, and C twins.
+# What Python 2 called modules of the standard library, and their twins in C.
 OLD_STANDARD_NAMES = frozenset(
     {
         "__builtin__",
@@ -60,7 +61,7 @@ class PickleError(CheckpointError):
 
 
 class Name:
-    """A dotted name that a stream mentions: `module` and `name` are text, nothing stands behind them."""
+    """A dotted name that a stream mentions; it is text, nothing stands behind it."""
 
     __slots__ = ("module", "name")
 
@@ -175,23 +176,26 @@ class Interpreter:
         self.memo: dict[int, Any] = {}
         self.copied = 0
 
-    def load(self, stream: BinaryIO) -> Any:
+    def load(self, stream: IO[bytes] | io.RawIOBase) -> Any:
         """The object that the stream describes; `stream` is left behind its STOP.
+
+        Args:
+            stream: must not allocate for more bytes than it has, as `BytesIO` does not.
 
         Raises:
             PickleError: the stream is damaged, too long, or asks for more than plain data.
         """
         self.stack, self.memo = [], {}
         try:
-            for count, (opcode, arg, _) in enumerate(pickletools.genops(stream)):
+            for count, (opcode, arg, _) in enumerate(pickletools.genops(cast(IO[bytes], stream))):
                 if count >= MAX_OPCODES:
                     raise PickleError(f"refused: more than {MAX_OPCODES:,} pickle opcodes")
                 self._step(opcode.name, arg)
+            return self._pop()
         except (IndexError, KeyError, ValueError, TypeError, OverflowError) as error:
             raise PickleError(
                 f"damaged: pickle stream breaks off or makes no sense ({shown(error)})"
             ) from None
-        return self._pop()
 
     def _spend(self, *values: Any) -> None:
         """Count what is about to be copied."""
@@ -269,7 +273,7 @@ class Interpreter:
         return Stub(dotted, args)
 
     def create(self, what: Any, args: Any) -> Any:
-        """What an object of the class `what` gives; unlike in `call`, its name may be lower case."""
+        """What a new object of class `what` gives; its name may be lower case here."""
         if isinstance(what, Name) and isinstance(args, tuple) and str(what) not in self.rebuild:
             return Stub(str(what), args)
         return self.call(what, args)
@@ -372,8 +376,7 @@ class Interpreter:
         raise PickleError(f"damaged: persistent id {shown(arg)!r} is text, expected a storage")
 
 
-
-Handler = Callable[[Interpreter, Any], None]
+Handler = Callable[[Interpreter, Any], object]
 HANDLERS: dict[str, Handler] = {
     "MARK": lambda self, _: self.stack.append(MARK),
     "POP": lambda self, _: self.stack.pop(),
@@ -382,7 +385,9 @@ HANDLERS: dict[str, Handler] = {
     "EMPTY_LIST": lambda self, _: self.stack.append([]),
     "EMPTY_DICT": lambda self, _: self.stack.append({}),
     "EMPTY_TUPLE": lambda self, _: self.stack.append(()),
-    "EMPTY_SET": lambda self, _: self.stack.append([]),  # sets are kept as lists: nothing has to be hashed
+    "EMPTY_SET": lambda self, _: self.stack.append(
+        []
+    ),  # sets are kept as lists: nothing has to be hashed
     "LIST": lambda self, _: self.stack.append(self._pop_mark()),
     "FROZENSET": lambda self, _: self.stack.append(self._pop_mark()),
     "TUPLE": lambda self, _: self.stack.append(tuple(self._pop_mark())),

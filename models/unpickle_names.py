@@ -1,8 +1,8 @@
 """The names that a weights file may mention, and what code of ours makes of each.
 
 Tensors become `TensorRef`s: descriptions, every number of which is checked against the storage.
-Containers become dicts, lists and tuples, NumPy scalars become numbers. Whatever is not in these tables
-is a stub or is refused (`models/unpickle.py`).
+Containers become dicts, lists and tuples, NumPy scalars become numbers. Whatever is not in these
+tables is a stub or is refused (`models/unpickle.py`).
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def _subclass_tensor(args: tuple[Any, ...]) -> TensorRef:
 
 
 def _numpy_type(args: tuple[Any, ...]) -> NumpyType:
-    """A numeric dtype such as `f8`, byte order apart; any other has no text, its arrays no value."""
+    """A numeric dtype such as `f8`; any other has no text, its arrays no value."""
     text = args[0] if args else None
     return NumpyType(text if text in NUMPY_TYPES else "")
 

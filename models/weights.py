@@ -1,9 +1,10 @@
 """Weights that other projects wrote: `read_weights(path)` reads the numbers and runs nothing.
 
-A checkpoint of YOLOv5, YOLOv9 or ultralytics is a pickle of whole modules; those of research code are dictionaries around a
-state dict. Both end up as one flat state dict with float32 numbers, plus what the file says of class names, model YAML, anchors
-and strides. Averaged weights (EMA) are preferred where the writer kept them beside the raw ones. `transfer` gives such a state
-dict to a model.
+A checkpoint of YOLOv5, YOLOv9 or ultralytics is a pickle of whole modules; those of research code
+are dictionaries around a state dict. Both end up as one flat state dict with float32 numbers, plus
+what the file says of class names, model YAML, anchors and strides. Averaged weights (EMA) are
+preferred where the writer kept them beside the raw ones. `transfer` gives such a state dict to a
+model.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ BACKBONE_PREFIXES = ("", "backbone.", "model.", "model.backbone.", "features.", 
 MAX_DEPTH = 64
 MAX_VISITS = 200_000
 MAX_WRAPPING = 5
+MAX_STRIDE = 4096
 # What a carried model YAML may not bring along: files that building it would import or read.
 UNTRUSTED = ("imports", "weights", "pretrained")
 
@@ -43,7 +45,8 @@ class ForeignWeights:
     Attributes:
         state: tensors by key, floating types as float32.
         names: class names, None if the file has none.
-        config: the model YAML it carries, None if it has none; plain data, no file is imported for it.
+        config: the model YAML it carries, None if it has none; plain data, no file is imported for
+            it.
         anchors: (width, height) in pixels by level, None if it has none.
         strides: strides of its levels, None if it has none.
         source: where in the file the tensors were, such as `ema` or `model`.
@@ -61,8 +64,8 @@ def read_weights(path: str | Path) -> ForeignWeights:
     """Read a checkpoint of any project: torch's zip and legacy formats, or safetensors.
 
     Raises:
-        CheckpointError: the file is missing, damaged, of another format, holds no tensors, or asks for
-            something other than plain data.
+        CheckpointError: the file is missing, damaged, of another format, holds no tensors, or asks
+            for something other than plain data.
     """
     with open_file(path) as file:
         found = _find(file.content)
@@ -155,7 +158,7 @@ def _clean(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _places(content: Any, holder: Any) -> list[dict[Any, Any]]:
-    """Where names, YAML and strides may stand, most trusted first: module, its head, the file's top."""
+    """Where names, YAML and strides may stand: first the module, then its head, the file's top."""
     places = [holder.attributes()] if isinstance(holder, Stub) else []
     inner = places[0].get("_modules") if places else None
     rows = inner.get("model") if isinstance(inner, dict) else None
@@ -178,7 +181,7 @@ def _config(places: list[dict[Any, Any]]) -> dict[str, Any] | None:
 
 
 class _Plain:
-    """Copies containers, numbers and text; stubs become None. Bounded, since a file may share endlessly."""
+    """Copies containers, numbers and text; bounded, since a file may share without end."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -218,16 +221,16 @@ def _strides(file: TensorFile, places: list[dict[Any, Any]]) -> tuple[int, ...] 
         if _is_tensor(value):
             tensor = _tensor(file, value)
             value = tensor.flatten().tolist() if tensor.numel() <= 16 else None
-        if isinstance(value, (list, tuple)) and value:
-            if all(isinstance(item, (int, float)) and 0 < item < 4096 for item in value):
-                return tuple(int(item) for item in value)
+        numbers = value if isinstance(value, (list, tuple)) else ()
+        if numbers and all(isinstance(n, (int, float)) and 0 < n < MAX_STRIDE for n in numbers):
+            return tuple(int(number) for number in numbers)
     return None
 
 
 def _anchors(
     state: Mapping[str, Tensor], config: Mapping[str, Any] | None, strides: tuple[int, ...] | None
 ) -> tuple[tuple[tuple[float, float], ...], ...] | None:
-    """Anchors in pixels: the head's buffer (in units of its stride, perhaps refined), else the YAML's."""
+    """Anchors in pixels: the head's buffer (in strides, perhaps refined), else the YAML's."""
     buffer = next((value for key, value in state.items() if key.endswith(".anchors")), None)
     if (
         buffer is not None
@@ -250,10 +253,11 @@ def _anchors(
 
 
 def load_backbone_weights(model: Any, path: str | Path) -> TransferReport:
-    """Give only the backbone of a detection model the numbers of a file; neck and head stay as they are.
+    """Give only the backbone of a detection model the numbers of a file.
 
-    The file may hold a backbone alone, with or without a prefix and with names flattened as timm does
-    (`stages.0` or `stages_0`), a classifier, whose last layer is left out, or a whole detector.
+    The file may hold a backbone alone, with or without a prefix and with names flattened as timm
+    does (`stages.0` or `stages_0`), a classifier, whose last layer is left out, or a whole
+    detector.
 
     Raises:
         CheckpointError: the file cannot be read, or nothing in it fits the backbone.
@@ -277,14 +281,13 @@ def load_backbone_weights(model: Any, path: str | Path) -> TransferReport:
 
 
 def _renamed(module: nn.Module, state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors of `state` under `prefix`, under the key of `module` that differs only in dots and underscores."""
+    """Tensors of `state` under `prefix`, keys as `module` writes them (dots or underscores)."""
     own = {_flat(key): key for key in module.state_dict()}
-    endings = {flat: key for flat, key in own.items()}
     found = {}
     for key, value in state.items():
         if key.startswith(prefix):
             flat = _flat(key[len(prefix) :])
-            found[endings.get(flat, key)] = value
+            found[own.get(flat, key)] = value
     return found
 
 

@@ -198,6 +198,10 @@ def _activation(spec: ModelSpec) -> Callable[[], nn.Module]:
             f"{spec.file} activation: got {spec.activation!r}, expected one of {', '.join(ACTIVATIONS)}, "
             f"such as nn.ReLU().{nearest(name, ACTIVATIONS)}"
         )
+    try:
+        getattr(nn, name)(*values, **options)
+    except TypeError as error:
+        raise ConfigError(f"{spec.file} activation: got {spec.activation!r}, which cannot be built - {error}.") from error
     return lambda: getattr(nn, name)(*values, **options)
 
 

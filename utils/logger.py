@@ -32,15 +32,13 @@ def get_logger(rank: int | None = None) -> logging.Logger:
     return logger
 
 
-class _StderrHandler(logging.StreamHandler[Any]):
+class _StderrHandler(logging.Handler):
     """Writes to whatever `sys.stderr` is at the time of the message."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record."""
-        self.stream = sys.stderr
-        if record.levelno >= logging.WARNING:
-            record = logging.makeLogRecord({**record.__dict__, "msg": f"warning: {record.msg}"})
-        super().emit(record)
+        prefix = "warning: " if record.levelno >= logging.WARNING else ""
+        print(prefix + record.getMessage(), file=sys.stderr, flush=True)
 
 
 def results_columns(loss_terms: Sequence[str]) -> tuple[str, ...]:

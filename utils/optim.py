@@ -26,7 +26,13 @@ Schedule = Callable[[float], float]
 
 
 def build_optimizer(
-    model: nn.Module, name: str, lr: float, momentum: float, weight_decay: float
+    model: nn.Module,
+    name: str,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    *,
+    lr_factors: Mapping[str, float] | None = None,
 ) -> Optimizer:
     """Make an optimiser with three parameter groups, in this order: weights, norms, biases.
 
@@ -39,6 +45,8 @@ def build_optimizer(
         lr: learning rate before schedule and warm-up.
         momentum: of SGD, or beta1 of the Adams.
         weight_decay: of the first group.
+        lr_factors: parameter name -> factor of its learning rate, for those whose is not 1; they form
+            three more groups per factor, behind the first three.
 
     Raises:
         ConfigError: unknown name, or nothing left to train.
@@ -48,42 +56,52 @@ def build_optimizer(
             f"optimizer: got {name!r}, expected one of {', '.join(OPTIMIZERS)}."
             f"{nearest(name, OPTIMIZERS)}"
         )
-    groups = parameter_groups(model)
+    groups = parameter_groups(model, lr_factors)
     if not any(group["params"] for group in groups):
         raise ConfigError(
             "freeze: every parameter is frozen, nothing is left to train. Freeze fewer rows."
         )
     for group in groups:
-        group["initial_lr"] = lr
-        group["weight_decay"] = weight_decay if group["role"] == "weight" else 0.0
+        group["initial_lr"] = lr * group.pop("factor")
+        group["weight_decay"] = weight_decay if group["role"].startswith("weight") else 0.0
     if name == "SGD":
         return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
     adam = torch.optim.Adam if name == "Adam" else torch.optim.AdamW
     return adam(groups, lr=lr, betas=(momentum, 0.999))
 
 
-def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Trainable parameters by role: `{"role", "names", "params"}` for weight, norm, bias.
+def parameter_groups(
+    model: nn.Module, lr_factors: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """Trainable parameters by role: `{"role", "factor", "names", "params"}` for weight, norm, bias.
 
-    A bias is what its module calls `bias`; a norm is what stands in a normalisation layer, or has
-    one dimension or none (layer scales); all the rest are weights. A shared parameter is listed
-    once.
+    A bias is what its module calls `bias`; a norm is what stands in a normalisation layer, or has one
+    dimension or none (layer scales); all the rest are weights. A shared parameter is listed once.
+    Parameters with a factor of their own stand in groups such as `weight x0.1`.
     """
-    groups: dict[str, dict[str, Any]] = {r: {"role": r, "names": [], "params": []} for r in ROLES}
+    factors = lr_factors or {}
+    groups: dict[str, dict[str, Any]] = {}
+    for factor in (1.0, *sorted(set(factors.values()) - {1.0})):
+        for role in ROLES:
+            name = role if factor == 1.0 else f"{role} x{factor:g}"
+            groups[name] = {"role": name, "factor": factor, "names": [], "params": []}
     norm_modules = {n for n, m in model.named_modules() if isinstance(m, NORM_LAYERS)}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        owner, _, leaf = name.rpartition(".")
-        if leaf == "bias":
-            role = "bias"
-        elif owner in norm_modules or parameter.ndim <= 1:
-            role = "norm"
-        else:
-            role = "weight"
-        groups[role]["names"].append(name)
-        groups[role]["params"].append(parameter)
+        factor = factors.get(name, 1.0)
+        role = _role(name, parameter, norm_modules)
+        group = groups[role if factor == 1.0 else f"{role} x{factor:g}"]
+        group["names"].append(name)
+        group["params"].append(parameter)
     return list(groups.values())
+
+
+def _role(name: str, parameter: Tensor, norm_modules: set[str]) -> str:
+    owner, _, leaf = name.rpartition(".")
+    if leaf == "bias":
+        return "bias"
+    return "norm" if owner in norm_modules or parameter.ndim <= 1 else "weight"
 
 
 def optimizer_state_by_name(optimizer: Optimizer) -> dict[str, Any]:
@@ -191,7 +209,7 @@ class Warmup:
 
     def lr(self, iteration: int, role: str, target: float) -> float:
         """Learning rate of a group that is on its way to `target`."""
-        start = self.bias_lr if role == "bias" else 0.0
+        start = self.bias_lr if role.startswith("bias") else 0.0
         return self._between(iteration, start, target)
 
     def momentum_at(self, iteration: int, target: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -108,9 +109,12 @@ class ExportNetwork(nn.Module):
         return tuple(t.float() for t in tensors if t.is_floating_point())
 
 
-def build_network(model: DetectionModel, options: ExportOptions) -> ExportNetwork:
-    """The module that is traced for `options`."""
+def build_network(
+    model: DetectionModel, options: ExportOptions, half: bool = False
+) -> ExportNetwork:
+    """The module that is traced for `options`; with `half`, a float16 copy of the network."""
     form = "raw" if options.raw else "decoded" if options.end2end else "layout"
+    model = copy.deepcopy(model).half() if half else model
     return ExportNetwork(model, form).to(options.device).eval()
 
 
@@ -122,7 +126,9 @@ def example(options: ExportOptions, batch: int | None = None) -> Tensor:
 def blobs(batch: int, imgsz: tuple[int, int], seed: int) -> Tensor:
     """Smooth random images (batch, 3, H, W) in [0, 1]: unlike noise, they look different everywhere."""
     generator = torch.Generator().manual_seed(seed)
-    small = torch.rand(batch, 3, max(imgsz[0] // 16, 2), max(imgsz[1] // 16, 2), generator=generator)
+    small = torch.rand(
+        batch, 3, max(imgsz[0] // 16, 2), max(imgsz[1] // 16, 2), generator=generator
+    )
     return nn.functional.interpolate(small, imgsz, mode="bicubic").clamp(0, 1)
 
 

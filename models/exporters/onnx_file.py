@@ -78,14 +78,22 @@ def trace_onnx(network: ExportNetwork, options: ExportOptions, path: Path) -> An
 
 
 def _trace_dynamo(
-    network: ExportNetwork, images: torch.Tensor, outputs: list[str], options: ExportOptions, known: bool
+    network: ExportNetwork,
+    images: torch.Tensor,
+    outputs: list[str],
+    options: ExportOptions,
+    known: bool,
 ) -> Any:
     if not known:
-        raise ConfigError(f"--dynamo: torch {torch.__version__} has no such exporter. Leave it out.")
+        raise ConfigError(
+            f"--dynamo: torch {torch.__version__} has no such exporter. Leave it out."
+        )
     try:
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ConfigError("--dynamo needs onnxscript. pip install onnxscript, or leave it out.") from error
+        raise ConfigError(
+            "--dynamo needs onnxscript. pip install onnxscript, or leave it out."
+        ) from error
     program = torch.onnx.export(
         network, (images,), input_names=[INPUT], output_names=outputs, opset_version=max(options.opset, 18),
         dynamic_shapes=dynamic_shapes(options, network.network.max_stride), dynamo=True, verbose=False,
@@ -143,7 +151,9 @@ def _simplify(proto: Any) -> Any:
     try:
         import onnxslim
     except ImportError as error:
-        raise ConfigError("--simplify needs onnxslim. pip install onnxslim, or leave it out.") from error
+        raise ConfigError(
+            "--simplify needs onnxslim. pip install onnxslim, or leave it out."
+        ) from error
     before = len(proto.graph.node)
     slim = onnxslim.slim(proto)
     get_logger().info(f"simplified: {before} -> {len(slim.graph.node)} nodes")

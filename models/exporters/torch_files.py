@@ -19,9 +19,7 @@ from utils.errors import ConfigError
 def export_torchscript(model: DetectionModel, options: ExportOptions, weights: Path) -> Path:
     """Write `<stem>.torchscript`; any batch and size that the network takes, whatever was traced."""
     path = beside(weights, options, ".torchscript")
-    network = build_network(model, options)
-    if options.half:
-        network = network.half()
+    network = build_network(model, options, half=options.half)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecation, and constants that are checked afterwards
         traced = torch.jit.trace(network, example(options), check_trace=False)
@@ -34,9 +32,7 @@ def export_torchscript(model: DetectionModel, options: ExportOptions, weights: P
 def export_pt2(model: DetectionModel, options: ExportOptions, weights: Path) -> Path:
     """Write `<stem>.pt2`, a program of torch.export."""
     path = beside(weights, options, ".pt2")
-    network = build_network(model, options)
-    if options.half:
-        network = network.half()
+    network = build_network(model, options, half=options.half)
     batch = max(options.batch, 2) if options.dynamic else options.batch  # 1 would be taken as fixed
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -54,7 +50,9 @@ def export_safetensors(model: DetectionModel, options: ExportOptions, weights: P
     try:
         from safetensors.torch import save_file
     except ImportError as error:
-        raise ConfigError("--include safetensors needs safetensors. pip install safetensors") from error
+        raise ConfigError(
+            "--include safetensors needs safetensors. pip install safetensors"
+        ) from error
     path = beside(weights, options, ".safetensors")
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     if options.half:

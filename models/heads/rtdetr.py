@@ -206,10 +206,9 @@ class RTDETRDecoder(nn.Module):
         return Selected(chosen, chosen_logits, boxes)
 
     def _query_count(self, sizes: Sequence[MapSize]) -> int:
-        """Q, or the number of cells where there are fewer; exported graphs are for maps that have enough."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return self.num_queries
-        return min(self.num_queries, sum(size.height * size.width for size in sizes))
+        """Q, or the number of cells where there are fewer; a graph with dynamic sizes is for maps that have Q."""
+        cells = sum(size.height * size.width for size in sizes)
+        return min(self.num_queries, cells) if isinstance(cells, int) else self.num_queries
 
     def _refine(
         self, content: Tensor, boxes: Tensor, memory: Tensor, sizes: Sequence[MapSize], allowed: Tensor | None

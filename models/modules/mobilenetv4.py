@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.registry import LayerError, backbone, register
-from models.tensor_files import load_strictly, read_weights
+from models.weights import read_weights
+from utils.errors import CheckpointError
 
 
 class ConvSpec(NamedTuple):
@@ -287,7 +288,7 @@ class MobileNetV4(nn.Module):
         if weights:
             if factor != 1:
                 raise LayerError(f"got weights beside factor {factor}, expected factor 1, the width they are made for")
-            self.load_timm_state(read_weights(weights), weights)
+            self.load_timm_state(read_weights(weights).state, weights)
 
     def _initialize(self) -> None:
         """Convolutions by fan-out, attention's by Xavier."""
@@ -315,7 +316,22 @@ class MobileNetV4(nn.Module):
         Raises:
             CheckpointError: `source` lacks a tensor of the trunk, or has one of another shape.
         """
-        load_strictly(self, {key: state.get(timm_key(key, self)) for key in self.state_dict()}, source)
+        given = {key: state.get(timm_key(key, self)) for key in self.state_dict()}
+        bad = [
+            f"{timm_key(key, self)} (got {_shape(given[key])}, expected {_shape(value)})"
+            for key, value in self.state_dict().items()
+            if _shape(given[key]) != _shape(value)
+        ]
+        if bad:
+            raise CheckpointError(
+                f"{source}: does not fit {type(self).__name__} - {'; '.join(bad[:3])}, {len(bad)} in all. "
+                "Give timm's weights of this very model."
+            )
+        self.load_state_dict(given)
+
+
+def _shape(value: Tensor | None) -> tuple[int, ...] | None:
+    return None if value is None else tuple(value.shape)
 
 
 _TIMM_PARTS = {

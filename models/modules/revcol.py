@@ -8,7 +8,7 @@ reversible unit):
 
 In the first column there is no p. Training needs only the columns' outputs: what happens inside a
 level is rebuilt from `x_{l-1}` and `p_{l+1}` when its gradient is due, and `p_l` itself can be had
-from `x_l` by the same equation (`save_memory="flat"`).
+from `x_l` by the same equation (`save_memory="sparse"`).
 
 Letters: B batch, C channels, H height, W width.
 """
@@ -34,10 +34,11 @@ ALPHA_FLOOR = 1e-3
 LAYER_SCALE = 1e-6
 EXPANSION = 4
 EPS = 1e-6
-# Flat mode keeps every fourth column. Rebuilding divides by alpha, so rounding errors double from
-# column to column at alpha = 0.5: across three columns gradients stay within 1e-3 of plain ones in
-# float32, across seven they are off by some percent (benchmarks/revcol_memory.py).
-FLAT_SPAN = 4
+# Sparse mode keeps every third column. Each rebuilt one divides by alpha, level by level, so
+# rounding errors grow about sevenfold a column at alpha = 0.5: across two columns gradients stay
+# within 1e-4 of plain ones in float32, across seven they are off by percents, across fifteen they
+# are noise (benchmarks/revcol_memory.py). Keeping the last column alone is therefore no mode.
+SPARSE_SPAN = 3
 
 
 class Size(NamedTuple):
@@ -153,27 +154,24 @@ class Column(nn.Module):
         """The four levels, finest first."""
         return [getattr(self, f"level{level}") for level in range(LEVELS)]
 
-    def alphas(self) -> list[Tensor]:
-        """The connections' strengths, with |alpha| >= 1e-3; none in the first column."""
-        if self.first:
-            return []
-        return [keep_from_zero(getattr(self, f"alpha{level}")) for level in range(LEVELS)]
+    def alphas(self) -> list[nn.Parameter]:
+        """The connections' learned strengths; none in the first column."""
+        return [] if self.first else [getattr(self, f"alpha{level}") for level in range(LEVELS)]
 
     def split_noise(self, noise: Tensor | None) -> list[Tensor | None]:
         """The rows of drop path's noise, (blocks, B), that belong to each level."""
         return [None] * LEVELS if noise is None else list(noise.split(self.depths))
 
     def forward(
-        self, stem: Tensor, previous: Sequence[Tensor], alphas: Sequence[Tensor],
-        noise: Tensor | None,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
+        self, stem: Tensor, previous: Sequence[Tensor], noise: Tensor | None
+    ) -> tuple[Tensor, ...]:
         """The four maps of this column from those of the previous one (empty for the first)."""
         outputs: list[Tensor] = []
-        below = stem
+        below, alphas = stem, self.alphas()
         for index, (level, own) in enumerate(zip(self.levels(), self.split_noise(noise))):
             below = level(below, _above(previous, index), own)
             if previous:
-                below = below + alphas[index] * previous[index]
+                below = below + keep_from_zero(alphas[index]) * previous[index]
             outputs.append(below)
         return tuple(outputs)
 
@@ -202,7 +200,9 @@ class Precision(NamedTuple):
 
     @classmethod
     def now(cls, device: str) -> Precision:
-        """The state in force for tensors on `device`."""
+        """The state in force for tensors on `device`; the meta device has none."""
+        if not torch.amp.is_autocast_available(device):
+            return cls("cpu", torch.bfloat16, False)
         return cls(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
 
     def again(self) -> AbstractContextManager[Any]:
@@ -243,10 +243,10 @@ class ReversibleColumn(torch.autograd.Function):
         stem: Tensor, *tensors: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         joined = 0 if column.first else LEVELS
-        previous, alphas = tensors[:joined], tensors[joined : 2 * joined]
+        previous = tensors[:joined]
         ctx.column, ctx.rebuilt, ctx.precision = column, rebuilt, Precision.now(stem.device.type)
         with ctx.precision.again():
-            outputs = column(stem, previous, alphas, noise)
+            outputs = column(stem, previous, noise)
         kept_previous = previous if kept.previous else ()
         kept_outputs = outputs if kept.outputs else ()
         ctx.counts = (len(kept_previous), len(kept_outputs), joined)
@@ -266,7 +266,7 @@ class ReversibleColumn(torch.autograd.Function):
             for level, own in zip(ctx.column.levels(), ctx.column.split_noise(noise))
         ]
         gradients = _column_backward(passes, ctx.precision, stem, outputs, previous, alphas, grads)
-        ctx.rebuilt.outputs = previous if len(alphas) > 0 else ()
+        ctx.rebuilt.outputs = () if ctx.counts[0] else previous
         return (None, None, None, None, *gradients)
 
 
@@ -328,10 +328,10 @@ def _column_backward(
         if above_grad is not None:
             previous_grads[index + 1] = previous_grads[index + 1] + above_grad
         if alphas:
+            alpha = keep_from_zero(alphas[index])
             if previous[index] is None:
-                rebuilt = (outputs[index] - value) / alphas[index]
-                previous[index] = rebuilt.requires_grad_()
-            previous_grads[index] = totals[index] * alphas[index]
+                previous[index] = ((outputs[index] - value) / alpha).requires_grad_()
+            previous_grads[index] = totals[index] * alpha
             products = totals[index] * previous[index].detach()
             alpha_grads[index] = products.sum((0, 2, 3), keepdim=True)
     return [stem_grad, *previous_grads, *alpha_grads, *parameter_grads]
@@ -342,9 +342,10 @@ class RevCol(nn.Module):
 
     Args:
         size: widths, depths, number of columns.
-        save_memory: what training keeps for its backward pass. True: the columns' outputs; "flat":
-            those of every fourth column, counted from the last; False: everything, as plain
-            autograd. Evaluation, export and `torch.compile` are not concerned.
+        save_memory: what training keeps for its backward pass. True: the columns' outputs, which
+            gives plain autograd's gradients; "sparse": those of every third column, which gives
+            them but for rounding (in float32; errors grow as alpha gets smaller than 0.5); False:
+            everything, as plain autograd. Evaluation, export and `torch.compile` keep out of it.
         drop_path: rate of a column's last block, growing linearly from 0; None is the size's own.
 
     Raises:
@@ -355,10 +356,10 @@ class RevCol(nn.Module):
         self, size: Size, save_memory: bool | str = True, drop_path: float | None = None
     ) -> None:
         super().__init__()
-        if save_memory not in (True, False, "flat"):
-            raise LayerError(f"save_memory - got {save_memory!r}, expected True, False or 'flat'")
+        if save_memory not in (True, False, "sparse"):
+            raise LayerError(f"save_memory - got {save_memory!r}, expected True, False or 'sparse'")
         self.save_memory = save_memory
-        self.span = FLAT_SPAN if save_memory == "flat" else 1
+        self.span = SPARSE_SPAN if save_memory == "sparse" else 1
         self.channels, self.strides = list(size.channels), [4, 8, 16, 32]
         self.columns, self.blocks = size.columns, sum(size.depths)
         self.drop_path = size.drop_path if drop_path is None else drop_path
@@ -380,7 +381,7 @@ class RevCol(nn.Module):
         maps: tuple[Tensor, ...] = ()
         for index, own in enumerate(noise):
             column: Column = getattr(self, f"subnet{index}")
-            maps = column(stem, maps, column.alphas(), own)
+            maps = column(stem, maps, own)
         return maps
 
     def _reversible(self, stem: Tensor, noise: list[Tensor | None]) -> tuple[Tensor, ...]:

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from models.layers import ChannelNorm
 from models.registry import Layer, LayerError, Plan, Scaling, backbone, register_fallback
-from models.tensor_files import read_weights
 from models.timm_features import FeaturePlan, create, is_known, known_names, plan_features
 from models.timm_hub import cached_weights, hub_is_reachable
+from models.weights import read_weights
 from utils.errors import CheckpointError, ConfigError
 
 REQUIRED_STRIDES = (8, 16, 32)
@@ -96,7 +96,7 @@ class TimmBackbone(nn.Module):
         self.imgsz = (int(imgsz[0]), int(imgsz[1]))
         self.plan: FeaturePlan = plan_features(model_name, self.imgsz, options)
         self.net = _create_with_weights(model_name, self.plan, pretrained, weights)
-        self.unused = list(self.plan.unused)
+        self.unused = sorted(self.plan.unused)
         for name, parameter in self.net.named_parameters():
             if name in self.plan.unused:
                 parameter.requires_grad_(False)
@@ -156,7 +156,7 @@ class TimmBackbone(nn.Module):
 def _create_with_weights(model_name: str, plan: FeaturePlan, pretrained: bool, weights: str | None) -> nn.Module:
     options = {**plan.options, "out_indices": plan.indices}
     if weights:
-        state = read_weights(weights)
+        state = read_weights(weights).state
         net = _load(weights, model_name, {**options, "pretrained_cfg_overlay": {"state_dict": state}})
         _require_transfer(net, state, weights, model_name)
         return net

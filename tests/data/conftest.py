@@ -37,7 +37,9 @@ def yolo_rows(height: int, width: int, objects: list[tuple[int, ...]]) -> str:
     rows = ""
     for label, left, top, right, bottom in objects:
         x, y = (left + right) / 2 / width, (top + bottom) / 2 / height
-        rows += f"{label} {x:.8f} {y:.8f} {(right - left) / width:.8f} {(bottom - top) / height:.8f}\n"
+        rows += (
+            f"{label} {x:.8f} {y:.8f} {(right - left) / width:.8f} {(bottom - top) / height:.8f}\n"
+        )
     return rows
 
 
@@ -92,7 +94,9 @@ def tiny(tmp_path: Path) -> Path:
         "coco": "annotations/{}.json",
         "voc": "voc/{}",
     }.items():
-        text = f"train: {pattern.format('train')}\nval: {pattern.format('val')}\nnames: [cat, dog]\n"
+        text = (
+            f"train: {pattern.format('train')}\nval: {pattern.format('val')}\nnames: [cat, dog]\n"
+        )
         (tmp_path / f"{form}.yaml").write_text(text)
     return tmp_path
 

@@ -65,7 +65,9 @@ def test_nine_pictures_cover_the_whole_window():
 
 
 def test_a_mosaic_of_empty_pictures_has_no_boxes():
-    empty = Picture(np.zeros((*SIZE, 3), np.uint8), np.zeros(0, np.int64), np.zeros((0, 4), np.float32))
+    empty = Picture(
+        np.zeros((*SIZE, 3), np.uint8), np.zeros(0, np.int64), np.zeros((0, 4), np.float32)
+    )
     result = mosaic4([empty] * 4, SIZE, np.random.default_rng(0))
     assert result.boxes.shape == (0, 4) and result.labels.shape == (0,)
 

@@ -56,7 +56,9 @@ LETTERBOX_ROWS = [
 ]
 
 
-@pytest.mark.parametrize(("original", "size", "stride", "result", "resized", "top", "left"), LETTERBOX_ROWS)
+@pytest.mark.parametrize(
+    ("original", "size", "stride", "result", "resized", "top", "left"), LETTERBOX_ROWS
+)
 def test_letterbox_gives_the_numbers_worked_by_hand(
     original, size, stride, result, resized, top, left
 ):

@@ -1,4 +1,4 @@
-"""Published numbers that tests compare with: loaded from a folder beside the project, if it is there."""
+"""Published numbers that tests compare with, read from a folder beside the project, if any."""
 
 from __future__ import annotations
 

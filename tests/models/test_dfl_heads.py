@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from models.heads.ddetect import DDetect, DualDDetect
+from models.heads.detect import build_detect
 from models.heads.dfl import DFL, DFLDetect, DFLRaw, anchor_points
 from models.registry import LayerError, Scaling, find
-from models.yolo import build_model
-
-SMALL = {"yolo11": "yolo11n", "single": "gelan-t", "dual": "yolov9-t"}
 
 
 def maps(channels: list[int], sizes: list[tuple[int, int]], batch: int = 2) -> list[Tensor]:
@@ -67,6 +65,8 @@ def test_decoding_in_half_precision_keeps_pixels():
     raw = head.half()([features[0].half()])
     found = head.decode(raw)
     assert raw.distances.dtype == torch.float16 and found.boxes.dtype == torch.float32
+    widened = raw._replace(distances=raw.distances.float(), logits=raw.logits.float())
+    assert all(map(torch.equal, found, head.float().decode(widened)))
     assert (found.boxes - exact.boxes).abs().max() < 0.25  # float16 alone steps by 1 at 1200
 
 
@@ -131,42 +131,52 @@ def test_heads_that_cannot_work_are_refused(build, message):
 
 
 def test_heads_print_their_arguments_as_users_know_them():
-    assert str(find("Detect").rule([64, 128, 256], [80], Scaling()).args) == (
-        "[80, 16, None, [64, 128, 256]]"
-    )
+    plan = find("Detect").rule([64, 128, 256], [80], Scaling())
+    assert str(plan.args) == "[80, 16, None, [64, 128, 256]]"
+    assert isinstance(build_detect(*plan.args), DFLDetect)
     assert str(find("DualDDetect").rule([512, 256], [1], Scaling()).args) == "[1, [512, 256]]"
 
 
 class Deployed(torch.nn.Module):
-    """Images in, what runners expect out."""
+    """Two feature maps in, what runners expect out."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, head: torch.nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.head = head
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model.head.export_layout(self.model(images))
+    def forward(self, fine: Tensor, coarse: Tensor) -> Tensor:
+        features = [fine, coarse] * (2 if isinstance(self.head, DualDDetect) else 1)
+        return self.head.export_layout(self.head(features))
 
 
-@pytest.mark.parametrize("name", SMALL.values(), ids=SMALL)
-def test_a_traced_graph_holds_at_another_batch_and_size(name):
-    model = Deployed(build_model(name, num_classes=3, imgsz=(64, 64)).eval())
-    seen, other = torch.rand(1, 3, 64, 96), torch.rand(2, 3, 128, 64)
+@pytest.fixture(params=["YOLO11", "YOLOv9", "YOLOv9 dual"])
+def deployed(request: pytest.FixtureRequest) -> Deployed:
+    torch.manual_seed(0)
+    head = {
+        "YOLO11": lambda: DFLDetect(3, channels=[8, 12]),
+        "YOLOv9": lambda: DDetect(3, [8, 12]),
+        "YOLOv9 dual": lambda: DualDDetect(3, [8, 12, 8, 12]),
+    }[request.param]()
+    head.initialize([8, 16] * (2 if isinstance(head, DualDDetect) else 1))
+    return Deployed(head).eval()
+
+
+SEEN = maps([8, 12], [(8, 12), (4, 6)], batch=2)
+OTHER = maps([8, 12], [(16, 8), (8, 4)], batch=3)
+
+
+def test_a_traced_graph_holds_at_another_batch_and_size(deployed):
     with torch.no_grad():
-        traced = torch.jit.trace(model, seen, check_trace=False)
-        torch.testing.assert_close(traced(other), model(other))
+        traced = torch.jit.trace(deployed, tuple(SEEN), check_trace=False)
+        torch.testing.assert_close(traced(*OTHER), deployed(*OTHER))
 
 
-def test_an_exported_graph_holds_at_another_batch_and_size():
-    model = Deployed(build_model(SMALL["yolo11"], num_classes=3, imgsz=(64, 64)).eval())
-    batch = torch.export.Dim("batch", min=1, max=8)
-    height, width = (torch.export.Dim(name, min=1, max=20) for name in ("height", "width"))
-    program = torch.export.export(
-        model,
-        (torch.rand(2, 3, 64, 96),),
-        dynamic_shapes={"images": {0: batch, 2: 32 * height, 3: 32 * width}},
-        strict=False,
-    )
-    other = torch.rand(3, 3, 128, 64)
+def test_an_exported_graph_holds_at_another_batch_and_size(deployed):
+    batch, *rest = (torch.export.Dim(name, min=2, max=40) for name in "bhwyx")
+    shapes = {
+        "fine": {0: batch, 2: rest[0], 3: rest[1]},
+        "coarse": {0: batch, 2: rest[2], 3: rest[3]},
+    }
+    program = torch.export.export(deployed, tuple(SEEN), dynamic_shapes=shapes, strict=False)
     with torch.no_grad():
-        torch.testing.assert_close(program.module()(other), model(other))
+        torch.testing.assert_close(program.module()(*OTHER), deployed(*OTHER))

@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-import json
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from published import FOLDER, fill, golden, layout, needs_golden, read_json
 from torch import Tensor, nn
 
 from models.modules import emo
 from models.registry import LayerError, find
 from utils.errors import CheckpointError
 
-GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
-needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="golden numbers are not here")
 BUILD = {"1M": emo.EMO_1M, "2M": emo.EMO_2M, "5M": emo.EMO_5M, "6M": emo.EMO_6M}
 
 
 def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
-
-
-def golden_module() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("golden", GOLDEN / "golden.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def small(
@@ -79,17 +67,16 @@ def test_channels_and_strides_agree_with_the_maps_that_come_out() -> None:
 @needs_golden
 @pytest.mark.parametrize("size", ["1M", "5M"])
 def test_keys_and_outputs_equal_the_published_network(size: str) -> None:
-    golden = golden_module()
-    keys = json.loads((GOLDEN / f"EMO_{size}.keys.json").read_text())
+    keys = read_json(f"EMO_{size}.keys.json")
     model = BUILD[size](False).eval()
-    own = {key: list(value.shape) for key, value in model.state_dict().items()}
-    assert own == {key: shape for key, shape in keys.items() if not key.startswith("head.")}
-    model.load_state_dict(golden.fill(model.state_dict()))
+    own = {key: shape for key, shape in keys.items() if not key.startswith("head.")}
+    assert layout(model) == own
+    fill(model)
     with torch.no_grad():
-        features = model.stages(golden.image(224, 288))
+        features = model.stages(golden().image(224, 288))
     for stage in range(1, 5):
-        path = str(GOLDEN / f"EMO_{size}.npz")
-        assert golden.difference(features[stage], path, f"stage{stage}") < 1e-4
+        path = str(FOLDER / f"EMO_{size}.npz")
+        assert golden().difference(features[stage], path, f"stage{stage}") < 1e-4
 
 
 def test_windows_take_every_second_row_and_column_of_a_14_by_14_map() -> None:

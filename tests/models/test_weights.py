@@ -69,7 +69,9 @@ def forget(module: types.ModuleType) -> None:
 
 def equal(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
     return set(state) == set(expected) and all(
-        torch.equal(value, expected[key].float() if expected[key].is_floating_point() else expected[key])
+        torch.equal(
+            value, expected[key].float() if expected[key].is_floating_point() else expected[key]
+        )
         for key, value in state.items()
     )
 
@@ -115,9 +117,7 @@ def test_pickled_modules_of_another_project_are_read(
 def test_state_dicts_are_found_under_their_customary_wrappings(
     tmp_path: Path, content: object, source: str
 ) -> None:
-    state = OrderedDict(
-        [("model.0.weight", torch.randn(3, 2)), ("model.0.count", torch.tensor(4))]
-    )
+    state = OrderedDict([("model.0.weight", torch.randn(3, 2)), ("model.0.count", torch.tensor(4))])
     torch.save(content(state), tmp_path / "w.pth")
     weights = read_weights(tmp_path / "w.pth")
     assert equal(weights.state, state)
@@ -153,7 +153,7 @@ def test_eight_bit_floats_are_widened(tmp_path: Path) -> None:
 def test_numbers_dates_and_paths_beside_the_weights_do_no_harm(tmp_path: Path) -> None:
     import argparse
     import collections
-    import datetime
+    import datetime as dt
 
     content = {
         "model": {"w": torch.ones(2), "from_numpy": np.arange(6.0).reshape(2, 3).T},
@@ -161,7 +161,7 @@ def test_numbers_dates_and_paths_beside_the_weights_do_no_harm(tmp_path: Path) -
         "name": np.str_("x"),
         "objects": np.array(["a", None], dtype=object),
         "opt": argparse.Namespace(save_dir=Path("runs"), cfg=None),
-        "date": datetime.datetime(2026, 1, 1),
+        "date": dt.datetime(2026, 1, 1),
         "counts": collections.defaultdict(list, {"a": [1]}),
         "rng": np.random.get_state(),
         "set": {1, 2},
@@ -183,7 +183,12 @@ def test_safetensors_and_our_own_checkpoints_are_read(tmp_path: Path) -> None:
     averaged = {key: value + 1 for key, value in state.items()}
     save_checkpoint(
         tmp_path / "last.pt",
-        {"model": state, "ema": {"model": averaged, "updates": 1}, "config": config, "names": ["ship"]},
+        {
+            "model": state,
+            "ema": {"model": averaged, "updates": 1},
+            "config": config,
+            "names": ["ship"],
+        },
     )
     weights = read_weights(tmp_path / "last.pt")
     assert equal(weights.state, averaged) and weights.names == ("ship",)
@@ -290,7 +295,10 @@ def test_an_inserted_layer_shifts_rows_but_loses_nothing() -> None:
 
 
 def test_a_changed_backbone_leaves_the_rest_to_be_transferred() -> None:
-    changed = {**V5, "backbone": [*V5["backbone"][:3], [-1, 1, "Conv", [64, 3, 1]], *V5["backbone"][4:]]}
+    changed = {
+        **V5,
+        "backbone": [*V5["backbone"][:3], [-1, 1, "Conv", [64, 3, 1]], *V5["backbone"][4:]],
+    }
     report = transfer(build_model(changed), build_model(V5).state_dict(), num_anchors=3)
     assert {key.split(".")[1] for key in report.missing} == {"3"}
     assert {key.split(".")[1] for key in report.unused} == {"3"}
@@ -339,7 +347,10 @@ def test_a_backbone_gets_its_weights_and_the_head_keeps_its_own(tmp_path: Path) 
         (
             backbone,
             {f"backbone.{key}": value for key, value in backbone.items()},
-            {**{k.replace("_", ".", 1): v for k, v in backbone.items()}, "fc.weight": torch.ones(9)},
+            {
+                **{k.replace("_", ".", 1): v for k, v in backbone.items()},
+                "fc.weight": torch.ones(9),
+            },
             source.state_dict(),
         )
     ):

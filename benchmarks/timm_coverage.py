@@ -1,0 +1,194 @@
+"""How many models of the installed timm work as a backbone under the YOLO11 head, and why the others do not.
+
+    python benchmarks/timm_coverage.py                          all of them; run it again to go on where it stopped
+    python benchmarks/timm_coverage.py --models "test_*" resnet18
+    python benchmarks/timm_coverage.py --report                 only print what has been found
+
+Each model takes the place of yolo11n's backbone, then: strides 8, 16 and 32; raw outputs at 256x256 and, where timm allows
+another size, at 256x320; a backward pass with a gradient on every parameter that trains; `fuse` within its tolerance. A model
+above --max-params takes the same steps but fuse on the meta device, without memory, and is counted apart.
+
+Models run in child processes of --chunk models, one at a time, limited to --memory GiB and --timeout seconds a model; every
+result is one line of the JSONL file --out. The share is taken of the models whose features timm itself can run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from models.reparam import FuseError, fuse
+from models.timm_features import REFUSALS, create, known_names
+from models.yolo import DetectionModel, build_model
+from utils.errors import UserError
+
+SIZE = (256, 256)
+OTHER_SIZE = (256, 320)
+WORKS = ("works", "works on meta")
+FAILURES = (*REFUSALS, UserError, FuseError, MemoryError, OSError, ArithmeticError)
+
+
+def check_model(name: str, max_params: float) -> dict[str, Any]:
+    """What became of one model: `status`, and `reason` where it does not work."""
+    start = time.perf_counter()
+    result: dict[str, Any] = {"name": name, "step": "build"}
+    try:
+        with torch.device("meta"):
+            draft = build_model("yolo11n", backbone=[name], num_classes=3, imgsz=SIZE)
+        result["params"] = sum(p.numel() for p in draft.parameters())
+        is_small = result["params"] <= max_params
+        model = build_model("yolo11n", backbone=[name], num_classes=3, imgsz=SIZE) if is_small else draft
+        _check_steps(model, result, "cpu" if is_small else "meta")
+        result["status"] = "works" if is_small else "works on meta"
+    except FAILURES as error:
+        result["status"] = "fails" if timm_runs(name) else "timm cannot"
+        result["reason"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    result["seconds"] = round(time.perf_counter() - start, 1)
+    return result
+
+
+def _check_steps(model: DetectionModel, result: dict[str, Any], device: str) -> None:
+    plan = model.model[0].plan
+    result.update(strides=list(model.model[0].strides), any_size=plan.any_size, unused=len(plan.unused))
+    if model.strides != (8, 16, 32):
+        raise ValueError(f"the head has strides {model.strides}")
+    result["step"] = "forward"
+    model.eval()
+    with torch.no_grad():
+        for size in (SIZE, OTHER_SIZE) if plan.any_size else (SIZE,):
+            outputs = _tensors(model(torch.rand(1, 3, *size, device=device)))
+            if device == "cpu" and not all(bool(t.isfinite().all()) for t in outputs):
+                raise ArithmeticError(f"an output is not finite at {size}")
+    result["step"] = "backward"
+    model.train()
+    outputs = [t for t in _tensors(model(torch.rand(2, 3, *SIZE, device=device))) if t.requires_grad]
+    sum((t.float().square().mean() for t in outputs), torch.zeros((), device=device)).backward()
+    missing = [key for key, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    if missing:
+        raise ValueError(f"{len(missing)} parameters without a gradient: {', '.join(missing[:3])}")
+    if device == "cpu":
+        result["step"] = "fuse"
+        model.zero_grad(set_to_none=True)
+        result["difference"] = fuse(model).difference
+    del result["step"]
+
+
+def _tensors(raw: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(raw) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def timm_runs(name: str) -> bool:
+    """Whether timm itself can build the features of `name` and run them at the model's own input size."""
+    import timm
+
+    with torch.device("meta"):
+        try:
+            create(name, {}).eval()(torch.rand(1, *timm.get_pretrained_cfg(name).input_size))
+        except REFUSALS:
+            return False
+    return True
+
+
+def run_worker(names: list[str], memory: float, max_params: float) -> None:
+    """Check `names` in this process, one JSON line each."""
+    limit = int(memory * 2**30)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    for name in names:
+        print(json.dumps(check_model(name, max_params)), flush=True)
+
+
+def run_chunk(names: list[str], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Results of a child process; the model at which it died or ran out of time fails, those behind it stay open."""
+    command = [sys.executable, __file__, "--memory", str(args.memory), "--max-params", str(args.max_params)]
+    try:
+        done = subprocess.run(
+            [*command, "--worker", *names], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            timeout=args.timeout * len(names), check=False,
+        )  # fmt: skip
+        output, why = done.stdout, f"its process ended with code {done.returncode}: {done.stderr[-200:]}"
+    except subprocess.TimeoutExpired as error:
+        text = error.stdout or b""
+        output, why = text.decode() if isinstance(text, bytes) else text, "took too long"
+    results = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    if len(results) < len(names):
+        results.append({"name": names[len(results)], "status": "fails", "step": "process", "reason": why})
+    return results
+
+
+def read_results(path: Path) -> dict[str, dict[str, Any]]:
+    """Results so far, by model; a line cut short by an interruption is left out."""
+    results: dict[str, dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            result = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        results[result["name"]] = result
+    return results
+
+
+def print_report(results: dict[str, dict[str, Any]], wanted: list[str]) -> None:
+    """The share of working models and the reasons of the rest."""
+    found = [results[name] for name in wanted if name in results]
+    counts = Counter(result["status"] for result in found)
+    possible = len(found) - counts["timm cannot"]
+    working = sum(counts[status] for status in WORKS)
+    print(f"{len(found)} of {len(wanted)} models checked; timm itself can run the features of {possible}.")
+    print(f"work as a backbone: {working} of {possible} ({100 * working / max(possible, 1):.2f}%)")
+    print(f"  of these on the meta device only, too large here: {counts['works on meta']}")
+    print(f"  with a fixed image size: {sum(r.get('any_size') is False for r in found if r['status'] in WORKS)}")
+    print(f"  with frozen parameters that no map depends on: {sum(bool(r.get('unused')) for r in found)}")
+    for result in found:
+        if result["status"] not in WORKS:
+            print(f"{result['status']:12} {result['name']:40} {result.get('step', '')}: {result['reason'][:150]}")
+
+
+def parse_args() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["*"], help="names or patterns")
+    parser.add_argument("--out", type=Path, default=Path("runs/timm_coverage.jsonl"), help="file of results")
+    parser.add_argument("--chunk", type=int, default=8, help="models of a child process")
+    parser.add_argument("--memory", type=float, default=12, help="address space of a child process in GiB")
+    parser.add_argument("--timeout", type=float, default=300, help="seconds a model")
+    parser.add_argument("--max-params", type=float, default=3e8, help="larger models are run on the meta device")
+    parser.add_argument("--report", action="store_true", help="print the results and stop")
+    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Check what has not been checked yet, then report."""
+    args = parse_args()
+    if args.worker:
+        run_worker(args.worker, args.memory, args.max_params)
+        return
+    wanted = [n for n in known_names() if any(fnmatch.fnmatch(n, pattern) for pattern in args.models)]
+    results = read_results(args.out)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    while not args.report and (todo := [name for name in wanted if name not in results]):
+        new = run_chunk(todo[: args.chunk], args)
+        with args.out.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(result) + "\n" for result in new)
+        results.update({result["name"]: result for result in new})
+        last = new[-1]
+        print(f"{len(wanted) - len(todo) + len(new)}/{len(wanted)} {last['name']}: {last['status']}", flush=True)
+    print_report(results, wanted)
+
+
+if __name__ == "__main__":
+    main()

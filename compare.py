@@ -1,0 +1,193 @@
+"""Several models side by side: parameters, GFLOPs, latency, memory and mAP in one table and one picture.
+
+    python compare.py --models yolov5n yolov5n-emo yolo11n --imgsz 320
+    python compare.py --models runs/train/exp/weights/best.pt runs/train/exp2/weights/best.onnx --data my.yaml
+"""
+
+from __future__ import annotations
+
+import csv
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from data.dataset import build_dataset
+from data.loader import build_loader
+from engine.flags import add_data_flag, add_device_flag, add_run_flags, add_size_flag
+from engine.setup import open_data
+from models.backends import Backend, load_backend
+from models.reparam import reparameterize_model
+from models.table import Totals, measure
+from models.yolo import build_model, load_model
+from utils.config import ArgumentParser, increment_path, integer, parse_imgsz
+from utils.device import memory_used, select_device, synchronize
+from utils.errors import run_cli
+from utils.logger import get_logger
+from utils.metrics import CocoEvaluator
+from val import evaluate
+
+
+class Line(NamedTuple):
+    """One model's row.
+
+    Attributes:
+        name: what was given.
+        params: parameters of the training form, None for an exported file.
+        params_deployed: of the deployed form.
+        gflops: 2 x GMACs of the deployed form for one image.
+        latency: median milliseconds for one image, deployed form.
+        memory: GiB in use by the process (CPU) or the GPU after the runs.
+        map50: COCO mAP at 0.5, None without `--data`.
+        map50_95: COCO mAP.
+    """
+
+    name: str
+    params: int | None
+    params_deployed: int | None
+    gflops: float | None
+    latency: float
+    memory: float
+    map50: float | None
+    map50_95: float | None
+
+
+class Candidate(NamedTuple):
+    """A model to compare: how it is called, and how large it is."""
+
+    name: str
+    run: Callable[[Tensor], Any]
+    backend: Backend | None
+    trained: Totals | None
+    deployed: Totals | None
+
+
+def load_candidate(name: str, options: Any, imgsz: tuple[int, int], device: torch.device) -> Candidate:
+    """A weights file, an exported file, or a config (with `--backbone`)."""
+    path = Path(name)
+    if path.suffix in (".pt", ".safetensors"):
+        model = load_model(path) if path.suffix == ".pt" else None
+        backend = load_backend(name, device)
+        totals = (measure(model, imgsz), measure(reparameterize_model(model), imgsz)) if model else (None, None)
+        return Candidate(path.parent.parent.name + "/" + path.name, backend, backend, *totals)
+    if path.exists() and path.suffix not in (".yaml", ".yml"):
+        backend = load_backend(name, device)
+        return Candidate(path.name, backend, backend, None, None)
+    model = build_model(name, imgsz=imgsz, backbone=options.backbone, allow_code=options.allow_code).eval()
+    deployed = reparameterize_model(model).to(device)
+    shown = f"{name} + {options.backbone[0]}" if options.backbone else name
+    return Candidate(shown, lambda x: deployed.decode(deployed(x)), None, measure(model, imgsz), measure(deployed, imgsz))
+
+
+@torch.inference_mode()
+def latencies(candidates: Sequence[Candidate], imgsz: tuple[int, int], device: torch.device, runs: int) -> list[float]:
+    """Median milliseconds of each candidate for one image; they take turns, so that a busy machine is fair to all."""
+    image = torch.rand(1, 3, *imgsz, device=device)
+    times: list[list[float]] = [[] for _ in candidates]
+    for number in range(runs + 2):
+        for candidate, taken in zip(candidates, times, strict=True):
+            synchronize(device)
+            start = time.perf_counter()
+            candidate.run(image)
+            synchronize(device)
+            if number >= 2:  # the first two warm up
+                taken.append(1000 * (time.perf_counter() - start))
+    return [statistics.median(taken) for taken in times]
+
+
+def measure_map(candidate: Candidate, options: Any, imgsz: tuple[int, int], device: torch.device) -> tuple[float, float] | None:
+    """mAP50 and mAP50-95 on the validation split, for models with weights."""
+    backend = candidate.backend
+    if not options.data or backend is None:
+        return None
+    dataset = build_dataset(open_data(options), "val", imgsz=imgsz, batch_size=16, stride=backend.stride)
+    loader = build_loader(dataset, 16, workers=options.workers)
+    evaluator = CocoEvaluator(dataset.coco_ground_truth(), dataset.category_ids, dataset.names)
+    result = evaluate(lambda images, targets: backend(images), backend.postprocess_kind, loader, evaluator, device=device)
+    return result.metrics.map50, result.metrics.map50_95
+
+
+def format_lines(lines: Sequence[Line]) -> str:
+    """The table as text."""
+    head = f"{'model':<34}{'params':>12}{'deployed':>12}{'GFLOPs':>9}{'ms':>9}{'GiB':>7}{'mAP50':>8}{'mAP50-95':>10}"
+    return "\n".join([head, *map(_format_line, lines)])
+
+
+def _format_line(line: Line) -> str:
+    def show(value: float | None, layout: str) -> str:
+        return "-" if value is None else format(value, layout)
+
+    return (
+        f"{line.name[-32:]:<34}{show(line.params, ','):>12}{show(line.params_deployed, ','):>12}"
+        f"{show(line.gflops, '.2f'):>9}{line.latency:>9.1f}{line.memory:>7.2f}{show(line.map50, '.4f'):>8}"
+        f"{show(line.map50_95, '.4f'):>10}"
+    )
+
+
+def plot(lines: Sequence[Line], path: Path) -> None:
+    """Latency against mAP where it was measured, else against GFLOPs; the area is the parameters."""
+    from matplotlib.figure import Figure
+
+    with_map = all(line.map50_95 is not None for line in lines)
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for line in lines:
+        height = line.map50_95 if with_map else line.gflops
+        if height is None:
+            continue
+        axes.scatter(line.latency, height, s=(line.params_deployed or 1e6) / 2e4 + 20, alpha=0.6)
+        axes.annotate(line.name, (line.latency, height), xytext=(6, 4), textcoords="offset points", fontsize=9)
+    axes.set(xlabel="latency of one image, ms", ylabel="mAP50-95" if with_map else "GFLOPs")
+    axes.margins(0.2)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+
+
+def parse_options(arguments: Sequence[str] | None = None) -> Any:
+    """Read the command line."""
+    parser = ArgumentParser(description="Compare models: parameters, GFLOPs, latency, memory, mAP.")
+    parser.add_argument("--models", "--weights", "--cfg", nargs="+", required=True, help="configs, weights, exported files")
+    parser.add_argument("--backbone", nargs="+", default=None, metavar="NAME", help="put this backbone under every config")
+    parser.add_argument("--allow-code", action="store_true", help="let a YAML's imports run")
+    add_data_flag(parser)
+    add_size_flag(parser)
+    add_device_flag(parser)
+    parser.add_argument("--runs", type=integer(1), default=10, help="timed calls of each model")
+    parser.add_argument("--workers", type=integer(0), default=2, help="processes that load images")
+    add_run_flags(parser, "runs/compare")
+    parser.set_defaults(data=None)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Compare from the command line."""
+    options = parse_options(arguments)
+    device, imgsz = select_device(options.device), parse_imgsz(options.imgsz, 32)
+    candidates = [load_candidate(name, options, imgsz, device) for name in options.models]
+    times = latencies(candidates, imgsz, device, options.runs)
+    lines = []
+    for candidate, latency in zip(candidates, times, strict=True):
+        found = measure_map(candidate, options, imgsz, device) or (None, None)
+        params = candidate.trained.params if candidate.trained else None
+        deployed = candidate.deployed
+        lines.append(Line(
+            candidate.name, params, deployed.params if deployed else None, deployed.gflops if deployed else None,
+            latency, memory_used(device), *found,
+        ))  # fmt: skip
+    folder = increment_path(options.project, options.name, options.exist_ok)
+    folder.mkdir(parents=True, exist_ok=True)
+    print(format_lines(lines))
+    with (folder / "compare.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(Line._fields)
+        writer.writerows(lines)
+    plot(lines, folder / "compare.png")
+    get_logger().info(f"at {imgsz[0]}x{imgsz[1]} on {device}; table and picture in {folder}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,95 @@
+"""What tests of several rooms share: the project on the path, a tiny data set, the scripts as a user runs them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+NAMES = ("square", "disc")
+SIDE = 96
+Script = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def draw_picture(rng: np.random.Generator, count: int) -> tuple[np.ndarray, list[str]]:
+    """A picture with `count` bright squares and dark discs, and its rows in YOLO form."""
+    picture = rng.integers(90, 130, (SIDE, SIDE, 3), dtype=np.uint8)
+    rows = []
+    for number in range(count):
+        label, radius = number % 2, int(rng.integers(8, 18))
+        x, y = (int(v) for v in rng.integers(radius, SIDE - radius, 2))
+        if label == 0:
+            picture[y - radius : y + radius, x - radius : x + radius] = (240, 200, 40)
+        else:
+            cv2.circle(picture, (x, y), radius, (20, 20, 60), -1)
+        rows.append(f"{label} {x / SIDE} {y / SIDE} {2 * radius / SIDE} {2 * radius / SIDE}")
+    return picture, rows
+
+
+def draw_data(folder: Path, train: int = 8, val: int = 4) -> Path:
+    """A data set in YOLO form, the last training image without objects; returns its YAML."""
+    for split, count in (("train", train), ("val", val)):
+        (folder / "images" / split).mkdir(parents=True)
+        (folder / "labels" / split).mkdir(parents=True)
+        for number in range(count):
+            rng = np.random.default_rng((len(split), number))
+            is_empty = split == "train" and number == count - 1
+            picture, rows = draw_picture(rng, 0 if is_empty else 2 + number % 3)
+            cv2.imwrite(str(folder / "images" / split / f"{number}.png"), picture)
+            label = folder / "labels" / split / f"{number}.txt"
+            label.write_text("".join(row + "\n" for row in rows))
+    path = folder / "data.yaml"
+    path.write_text(f"train: images/train\nval: images/val\nnames: [{', '.join(NAMES)}]\n")
+    return path
+
+
+@pytest.fixture
+def small_data(tmp_path: Path) -> Path:
+    """YAML of a data set of 8 training and 4 validation images, 96 x 96, two classes."""
+    return draw_data(tmp_path / "small")
+
+
+@pytest.fixture(scope="session")
+def shared_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, drawn once; for tests that only read it."""
+    return draw_data(tmp_path_factory.mktemp("shared"))
+
+
+def start_script(*words: object, cwd: Path, **environment: str) -> subprocess.Popen[str]:
+    """Start `python <script> ...` of this project, from another folder, on one thread."""
+    script, *rest = (str(word) for word in words)
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / script), *rest],
+        cwd=cwd,
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture
+def run_script(tmp_path: Path) -> Script:
+    """Run one of the project's scripts from another folder and wait for its end."""
+
+    def run(*words: object, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+        process = start_script(*words, cwd=tmp_path)
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    return run

@@ -1,0 +1,219 @@
+"""Data YAMLs and folders are recognised; mistakes in them are named, all at once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from data.config import load_data_config
+from data.label_cache import load_table
+from utils.errors import DatasetError
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_names_may_be_a_list_a_mapping_or_a_number(tmp_path):
+    head = "train: t\nval: v\n"
+    rows = {
+        "names: [a, b]": ("a", "b"),
+        "names: {1: b, 0: a}": ("a", "b"),
+        "nc: 2": ("class0", "class1"),
+    }
+    for text, names in rows.items():
+        assert load_data_config(write(tmp_path / "d.yaml", head + text)).names == names
+
+
+def test_path_is_relative_to_the_yaml_and_defaults_to_its_folder(tmp_path):
+    (tmp_path / "there").mkdir()
+    for text, expected in {
+        "": tmp_path,
+        "path: .\n": tmp_path,
+        "path: there\n": tmp_path / "there",
+        "path: /abs\n": Path("/abs"),
+    }.items():
+        file = write(tmp_path / "d.yaml", f"{text}train: images/train\nval: x.txt\nnc: 1\n")
+        config = load_data_config(file)
+        assert config.path == expected
+        assert config.splits["train"] == (expected / "images/train",)
+
+
+# YAML text, every word that the message must hold.
+PROBLEM_ROWS = [
+    ("names: [a]\n", ["no split found"]),
+    ("train: t\nnames: [a, b]\nnc: 3\n", ["nc - got 3, expected 2"]),
+    ("train: t\nnames: {0: a, 2: b}\n", ["names - got keys [0, 2], expected 0 to 1"]),
+    ("train: t\nnames: [a, a]\n", ["names - got 'a' twice"]),
+    ("train: t\nnames: [yes, no]\n", ["names - got True", "quotes"]),
+    ("train: 5\nnames: [a]\n", ["train - got 5, expected a path"]),
+    ("train: t\nnames: 7\nformat: xml\n", ["names - got 7", "format - got 'xml'"]),
+    ("train: t\nnames: [a]\nsources: [{to: x}]\n", ["sources[0]"]),
+    ("train: t.json\nval: ImageSets/Main/v.txt\nnames: [a]\n", ["several forms", "coco", "voc"]),
+    ("train: t\nval: v\n", ["does not exist"]),
+    ("- a\n", ["got no mapping"]),
+    ("a: [\n", ["got no YAML"]),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), PROBLEM_ROWS)
+def test_problems_of_a_yaml_are_named_together(tmp_path, text, words):
+    with pytest.raises(DatasetError) as caught:
+        load_data_config(write(tmp_path / "bad.yaml", text))
+    for word in ["bad.yaml", *words]:
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_file_is_answered_with_the_nearest_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DatasetError, match=r"Did you mean 'shapes.yaml'\?"):
+        load_data_config("shaps.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "classes"),
+    [("coco.yaml", "coco", 80), ("VOC.yaml", "voc", 20), ("bccd.yaml", "voc", 3)],
+)
+def test_the_data_sets_that_can_be_fetched_are_described(
+    tmp_path, monkeypatch, name, form, classes
+):
+    monkeypatch.chdir(tmp_path)
+    config = load_data_config(name)
+    assert config.format == form and len(config.names) == classes
+    assert config.sources and all(source.url.startswith("http") for source in config.sources)
+    if not config.path.exists():
+        with pytest.raises(DatasetError, match="Pass --download to fetch"):
+            config.entries("train")
+
+
+def test_a_download_script_is_kept_as_text_and_never_run(tmp_path):
+    script = "download: |\n  import os\n  os.system('touch ran')\n"
+    file = write(tmp_path / "d.yaml", f"train: none\nval: none\nnames: [a]\n{script}")
+    config = load_data_config(file)
+    assert config.script.startswith("import os")
+    with pytest.raises(DatasetError, match="never run here"):
+        config.entries("train")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_name_valid_stands_for_val(tiny):
+    file = write(tiny / "d.yaml", "train: images/train\nvalid: images/val\nnames: [cat, dog]\n")
+    assert load_data_config(file).splits["val"] == (tiny / "images/val",)
+
+
+def test_names_are_taken_from_coco_and_voc_files(tiny):
+    coco = write(tiny / "c.yaml", "train: annotations/train.json\nval: annotations/val.json\n")
+    voc = write(tiny / "v.yaml", "train: voc/train\nval: voc/val\n")
+    assert load_data_config(coco).names == ("dog", "cat"), "in the order of their ids, 3 and 7"
+    assert load_data_config(voc).names == ("cat", "dog")
+
+
+def test_a_category_that_only_groups_others_is_no_class(tiny):
+    for split in ("train", "val"):
+        path = tiny / "annotations" / f"{split}.json"
+        document = json.loads(path.read_text())
+        for row in document["categories"]:
+            row["supercategory"] = "animals"
+        document["categories"].insert(0, {"id": 0, "name": "animals", "supercategory": "none"})
+        path.write_text(json.dumps(document))
+    file = write(tiny / "c.yaml", "train: annotations/train.json\nval: annotations/val.json\n")
+    assert load_data_config(file).names == ("dog", "cat")
+
+
+def test_image_folders_may_be_named(tiny):
+    (tiny / "images").rename(tiny / "elsewhere")
+    text = "train: annotations/train.json\nval: annotations/val.json\n"
+    with pytest.raises(DatasetError, match="Name the folder in the data YAML"):
+        load_table(load_data_config(write(tiny / "c.yaml", text)), "train")
+    text += "images: {train: elsewhere/train, val: elsewhere/val}\n"
+    assert len(load_table(load_data_config(write(tiny / "c.yaml", text)), "train")) == 4
+
+
+def only(tiny: Path, *kept: str) -> None:
+    for path in tiny.iterdir():
+        if path.name not in kept:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def test_a_folder_with_a_yaml_is_read_through_it(tiny):
+    only(tiny, "images", "labels", "yolo.yaml")
+    assert load_data_config(tiny).file == tiny / "yolo.yaml"
+
+
+def test_a_yolo_folder_is_recognised(tiny):
+    only(tiny, "images", "labels")
+    (tiny / "classes.txt").write_text("cat\ndog\n")
+    config = load_data_config(tiny)
+    assert (config.format, config.names) == ("yolo", ("cat", "dog"))
+    assert len(load_table(config, "val")) == 2
+
+
+def test_a_folder_of_one_split_is_trained_and_scored_on_the_same(tiny, caplog):
+    only(tiny, "images", "labels")
+    (tiny / "classes.txt").write_text("cat\ndog\n")
+    for kind in ("images", "labels"):
+        for file in (tiny / kind / "train").iterdir():
+            file.rename(tiny / kind / file.name)
+        shutil.rmtree(tiny / kind / "train")
+        shutil.rmtree(tiny / kind / "val")
+    config = load_data_config(tiny)
+    assert config.splits["train"] == config.splits["val"] == (tiny / "images",)
+    assert "no val split of its own" in caplog.text
+
+
+def test_a_coco_folder_is_recognised(tiny):
+    only(tiny, "images", "annotations")
+    for split in ("train", "val"):
+        (tiny / "annotations" / f"{split}.json").rename(
+            tiny / "annotations" / f"instances_{split}2017.json"
+        )
+        (tiny / "images" / split).rename(tiny / f"{split}2017")
+    config = load_data_config(tiny)
+    assert (config.format, config.names) == ("coco", ("dog", "cat"))
+    assert len(load_table(config, "train")) == 4
+
+
+def test_an_export_with_coco_files_beside_the_images_is_recognised(tiny):
+    for split, folder in (("train", "train"), ("val", "valid")):
+        (tiny / "images" / split).rename(tiny / folder)
+        (tiny / "annotations" / f"{split}.json").rename(tiny / folder / "_annotations.coco.json")
+    only(tiny, "train", "valid")
+    config = load_data_config(tiny)
+    assert config.format == "coco"
+    assert [len(load_table(config, split)) for split in ("train", "val")] == [4, 2]
+
+
+def test_an_export_with_yolo_folders_inside_the_splits_is_recognised(tiny):
+    for split, folder in (("train", "train"), ("val", "valid")):
+        (tiny / folder).mkdir()
+        (tiny / "images" / split).rename(tiny / folder / "images")
+        (tiny / "labels" / split).rename(tiny / folder / "labels")
+    only(tiny, "train", "valid")
+    write(
+        tiny / "data.yaml",
+        "train: ../train/images\nval: ../valid/images\nnc: 2\nnames: [cat, dog]\n",
+    )
+    config = load_data_config(tiny)
+    assert config.format == "yolo"
+    assert [len(load_table(config, split)) for split in ("train", "val")] == [4, 2]
+
+
+def test_an_export_with_xml_beside_the_images_is_recognised(tiny):
+    for split, folder in (("train", "train"), ("val", "valid")):
+        (tiny / "voc" / split).rename(tiny / folder)
+        for image in (tiny / "images" / split).iterdir():
+            image.rename(tiny / folder / image.name)
+    only(tiny, "train", "valid")
+    config = load_data_config(tiny)
+    assert (config.format, config.names) == ("voc", ("cat", "dog"))
+    assert len(load_table(config, "train").labels) == 6
+
+
+def test_an_empty_folder_is_no_data_set(tmp_path):
+    with pytest.raises(DatasetError, match="no split found"):
+        load_data_config(tmp_path)

@@ -1,0 +1,161 @@
+"""Every kind of source gives RGB frames; what cannot be read is named."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from data.sources import open_source
+from utils.errors import DatasetError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two pictures, one of them in a folder below, a broken one and a text."""
+    (tmp_path / "more").mkdir()
+    red = np.zeros((20, 30, 3), dtype=np.uint8)
+    red[..., 2] = 255
+    cv2.imwrite(str(tmp_path / "b.png"), red)
+    cv2.imwrite(str(tmp_path / "more" / "a.bmp"), red)
+    (tmp_path / "c.jpg").write_bytes(b"broken")
+    (tmp_path / "readme.md").write_text("no picture")
+    return tmp_path
+
+
+@pytest.fixture
+def video(tmp_path: Path) -> Path:
+    """Ten frames of 48 x 64 at 5 per second; frame k is red with value 20 k."""
+    path = tmp_path / "v.avi"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 5, (64, 48))
+    if not writer.isOpened():
+        pytest.skip("this OpenCV writes no video")
+    for k in range(10):
+        frame = np.zeros((48, 64, 3), dtype=np.uint8)
+        frame[..., 2] = 20 * k
+        writer.write(frame)
+    writer.release()
+    return path
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch, request):
+    """Local sources must not open a connection."""
+    if "served" in request.fixturenames:
+        return
+
+    def refuse(*arguments):
+        raise AssertionError("a local source used the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def test_an_image_is_one_rgb_frame(folder):
+    (frame,) = open_source(folder / "b.png")
+    assert frame.image.shape == (20, 30, 3) and frame.image[0, 0].tolist() == [255, 0, 0]
+    assert (frame.index, frame.video, frame.path) == (0, None, str(folder / "b.png"))
+
+
+def test_a_folder_gives_all_images_and_skips_the_unreadable_one_by_name(folder, caplog):
+    source = open_source(folder)
+    assert len(source) == 3
+    assert [Path(frame.path).name for frame in source] == ["b.png", "a.bmp"]
+    assert source.skipped == [str(folder / "c.jpg")]
+    assert "skipped" in caplog.text and "c.jpg" in caplog.text
+
+
+def test_globs_and_lists(folder):
+    assert [Path(f.path).name for f in open_source(str(folder / "*.png"))] == ["b.png"]
+    assert len(open_source(str(folder / "**" / "*.bmp"))) == 1
+    (folder / "list.txt").write_text(f"b.png\n\n{folder}/more/a.bmp\n")
+    assert [Path(f.path).name for f in open_source(folder / "list.txt")] == ["b.png", "a.bmp"]
+
+
+def test_a_video_gives_numbered_frames_and_what_it_says_of_itself(video):
+    frames = list(open_source(video))
+    assert [frame.index for frame in frames] == list(range(10))
+    assert frames[0].video._asdict() == {"fps": 5.0, "height": 48, "width": 64, "frames": 10}
+    for frame in frames:
+        red, green, blue = frame.image.reshape(-1, 3).mean(axis=0)
+        assert abs(red - 20 * frame.index) < 6 and green < 12 and blue < 12
+
+
+def test_the_stride_leaves_frames_out(video):
+    assert [frame.index for frame in open_source(video, vid_stride=4)] == [0, 4, 8]
+
+
+def test_a_folder_gives_images_before_videos(folder, video):
+    kinds = [frame.video is not None for frame in open_source(folder)]
+    assert kinds == [False] * 2 + [True] * 10
+
+
+@pytest.fixture
+def served(video):
+    """The video behind a local web address."""
+
+    class Handler(SimpleHTTPRequestHandler):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, directory=str(video.parent), **options)
+
+        def log_message(self, *arguments):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/{video.name}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_stream_gives_newest_frames_in_order_until_it_ends(served):
+    if not cv2.videoio_registry.getStreamBackends():
+        pytest.skip("this OpenCV opens no streams")
+    source = open_source(served)
+    assert source.is_live
+    try:
+        frames = list(source)
+    except DatasetError:
+        pytest.skip("this OpenCV reads no http")
+    numbers = [frame.index for frame in frames]
+    assert numbers == sorted(set(numbers)) and numbers and numbers[-1] == 9
+    assert frames[0].video.fps == 5 and frames[0].video.frames == 0
+    assert frames[0].path == served
+
+
+# Source, what the message must say.
+ERROR_ROWS = [
+    ("none.png", "got none.png, which does not exist"),
+    ("{folder}/*.tif", "got no image or video in"),
+    ("{folder}/readme.md", "expected one of asf, avi, bmp"),
+    ("{folder}/wrong.txt", "nothing.png (from"),
+    ("{folder}/empty", "got no image or video in"),
+    ("screen", "got screen, expected a file, folder, camera or stream"),
+    ("screen 0 10 20", "got screen"),
+    ("97", "camera 97 cannot be opened"),
+]
+
+
+@pytest.mark.parametrize(("name", "message"), ERROR_ROWS)
+def test_a_source_that_cannot_be_read_is_named(folder, name, message):
+    (folder / "wrong.txt").write_text("nothing.png\n")
+    (folder / "empty").mkdir()
+    with pytest.raises(DatasetError) as caught:
+        list(open_source(name.format(folder=folder)))
+    assert message in str(caught.value)
+
+
+def test_a_broken_video_is_named(folder):
+    (folder / "x.mp4").write_bytes(b"no video")
+    with pytest.raises(DatasetError, match="x.mp4 cannot be opened"):
+        list(open_source(folder / "x.mp4"))
+
+
+def test_a_stride_below_one_is_named(folder):
+    with pytest.raises(DatasetError, match="--vid-stride: got 0"):
+        open_source(folder, vid_stride=0)
