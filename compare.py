@@ -1,7 +1,7 @@
 """Several models side by side: parameters, GFLOPs, latency, memory and mAP in one table and one picture.
 
-    python compare.py --models yolov5n yolov5n-emo yolo11n --imgsz 320
-    python compare.py --models runs/train/exp/weights/best.pt runs/train/exp2/weights/best.onnx --data my.yaml
+python compare.py --models yolov5n yolov5n-emo yolo11n --imgsz 320
+python compare.py --models runs/train/exp/weights/best.pt runs/train/exp2/weights/best.onnx --data my.yaml
 """
 
 from __future__ import annotations
@@ -66,25 +66,41 @@ class Candidate(NamedTuple):
     deployed: Totals | None
 
 
-def load_candidate(name: str, options: Any, imgsz: tuple[int, int], device: torch.device) -> Candidate:
+def load_candidate(
+    name: str, options: Any, imgsz: tuple[int, int], device: torch.device
+) -> Candidate:
     """A weights file, an exported file, or a config (with `--backbone`)."""
     path = Path(name)
     if path.suffix in (".pt", ".safetensors"):
         model = load_model(path) if path.suffix == ".pt" else None
         backend = load_backend(name, device)
-        totals = (measure(model, imgsz), measure(reparameterize_model(model), imgsz)) if model else (None, None)
+        totals = (
+            (measure(model, imgsz), measure(reparameterize_model(model), imgsz))
+            if model
+            else (None, None)
+        )
         return Candidate(path.parent.parent.name + "/" + path.name, backend, backend, *totals)
     if path.exists() and path.suffix not in (".yaml", ".yml"):
         backend = load_backend(name, device)
         return Candidate(path.name, backend, backend, None, None)
-    model = build_model(name, imgsz=imgsz, backbone=options.backbone, allow_code=options.allow_code).eval()
+    model = build_model(
+        name, imgsz=imgsz, backbone=options.backbone, allow_code=options.allow_code
+    ).eval()
     deployed = reparameterize_model(model).to(device)
     shown = f"{name} + {options.backbone[0]}" if options.backbone else name
-    return Candidate(shown, lambda x: deployed.decode(deployed(x)), None, measure(model, imgsz), measure(deployed, imgsz))
+    return Candidate(
+        shown,
+        lambda x: deployed.decode(deployed(x)),
+        None,
+        measure(model, imgsz),
+        measure(deployed, imgsz),
+    )
 
 
 @torch.inference_mode()
-def latencies(candidates: Sequence[Candidate], imgsz: tuple[int, int], device: torch.device, runs: int) -> list[float]:
+def latencies(
+    candidates: Sequence[Candidate], imgsz: tuple[int, int], device: torch.device, runs: int
+) -> list[float]:
     """Median milliseconds of each candidate for one image; they take turns, so that a busy machine is fair to all."""
     image = torch.rand(1, 3, *imgsz, device=device)
     times: list[list[float]] = [[] for _ in candidates]
@@ -99,15 +115,25 @@ def latencies(candidates: Sequence[Candidate], imgsz: tuple[int, int], device: t
     return [statistics.median(taken) for taken in times]
 
 
-def measure_map(candidate: Candidate, options: Any, imgsz: tuple[int, int], device: torch.device) -> tuple[float, float] | None:
+def measure_map(
+    candidate: Candidate, options: Any, imgsz: tuple[int, int], device: torch.device
+) -> tuple[float, float] | None:
     """mAP50 and mAP50-95 on the validation split, for models with weights."""
     backend = candidate.backend
     if not options.data or backend is None:
         return None
-    dataset = build_dataset(open_data(options), "val", imgsz=imgsz, batch_size=16, stride=backend.stride)
+    dataset = build_dataset(
+        open_data(options), "val", imgsz=imgsz, batch_size=16, stride=backend.stride
+    )
     loader = build_loader(dataset, 16, workers=options.workers)
     evaluator = CocoEvaluator(dataset.coco_ground_truth(), dataset.category_ids, dataset.names)
-    result = evaluate(lambda images, targets: backend(images), backend.postprocess_kind, loader, evaluator, device=device)
+    result = evaluate(
+        lambda images, targets: backend(images),
+        backend.postprocess_kind,
+        loader,
+        evaluator,
+        device=device,
+    )
     return result.metrics.map50, result.metrics.map50_95
 
 
@@ -140,7 +166,9 @@ def plot(lines: Sequence[Line], path: Path) -> None:
         if height is None:
             continue
         axes.scatter(line.latency, height, s=(line.params_deployed or 1e6) / 2e4 + 20, alpha=0.6)
-        axes.annotate(line.name, (line.latency, height), xytext=(6, 4), textcoords="offset points", fontsize=9)
+        axes.annotate(
+            line.name, (line.latency, height), xytext=(6, 4), textcoords="offset points", fontsize=9
+        )
     axes.set(xlabel="latency of one image, ms", ylabel="mAP50-95" if with_map else "GFLOPs")
     axes.margins(0.2)
     axes.grid(alpha=0.3)
@@ -150,8 +178,21 @@ def plot(lines: Sequence[Line], path: Path) -> None:
 def parse_options(arguments: Sequence[str] | None = None) -> Any:
     """Read the command line."""
     parser = ArgumentParser(description="Compare models: parameters, GFLOPs, latency, memory, mAP.")
-    parser.add_argument("--models", "--weights", "--cfg", nargs="+", required=True, help="configs, weights, exported files")
-    parser.add_argument("--backbone", nargs="+", default=None, metavar="NAME", help="put this backbone under every config")
+    parser.add_argument(
+        "--models",
+        "--weights",
+        "--cfg",
+        nargs="+",
+        required=True,
+        help="configs, weights, exported files",
+    )
+    parser.add_argument(
+        "--backbone",
+        nargs="+",
+        default=None,
+        metavar="NAME",
+        help="put this backbone under every config",
+    )
     parser.add_argument("--allow-code", action="store_true", help="let a YAML's imports run")
     add_data_flag(parser)
     add_size_flag(parser)

@@ -32,7 +32,9 @@ IGNORED = {"augment": False, "update": False, "dnn": False, "visualize": False, 
 @torch.inference_mode()
 def detect_frame(backend: Backend, frame: Frame, options: Any, device: torch.device) -> Detections:
     """Detections of one image, boxes in its own pixels."""
-    image, box = letterbox(frame.image, options.imgsz, stride=backend.stride if options.rect else None)
+    image, box = letterbox(
+        frame.image, options.imgsz, stride=backend.stride if options.rect else None
+    )
     tensor = torch.from_numpy(image).permute(2, 0, 1)[None].contiguous()
     output = backend(as_float(tensor, device))
     if isinstance(output, Decoded):
@@ -57,28 +59,52 @@ def _select(found: Detections, options: Any) -> Detections:
 def parse_options(arguments: Sequence[str] | None = None) -> Any:
     """Read the command line."""
     parser = ArgumentParser(description="Find objects in images, videos, cameras and streams.")
-    parser.add_argument("--weights", default="runs/train/exp/weights/best.pt", help="a .pt or any exported model")
-    parser.add_argument("--source", required=True, help="image, folder, glob, list file, video, camera number or stream address")
+    parser.add_argument(
+        "--weights", default="runs/train/exp/weights/best.pt", help="a .pt or any exported model"
+    )
+    parser.add_argument(
+        "--source",
+        required=True,
+        help="image, folder, glob, list file, video, camera number or stream address",
+    )
     add_size_flag(parser, default=None)
     add_threshold_flags(parser, conf=0.25, iou=0.45, max_det=1000)
     add_device_flag(parser)
-    parser.add_argument("--rect", action="store_true", help="pad to the image's own shape instead of a square (needs a .pt or a dynamic export)")
+    parser.add_argument(
+        "--rect",
+        action="store_true",
+        help="pad to the image's own shape instead of a square (needs a .pt or a dynamic export)",
+    )
     parser.add_argument("--view-img", action="store_true", help="show each picture in a window")
     parser.add_argument("--save-txt", action="store_true", help="write labels/*.txt in YOLO form")
-    parser.add_argument("--save-format", type=int, default=0, choices=(0, 1), help="form of --save-txt: 0 YOLO, 1 Pascal VOC corners in pixels")
+    parser.add_argument(
+        "--save-format",
+        type=int,
+        default=0,
+        choices=(0, 1),
+        help="form of --save-txt: 0 YOLO, 1 Pascal VOC corners in pixels",
+    )
     parser.add_argument("--save-csv", action="store_true", help="write predictions.csv")
     parser.add_argument("--save-voc", action="store_true", help="write Pascal VOC XML files")
     parser.add_argument("--save-json", action="store_true", help="write predictions.json")
     parser.add_argument("--save-conf", action="store_true", help="write scores behind the labels")
-    parser.add_argument("--save-crop", action="store_true", help="write each object as a picture, by class")
+    parser.add_argument(
+        "--save-crop", action="store_true", help="write each object as a picture, by class"
+    )
     parser.add_argument("--nosave", action="store_true", help="write no pictures")
-    parser.add_argument("--classes", nargs="+", default=None, help="only these classes, by index or name")
+    parser.add_argument(
+        "--classes", nargs="+", default=None, help="only these classes, by index or name"
+    )
     parser.add_argument("--agnostic-nms", action="store_true", help="NMS over all classes together")
-    parser.add_argument("--line-thickness", type=integer(1), default=None, help="of boxes, in pixels")
+    parser.add_argument(
+        "--line-thickness", type=integer(1), default=None, help="of boxes, in pixels"
+    )
     parser.add_argument("--hide-labels", action="store_true", help="draw boxes only")
     parser.add_argument("--hide-conf", action="store_true", help="draw no scores")
     parser.add_argument("--half", action="store_true", help="half precision")
-    parser.add_argument("--vid-stride", type=integer(1), default=1, help="take every so many frames of a video")
+    parser.add_argument(
+        "--vid-stride", type=integer(1), default=1, help="take every so many frames of a video"
+    )
     add_run_flags(parser, "runs/detect")
     add_ignored_flags(parser, IGNORED)
     options = parser.parse_args(arguments)
@@ -112,7 +138,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.classes = class_indices(options.classes, backend.names)
     options.imgsz = _size(options, backend)
     if options.rect and not backend.dynamic:
-        raise ConfigError(f"--rect: {options.weights} has a fixed image size. Leave it out or export with --dynamic.")
+        raise ConfigError(
+            f"--rect: {options.weights} has a fixed image size. Leave it out or export with --dynamic."
+        )
     source = open_source(options.source, vid_stride=options.vid_stride)
     folder = increment_path(options.project, options.name, options.exist_ok)
     folder.mkdir(parents=True, exist_ok=True)
@@ -123,11 +151,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             found = detect_frame(backend, frame, options, device)
             elapsed = time.perf_counter() - start
             count, objects, seconds = count + 1, objects + len(found.labels), seconds + elapsed
-            log.info(f"{frame.path}{_frame_number(frame)}: {summary(found, backend.names)}, {1000 * elapsed:.0f} ms")
+            log.info(
+                f"{frame.path}{_frame_number(frame)}: {summary(found, backend.names)}, {1000 * elapsed:.0f} ms"
+            )
             writer.write(frame, found)
     if count == 0:
         raise ConfigError(f"--source: {options.source} has no readable image.")
-    print(f"{objects} objects in {count} images, {1000 * seconds / count:.1f} ms an image; results in {folder}")
+    print(
+        f"{objects} objects in {count} images, {1000 * seconds / count:.1f} ms an image; results in {folder}"
+    )
 
 
 def _size(options: Any, backend: Backend) -> tuple[int, int]:
@@ -149,7 +181,10 @@ def _frame_number(frame: Frame) -> str:
 def summary(found: Detections, names: Sequence[str]) -> str:
     """`3 RBC, 1 WBC`, or `nothing found`."""
     counts = torch.bincount(found.labels, minlength=len(names)).tolist()
-    return ", ".join(f"{n} {Path(name).name}" for n, name in zip(counts, names) if n) or "nothing found"
+    return (
+        ", ".join(f"{n} {Path(name).name}" for n, name in zip(counts, names) if n)
+        or "nothing found"
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Write a detector for other runtimes: `python export.py --weights best.pt --include onnx openvino --dynamic`.
+"""Write a detector for other runtimes: `python export.py --weights best.pt --include onnx openvino
+--dynamic`.
 
-Every artifact is run after it was written, and its boxes and scores are compared with PyTorch's, at the
-traced batch and size and, with `--dynamic`, at others; a difference is an error.
+Every artifact is run after it was written, and its boxes and scores are compared with PyTorch's,
+at the traced batch and size and, with `--dynamic`, at others; a difference is an error.
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import torch
 
 from engine.flags import add_ignored_flags, add_model_flags, add_size_flag, say_ignored
 from models.exporters.network import ExportOptions
@@ -35,9 +34,9 @@ from utils.errors import ConfigError, nearest, run_cli
 from utils.logger import get_logger
 
 IGNORED = {
-    "inplace": False, "keras": False, "optimize": False, "per_tensor": False, "cache": "", "mlmodel": False,
-    "verbose": False, "workspace": 4, "agnostic_nms": False, "topk_per_class": 100,
-}  # fmt: skip
+    "inplace": False, "keras": False, "optimize": False, "per_tensor": False, "cache": "",
+    "mlmodel": False, "verbose": False, "workspace": 4, "agnostic_nms": False, "topk_per_class":
+100, }  # fmt: skip
 
 
 class Exporter(NamedTuple):
@@ -98,7 +97,7 @@ def export(
 
     Raises:
         ConfigError: an unknown form, or an option that a form cannot have.
-        ExportMismatch: an artifact differs from the network.
+        ExportMismatchError: an artifact differs from the network.
     """
     log = get_logger()
     chosen = [_find(name, options) for name in include]
@@ -140,7 +139,8 @@ def _find(name: str, options: ExportOptions) -> tuple[str, Exporter]:
     if key not in EXPORTERS:
         known = [*EXPORTERS, *FOREIGN]
         raise ConfigError(
-            f"--include: got {name!r}, expected some of {', '.join(EXPORTERS)}.{nearest(name, known)}"
+            f"--include: got {name!r}, expected some of {', '.join(EXPORTERS)}."
+            f"{nearest(name, known)}"
         )
     exporter = EXPORTERS[key]
     wanted = [flag for flag, on in (("--end2end", options.end2end), ("--int8", options.int8)) if on]
@@ -215,10 +215,10 @@ def export_options(options: Any, model: DetectionModel) -> ExportOptions:
         raise ConfigError("--half and --int8: got both, expected one of them.")
     imgsz = parse_imgsz(options.imgsz, model.max_stride) if options.imgsz else model.imgsz
     return ExportOptions(
-        imgsz=imgsz, batch=options.batch_size, dynamic=options.dynamic, half=options.half, int8=options.int8,
-        simplify=options.simplify, opset=options.opset, dynamo=options.dynamo, end2end=end2end, raw=options.raw,
-        conf_thres=options.conf_thres, iou_thres=options.iou_thres, max_det=options.max_det,
-        device=select_device(options.device),
+        imgsz=imgsz, batch=options.batch_size, dynamic=options.dynamic, half=options.half,
+        int8=options.int8, simplify=options.simplify, opset=options.opset, dynamo=options.dynamo,
+        end2end=end2end, raw=options.raw, conf_thres=options.conf_thres,
+        iou_thres=options.iou_thres, max_det=options.max_det, device=select_device(options.device),
     )  # fmt: skip
 
 

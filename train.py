@@ -1,9 +1,9 @@
 """Train a detector.
 
-    python train.py --cfg yolov5n-emo.yaml --data data/shapes.yaml --imgsz 320 --epochs 30
-    python train.py --cfg yolo11s.yaml --data my.yaml --backbone convnext_tiny
-    python train.py --resume
-    torchrun --nproc_per_node 2 train.py --cfg yolov5s.yaml --data my.yaml --batch-size 32
+python train.py --cfg yolov5n-emo.yaml --data data/shapes.yaml --imgsz 320 --epochs 30
+python train.py --cfg yolo11s.yaml --data my.yaml --backbone convnext_tiny
+python train.py --resume
+torchrun --nproc_per_node 2 train.py --cfg yolov5s.yaml --data my.yaml --batch-size 32
 """
 
 from __future__ import annotations
@@ -28,7 +28,14 @@ from models.backends import load_backend
 from models.losses import total_loss
 from utils.config import ArgumentParser, increment_path, integer, number
 from utils.device import AMP_CHOICES, describe_device, memory_used, select_device
-from utils.distributed import all_gather_objects, broadcast_object, process_group, read_world, unused_parameters, World
+from utils.distributed import (
+    all_gather_objects,
+    broadcast_object,
+    process_group,
+    read_world,
+    unused_parameters,
+    World,
+)
 from utils.errors import ConfigError, UserError, run_cli
 from utils.logger import get_logger
 from utils.metrics import CocoEvaluator, Metrics
@@ -45,7 +52,9 @@ IGNORED = {
 MOST_SKIPPED = 10  # batches in a row whose loss is not finite before the run gives up
 
 
-def train(options: Namespace, device: torch.device, world: World, checkpoint: dict[str, Any] | None) -> Metrics:
+def train(
+    options: Namespace, device: torch.device, world: World, checkpoint: dict[str, Any] | None
+) -> Metrics:
     """Run a whole training and return the metrics of its best epoch."""
     log = get_logger(world.rank)
     folder = Path(broadcast_object(str(_run_folder(options, checkpoint))))
@@ -68,7 +77,9 @@ def train(options: Namespace, device: torch.device, world: World, checkpoint: di
         if world.is_main and (not options.nosave or is_last or stopped):
             _save(run, epoch)
         if stopped:
-            log.info(f"stopped: no better epoch since epoch {run.best_epoch + 1} (--patience {options.patience})")
+            log.info(
+                f"stopped: no better epoch since epoch {run.best_epoch + 1} (--patience {options.patience})"
+            )
             break
     return _conclude(run, recorder)
 
@@ -81,10 +92,17 @@ def train_one_epoch(run: Run, epoch: int, recorder: RunRecorder) -> dict[str, fl
         module.eval()
     run.train_loader.sampler.set_epoch(epoch)
     steps, means = len(run.train_loader), {}
-    bar = Progress(run.train_loader, steps, f"epoch {epoch + 1}/{run.options.epochs}", enabled=run.world.is_main)
+    bar = Progress(
+        run.train_loader,
+        steps,
+        f"epoch {epoch + 1}/{run.options.epochs}",
+        enabled=run.world.is_main,
+    )
     for step, batch in enumerate(bar):
         iteration = epoch * steps + step
-        set_learning_rates(run.optimizer, run.schedule(epoch), iteration, run.warmup, run.hyp["momentum"])
+        set_learning_rates(
+            run.optimizer, run.schedule(epoch), iteration, run.warmup, run.hyp["momentum"]
+        )
         images, targets = as_float(batch.images, run.device), batch.targets.to(run.device)
         if run.options.multi_scale:
             images, targets = resize_randomly(images, targets, run, iteration)
@@ -102,7 +120,11 @@ def train_one_epoch(run: Run, epoch: int, recorder: RunRecorder) -> dict[str, fl
             optimizer_step(run)
             run.last_step = iteration
         means = {k: (means.get(k, 0.0) * step + v.item()) / (step + 1) for k, v in losses.items()}
-        bar.status(train_status(means, len(targets.labels), tuple(images.shape[2:]), memory_used(run.device)))
+        bar.status(
+            train_status(
+                means, len(targets.labels), tuple(images.shape[2:]), memory_used(run.device)
+            )
+        )
     return means
 
 
@@ -117,13 +139,17 @@ def optimizer_step(run: Run) -> None:
     run.ema.update(run.model)
 
 
-def resize_randomly(images: Tensor, targets: Targets, run: Run, iteration: int) -> tuple[Tensor, Targets]:
+def resize_randomly(
+    images: Tensor, targets: Targets, run: Run, iteration: int
+) -> tuple[Tensor, Targets]:
     """Another image size for this batch, from half to one and a half, in steps of the stride."""
     stride = run.model.max_stride
     generator = torch.Generator().manual_seed(run.options.seed * 1_000_003 + iteration)
     factor = 0.5 + torch.rand((), generator=generator).item()
     size = [max(round(side * factor / stride), 1) * stride for side in run.imgsz]
-    scale = torch.tensor([size[1] / images.shape[3], size[0] / images.shape[2]] * 2, device=images.device)
+    scale = torch.tensor(
+        [size[1] / images.shape[3], size[0] / images.shape[2]] * 2, device=images.device
+    )
     resized = F.interpolate(images, size=size, mode="bilinear", align_corners=False)
     return resized, targets._replace(boxes=targets.boxes * scale)
 
@@ -143,7 +169,13 @@ def validate(run: Run) -> tuple[Evaluation, dict[str, float]]:
 
     bar = Progress(run.val_loader, len(run.val_loader), "val", enabled=run.world.is_main)
     evaluation = evaluate(
-        predict, model.head.postprocess, bar, run.evaluator, device=run.device, thresholds=Thresholds(), gather=_gather
+        predict,
+        model.head.postprocess,
+        bar,
+        run.evaluator,
+        device=run.device,
+        thresholds=Thresholds(),
+        gather=_gather,
     )
     return evaluation, {name: value / max(batches, 1) for name, value in sums.items()}
 
@@ -160,7 +192,9 @@ def _is_finite(run: Run, total: Tensor, losses: dict[str, Tensor], epoch: int, s
         return True
     run.skipped += 1
     terms = ", ".join(f"{name} {value.item():.4g}" for name, value in losses.items())
-    get_logger().warning(f"epoch {epoch + 1} step {step + 1}: loss is not finite ({terms}), the batch is left out")
+    get_logger().warning(
+        f"epoch {epoch + 1} step {step + 1}: loss is not finite ({terms}), the batch is left out"
+    )
     if run.skipped >= MOST_SKIPPED:
         raise UserError(
             f"epoch {epoch + 1} step {step + 1}: {MOST_SKIPPED} losses in a row were not finite ({terms}). "
@@ -186,7 +220,9 @@ def _save(run: Run, epoch: int) -> None:
 
 def _conclude(run: Run, recorder: RunRecorder) -> Metrics:
     """Reduce the checkpoints, measure the best one once more, draw the pictures."""
-    evaluation, _ = validate(run) if not (run.folder / "weights" / "best.pt").exists() else (None, None)
+    evaluation, _ = (
+        validate(run) if not (run.folder / "weights" / "best.pt").exists() else (None, None)
+    )
     if run.world.is_main:
         finish(run.folder / "weights")
     best = run.folder / "weights" / "best.pt"
@@ -213,38 +249,93 @@ def _run_folder(options: Namespace, checkpoint: dict[str, Any] | None) -> Path:
 
 def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     """Read the command line."""
-    parser = ArgumentParser(description="Train a detector.", epilog="Example: python train.py --cfg yolov5n-emo.yaml --data data/shapes.yaml --imgsz 320")
+    parser = ArgumentParser(
+        description="Train a detector.",
+        epilog="Example: python train.py --cfg yolov5n-emo.yaml --data data/shapes.yaml --imgsz 320",
+    )
     add_model_flags(parser)
     parser.add_argument("--weights", default="", help="weights to start from; empty: from scratch")
     parser.add_argument("--backbone-weights", default="", help="weights of the backbone only")
     add_data_flag(parser)
-    parser.add_argument("--hyp", default=None, help="recipe YAML over the family's own in data/hyps")
+    parser.add_argument(
+        "--hyp", default=None, help="recipe YAML over the family's own in data/hyps"
+    )
     parser.add_argument("--epochs", type=integer(1), default=100, help="passes over the data")
-    parser.add_argument("--batch-size", type=integer(1, allowed=(-1,)), default=16, help="images a step, over all processes; -1: what fits")
+    parser.add_argument(
+        "--batch-size",
+        type=integer(1, allowed=(-1,)),
+        default=16,
+        help="images a step, over all processes; -1: what fits",
+    )
     add_size_flag(parser)
-    parser.add_argument("--rect", action="store_true", help="batches of the images' own shape, without mosaic")
-    parser.add_argument("--resume", nargs="?", const=True, default=False, help="go on with the newest, or the given, last.pt")
+    parser.add_argument(
+        "--rect", action="store_true", help="batches of the images' own shape, without mosaic"
+    )
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=False,
+        help="go on with the newest, or the given, last.pt",
+    )
     parser.add_argument("--nosave", action="store_true", help="save the last checkpoint only")
     parser.add_argument("--noval", action="store_true", help="validate the last epoch only")
     parser.add_argument("--noautoanchor", action="store_true", help="keep the anchors of the YAML")
     parser.add_argument("--noplots", action="store_true", help="write no pictures")
-    parser.add_argument("--cache", nargs="?", const="ram", default=None, choices=("ram", "disk"), help="keep images in memory or as arrays on disk")
-    parser.add_argument("--image-weights", action="store_true", help="draw images with rare classes more often")
+    parser.add_argument(
+        "--cache",
+        nargs="?",
+        const="ram",
+        default=None,
+        choices=("ram", "disk"),
+        help="keep images in memory or as arrays on disk",
+    )
+    parser.add_argument(
+        "--image-weights", action="store_true", help="draw images with rare classes more often"
+    )
     add_device_flag(parser)
     parser.add_argument("--multi-scale", action="store_true", help="vary the image size by half")
     parser.add_argument("--single-cls", action="store_true", help="treat all classes as one")
-    parser.add_argument("--optimizer", default=None, choices=("SGD", "Adam", "AdamW"), help="instead of the recipe's")
+    parser.add_argument(
+        "--optimizer",
+        default=None,
+        choices=("SGD", "Adam", "AdamW"),
+        help="instead of the recipe's",
+    )
     parser.add_argument("--sync-bn", action="store_true", help="BatchNorm over all processes")
-    parser.add_argument("--workers", type=integer(0), default=8, help="processes that load images, at most one a core")
+    parser.add_argument(
+        "--workers",
+        type=integer(0),
+        default=8,
+        help="processes that load images, at most one a core",
+    )
     add_run_flags(parser, "runs/train")
-    parser.add_argument("--cos-lr", action="store_true", help="cosine instead of the recipe's schedule")
+    parser.add_argument(
+        "--cos-lr", action="store_true", help="cosine instead of the recipe's schedule"
+    )
     parser.add_argument("--flat-cos-lr", action="store_true", help="flat, then cosine")
     parser.add_argument("--fixed-lr", action="store_true", help="constant after the warm-up")
-    parser.add_argument("--label-smoothing", type=number(0, 1), default=0.0, help="part taken off certainty")
-    parser.add_argument("--patience", type=integer(0), default=100, help="epochs without a better one before stopping; 0: never")
-    parser.add_argument("--freeze", nargs="+", default=[], help="10: rows below 10; 0 3: those rows; or names: backbone, C3, model.0.*")
-    parser.add_argument("--save-period", type=int, default=-1, help="also save every so many epochs")
-    parser.add_argument("--close-mosaic", type=integer(0), default=None, help="last epochs without mosaic and mixup")
+    parser.add_argument(
+        "--label-smoothing", type=number(0, 1), default=0.0, help="part taken off certainty"
+    )
+    parser.add_argument(
+        "--patience",
+        type=integer(0),
+        default=100,
+        help="epochs without a better one before stopping; 0: never",
+    )
+    parser.add_argument(
+        "--freeze",
+        nargs="+",
+        default=[],
+        help="10: rows below 10; 0 3: those rows; or names: backbone, C3, model.0.*",
+    )
+    parser.add_argument(
+        "--save-period", type=int, default=-1, help="also save every so many epochs"
+    )
+    parser.add_argument(
+        "--close-mosaic", type=integer(0), default=None, help="last epochs without mosaic and mixup"
+    )
     parser.add_argument("--seed", type=integer(0), default=0, help="of everything random")
     parser.add_argument("--amp", default="auto", choices=AMP_CHOICES, help="mixed precision")
     add_ignored_flags(parser, IGNORED)
@@ -256,13 +347,19 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     return options
 
 
-def _resume(options: Namespace, arguments: Sequence[str] | None) -> tuple[Namespace, dict[str, Any]]:
+def _resume(
+    options: Namespace, arguments: Sequence[str] | None
+) -> tuple[Namespace, dict[str, Any]]:
     """The flags of the interrupted run, with `--epochs` raised if a larger number is given."""
     path = find_resumable(options.resume, options.project)
     checkpoint = load_resumable(path)
-    merged = Namespace(**{**vars(options), **checkpoint["opt"], "resume": str(path), "device": options.device})
+    merged = Namespace(
+        **{**vars(options), **checkpoint["opt"], "resume": str(path), "device": options.device}
+    )
     if options.epochs != 100 and options.epochs < merged.epochs:
-        raise ConfigError(f"--epochs: got {options.epochs}, but the run was started for {merged.epochs}; it may only be raised.")
+        raise ConfigError(
+            f"--epochs: got {options.epochs}, but the run was started for {merged.epochs}; it may only be raised."
+        )
     merged.epochs = max(merged.epochs, options.epochs if options.epochs != 100 else 0)
     merged.config = checkpoint["config"]
     get_logger().info(f"resume: {path}, epoch {checkpoint['epoch'] + 2} of {merged.epochs}")

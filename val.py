@@ -104,13 +104,18 @@ def evaluate(
         marks.append(_now(device))
         clocks = [total + end - start for total, start, end in zip(clocks, marks, marks[1:])]
         images_seen += len(images)
-        restored = [found._replace(boxes=box.restore(found.boxes)) for found, box in zip(detections, batch.letterboxes)]
+        restored = [
+            found._replace(boxes=box.restore(found.boxes))
+            for found, box in zip(detections, batch.letterboxes)
+        ]
         evaluator.process(batch.image_ids, restored)
         if on_batch:
             on_batch(batch, detections)
     if gather:
         gather(evaluator)
-    return Evaluation(evaluator.evaluate(), Speed(*(1000 * clock / max(images_seen, 1) for clock in clocks)))
+    return Evaluation(
+        evaluator.evaluate(), Speed(*(1000 * clock / max(images_seen, 1) for clock in clocks))
+    )
 
 
 def _now(device: torch.device) -> float:
@@ -118,7 +123,9 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _detections(output: Decoded | list[Detections], kind: str, thresholds: Thresholds) -> list[Detections]:
+def _detections(
+    output: Decoded | list[Detections], kind: str, thresholds: Thresholds
+) -> list[Detections]:
     if not isinstance(output, Decoded):
         return output
     return postprocess(
@@ -129,7 +136,9 @@ def _detections(output: Decoded | list[Detections], kind: str, thresholds: Thres
 
 def class_table(metrics: Metrics, verbose: bool = True) -> str:
     """The metrics as text: all classes, then one line a class."""
-    lines = [f"{'class':>22}{'images':>9}{'objects':>9}{'P':>9}{'R':>9}{'mAP50':>9}{'mAP50-95':>10}"]
+    lines = [
+        f"{'class':>22}{'images':>9}{'objects':>9}{'P':>9}{'R':>9}{'mAP50':>9}{'mAP50-95':>10}"
+    ]
     everything = (metrics.precision, metrics.recall, metrics.map50, metrics.map50_95)
     lines.append(_line("all", metrics.images, metrics.instances, everything))
     if verbose and len(metrics.per_class) > 1:
@@ -173,7 +182,9 @@ class Validation:
                 labels, boxes = batch.targets.of_image(index)
                 self.confusion.update(found, labels, boxes)
             if folder and not self.options.noplots and seen < 3:
-                save_batch_pictures(folder, f"val_batch{seen}", batch, detections, self.dataset.names)
+                save_batch_pictures(
+                    folder, f"val_batch{seen}", batch, detections, self.dataset.names
+                )
             if folder and self.options.save_txt:
                 save_text_labels(folder / "labels", batch, detections, self.options.save_conf)
             seen += 1
@@ -184,7 +195,9 @@ class Validation:
         )  # fmt: skip
 
 
-def check_classes(model_names: Sequence[str], data_names: Sequence[str], weights: Any, data: Any) -> None:
+def check_classes(
+    model_names: Sequence[str], data_names: Sequence[str], weights: Any, data: Any
+) -> None:
     """Refuse to measure a model on a data set with another number of classes."""
     if len(model_names) != len(data_names):
         raise ConfigError(
@@ -196,18 +209,32 @@ def check_classes(model_names: Sequence[str], data_names: Sequence[str], weights
 def parse_options(arguments: Sequence[str] | None = None) -> Any:
     """Read the command line."""
     parser = ArgumentParser(description="Measure a detector: COCO mAP, per class table, plots.")
-    parser.add_argument("--weights", nargs="+", default=["runs/train/exp/weights/best.pt"], help="one or more models")
+    parser.add_argument(
+        "--weights",
+        nargs="+",
+        default=["runs/train/exp/weights/best.pt"],
+        help="one or more models",
+    )
     add_data_flag(parser)
     parser.add_argument("--batch-size", type=integer(1), default=32, help="images a batch")
     add_size_flag(parser, default=None)
     add_threshold_flags(parser, conf=0.001, iou=0.6, max_det=300)
-    parser.add_argument("--task", default="val", choices=("train", "val", "test", "speed", "study"), help="split, or what to measure")
+    parser.add_argument(
+        "--task",
+        default="val",
+        choices=("train", "val", "test", "speed", "study"),
+        help="split, or what to measure",
+    )
     add_device_flag(parser)
     parser.add_argument("--workers", type=integer(0), default=2, help="processes that load images")
-    parser.add_argument("--rect", action="store_true", help="batches of the images' own shape instead of square")
+    parser.add_argument(
+        "--rect", action="store_true", help="batches of the images' own shape instead of square"
+    )
     parser.add_argument("--single-cls", action="store_true", help="treat all classes as one")
     parser.add_argument("--agnostic-nms", action="store_true", help="NMS over all classes together")
-    parser.add_argument("--verbose", action="store_true", help="one line a class, also beyond 20 classes")
+    parser.add_argument(
+        "--verbose", action="store_true", help="one line a class, also beyond 20 classes"
+    )
     parser.add_argument("--save-txt", action="store_true", help="write predictions as YOLO labels")
     parser.add_argument("--save-conf", action="store_true", help="with the score behind each")
     parser.add_argument("--save-json", action="store_true", help="write predictions as COCO JSON")
@@ -225,7 +252,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_options(arguments)
     log, device = get_logger(), select_device(options.device)
     if options.conf_thres > 0.01 and options.task not in ("speed",):
-        log.warning(f"--conf-thres {options.conf_thres} cuts the precision-recall curve: mAP will come out too low")
+        log.warning(
+            f"--conf-thres {options.conf_thres} cuts the precision-recall curve: mAP will come out too low"
+        )
     run = {"speed": _speed, "study": _study}.get(options.task, _validate)
     every = options.weights
     for weights in every:
@@ -251,7 +280,9 @@ def _validate(options: Any, backend: Backend, device: torch.device) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     imgsz = _size(options, backend)
     validation = Validation(options, backend, imgsz)
-    thresholds = Thresholds(options.conf_thres, options.iou_thres, options.max_det, options.agnostic_nms)
+    thresholds = Thresholds(
+        options.conf_thres, options.iou_thres, options.max_det, options.agnostic_nms
+    )
     metrics, speed = validation.run(folder, thresholds, device)
     print(class_table(metrics, options.verbose or len(metrics.per_class) <= 20))
     print(
@@ -281,16 +312,34 @@ def _speed(options: Any, backend: Backend, device: torch.device) -> None:
 def _study(options: Any, backend: Backend, device: torch.device) -> None:
     """mAP and time over image sizes."""
     if not backend.dynamic:
-        raise ConfigError(f"{options.weights}: has a fixed image size, expected a .pt or a --dynamic export for --task study.")
+        raise ConfigError(
+            f"{options.weights}: has a fixed image size, expected a .pt or a --dynamic export for --task study."
+        )
     folder = increment_path(options.project, options.name, options.exist_ok)
     folder.mkdir(parents=True, exist_ok=True)
     largest = max(_size(options, backend))
     rows: list[Mapping[str, float]] = []
-    for side in sorted({parse_imgsz(round(largest * part), backend.stride)[0] for part in (0.5, 0.75, 1, 1.25, 1.5)}):
+    for side in sorted(
+        {
+            parse_imgsz(round(largest * part), backend.stride)[0]
+            for part in (0.5, 0.75, 1, 1.25, 1.5)
+        }
+    ):
         metrics, speed = Validation(options, backend, (side, side)).run(None, Thresholds(), device)
-        rows.append({"imgsz": side, "mAP50": metrics.map50, "mAP50-95": metrics.map50_95, "ms": speed.inference})
-        print(f"imgsz {side}: mAP50 {metrics.map50:.4f}, mAP50-95 {metrics.map50_95:.4f}, {speed.inference:.1f} ms")
-    text = "\n".join([",".join(rows[0]), *(",".join(f"{value:.6g}" for value in row.values()) for row in rows)])
+        rows.append(
+            {
+                "imgsz": side,
+                "mAP50": metrics.map50,
+                "mAP50-95": metrics.map50_95,
+                "ms": speed.inference,
+            }
+        )
+        print(
+            f"imgsz {side}: mAP50 {metrics.map50:.4f}, mAP50-95 {metrics.map50_95:.4f}, {speed.inference:.1f} ms"
+        )
+    text = "\n".join(
+        [",".join(rows[0]), *(",".join(f"{value:.6g}" for value in row.values()) for row in rows)]
+    )
     (folder / "study.csv").write_text(text + "\n", encoding="utf-8")
     get_logger().info(f"results in {folder / 'study.csv'}")
 

@@ -62,14 +62,14 @@ def check_model(name: str, max_params: float) -> dict[str, Any]:
 
 
 def _check_steps(model: DetectionModel, result: dict[str, Any], device: str) -> None:
-    plan = model.model[0].plan
-    result.update(strides=list(model.model[0].strides), any_size=plan.any_size, unused=len(plan.unused))
+    net: Any = model.model[0]
+    result.update(strides=net.strides, any_size=net.any_size, unused=len(net.unused))
     if model.strides != (8, 16, 32):
         raise ValueError(f"the head has strides {model.strides}")
     result["step"] = "forward"
     model.eval()
     with torch.no_grad():
-        for size in (SIZE, OTHER_SIZE) if plan.any_size else (SIZE,):
+        for size in (SIZE, OTHER_SIZE) if net.any_size else (SIZE,):
             outputs = _tensors(model(torch.rand(1, 3, *size, device=device)))
             if device == "cpu" and not all(bool(t.isfinite().all()) for t in outputs):
                 raise ArithmeticError(f"an output is not finite at {size}")

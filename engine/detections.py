@@ -48,11 +48,15 @@ class DetectionWriter:
         size = (frame.image.shape[0], frame.image.shape[1])
         self._remember(frame, found)
         if options.save_txt and options.save_format == 0:
-            write_yolo_labels(self.folder / "labels" / f"{stem}.txt", found, size, options.save_conf)
+            write_yolo_labels(
+                self.folder / "labels" / f"{stem}.txt", found, size, options.save_conf
+            )
         elif options.save_txt:
             self._write_corners(self.folder / "labels" / f"{stem}.txt", found)
         if options.save_voc:
-            write_voc(self.folder / "voc" / f"{stem}.xml", frame, found, self.names, options.save_conf)
+            write_voc(
+                self.folder / "voc" / f"{stem}.xml", frame, found, self.names, options.save_conf
+            )
         if options.save_crop:
             self._write_crops(stem, frame.image, found)
         if options.nosave and not options.view_img:
@@ -68,14 +72,23 @@ class DetectionWriter:
 
     def _stem(self, frame: Frame) -> str:
         """A file name for this frame; two images of one name in different folders do not overwrite each other."""
-        name = Path(frame.path).stem if not frame.video else f"{Path(frame.path).stem}_{frame.index + 1}"
+        name = (
+            Path(frame.path).stem
+            if not frame.video
+            else f"{Path(frame.path).stem}_{frame.index + 1}"
+        )
         key, number = name, 2
-        while self.taken.setdefault(key, f"{frame.path}:{frame.index}") != f"{frame.path}:{frame.index}":
+        while (
+            self.taken.setdefault(key, f"{frame.path}:{frame.index}")
+            != f"{frame.path}:{frame.index}"
+        ):
             key, number = f"{name}_{number}", number + 1
         return key
 
     def _remember(self, frame: Frame, found: Detections) -> None:
-        for box, score, label in zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist()):
+        for box, score, label in zip(
+            found.boxes.tolist(), found.scores.tolist(), found.labels.tolist()
+        ):
             self.rows.append({
                 "image": frame.path, "frame": frame.index + 1 if frame.video else 0, "class": self.names[label],
                 "label": label, "confidence": round(score, 5), "box": [round(v, 2) for v in box],
@@ -84,14 +97,21 @@ class DetectionWriter:
     def _write_csv(self) -> None:
         with (self.folder / "predictions.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(("image", "frame", "class", "label", "confidence", "x1", "y1", "x2", "y2"))
+            writer.writerow(
+                ("image", "frame", "class", "label", "confidence", "x1", "y1", "x2", "y2")
+            )
             writer.writerows((*list(row.values())[:-1], *row["box"]) for row in self.rows)
 
     def _write_corners(self, path: Path, found: Detections) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = []
-        for box, score, label in zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist()):
-            numbers = [*(f"{v:.2f}" for v in box), *([f"{score:.5f}"] if self.options.save_conf else [])]
+        for box, score, label in zip(
+            found.boxes.tolist(), found.scores.tolist(), found.labels.tolist()
+        ):
+            numbers = [
+                *(f"{v:.2f}" for v in box),
+                *([f"{score:.5f}"] if self.options.save_conf else []),
+            ]
             lines.append(" ".join([str(label), *numbers]))
         path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
@@ -99,21 +119,28 @@ class DetectionWriter:
         height, width = image.shape[:2]
         for number, (box, label) in enumerate(zip(found.boxes.tolist(), found.labels.tolist())):
             x1, y1, x2, y2 = (round(v) for v in box)
-            crop = image[max(y1, 0) : min(max(y2, y1 + 1), height), max(x1, 0) : min(max(x2, x1 + 1), width)]
+            crop = image[
+                max(y1, 0) : min(max(y2, y1 + 1), height), max(x1, 0) : min(max(x2, x1 + 1), width)
+            ]
             if crop.size:
                 save_image(self.folder / "crops" / self.names[label] / f"{stem}_{number}.jpg", crop)
 
     def _save(self, frame: Frame, stem: str, picture: np.ndarray) -> None:
         if not frame.video:
             suffix = Path(frame.path).suffix.lower()
-            save_image(self.folder / f"{stem}{suffix if suffix in ('.png', '.webp') else '.jpg'}", picture)
+            save_image(
+                self.folder / f"{stem}{suffix if suffix in ('.png', '.webp') else '.jpg'}", picture
+            )
             return
         if self.video is None or self.video[0] != frame.path:
             self._close_video()
             name = self.folder / f"{_safe_stem(frame.path)}.mp4"
             fps = max(frame.video.fps / self.options.vid_stride, 1)
             size = (picture.shape[1], picture.shape[0])
-            self.video = (frame.path, cv2.VideoWriter(str(name), cv2.VideoWriter_fourcc(*"mp4v"), fps, size))
+            self.video = (
+                frame.path,
+                cv2.VideoWriter(str(name), cv2.VideoWriter_fourcc(*"mp4v"), fps, size),
+            )
         self.video[1].write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
 
     def _close_video(self) -> None:
@@ -132,17 +159,23 @@ def _show(title: str, picture: np.ndarray) -> None:
         cv2.imshow(title, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
         cv2.waitKey(1)
     except cv2.error as error:
-        raise ConfigError("--view-img: this OpenCV cannot open windows (headless). Leave the flag out.") from error
+        raise ConfigError(
+            "--view-img: this OpenCV cannot open windows (headless). Leave the flag out."
+        ) from error
 
 
-def write_voc(path: Path, frame: Frame, found: Detections, names: Sequence[str], with_score: bool) -> None:
+def write_voc(
+    path: Path, frame: Frame, found: Detections, names: Sequence[str], with_score: bool
+) -> None:
     """One image's detections as a Pascal VOC annotation."""
     root = ElementTree.Element("annotation")
     ElementTree.SubElement(root, "filename").text = Path(frame.path).name
     size = ElementTree.SubElement(root, "size")
     for tag, value in zip(("height", "width", "depth"), frame.image.shape, strict=True):
         ElementTree.SubElement(size, tag).text = str(value)
-    for box, score, label in zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist()):
+    for box, score, label in zip(
+        found.boxes.tolist(), found.scores.tolist(), found.labels.tolist()
+    ):
         item = ElementTree.SubElement(root, "object")
         ElementTree.SubElement(item, "name").text = names[label]
         if with_score:

@@ -17,21 +17,33 @@ def add_size_flag(parser: ArgumentParser, default: int | None = 640) -> None:
 
 def add_device_flag(parser: ArgumentParser) -> None:
     """`--device cpu`, `--device 0`, `--device 0,1`."""
-    parser.add_argument("--device", default="", help="cpu, 0, 0,1 or mps; empty: a GPU if there is one")
+    parser.add_argument(
+        "--device", default="", help="cpu, 0, 0,1 or mps; empty: a GPU if there is one"
+    )
 
 
 def add_run_flags(parser: ArgumentParser, project: str) -> None:
     """Where the run's folder stands."""
     parser.add_argument("--project", default=project, help="folder of all runs")
-    parser.add_argument("--name", default="exp", help="folder of this run; a number is added if it is taken")
-    parser.add_argument("--exist-ok", action="store_true", help="write into the folder even if it is taken")
+    parser.add_argument(
+        "--name", default="exp", help="folder of this run; a number is added if it is taken"
+    )
+    parser.add_argument(
+        "--exist-ok", action="store_true", help="write into the folder even if it is taken"
+    )
 
 
 def add_threshold_flags(parser: ArgumentParser, conf: float, iou: float, max_det: int) -> None:
     """Confidence, NMS overlap and number of detections."""
-    parser.add_argument("--conf-thres", type=float, default=conf, help="lowest score of a detection")
-    parser.add_argument("--iou-thres", type=float, default=iou, help="largest overlap that NMS leaves")
-    parser.add_argument("--max-det", type=integer(1), default=max_det, help="detections an image at most")
+    parser.add_argument(
+        "--conf-thres", type=float, default=conf, help="lowest score of a detection"
+    )
+    parser.add_argument(
+        "--iou-thres", type=float, default=iou, help="largest overlap that NMS leaves"
+    )
+    parser.add_argument(
+        "--max-det", type=integer(1), default=max_det, help="detections an image at most"
+    )
 
 
 def add_ignored_flags(parser: ArgumentParser, flags: dict[str, Any]) -> None:
@@ -40,9 +52,13 @@ def add_ignored_flags(parser: ArgumentParser, flags: dict[str, Any]) -> None:
         flag = "--" + name.replace("_", "-")
         aliases = [flag] if "_" not in name else [flag, "--" + name]
         if isinstance(default, bool):
-            parser.add_argument(*aliases, dest=name, action="store_true", help="accepted, without effect")
+            parser.add_argument(
+                *aliases, dest=name, action="store_true", help="accepted, without effect"
+            )
         else:
-            parser.add_argument(*aliases, dest=name, nargs="?", default=default, help="accepted, without effect")
+            parser.add_argument(
+                *aliases, dest=name, nargs="?", default=default, help="accepted, without effect"
+            )
 
 
 def say_ignored(options: Any, flags: dict[str, Any]) -> None:
@@ -52,16 +68,30 @@ def say_ignored(options: Any, flags: dict[str, Any]) -> None:
 
 def add_data_flag(parser: ArgumentParser) -> None:
     """The data set, and leave to fetch it."""
-    parser.add_argument("--data", default="data/shapes.yaml", help="data YAML, or a folder in YOLO, COCO or VOC form")
-    parser.add_argument("--download", action="store_true", help="fetch the data set if it is missing (never done unasked)")
+    parser.add_argument(
+        "--data",
+        default="data/shapes.yaml",
+        help="data YAML, or a folder in YOLO, COCO or VOC form",
+    )
+    parser.add_argument(
+        "--download",
+        action="store_true",
+        help="fetch the data set if it is missing (never done unasked)",
+    )
 
 
 def add_model_flags(parser: ArgumentParser) -> None:
     """Which model to build."""
-    parser.add_argument("--cfg", default="", help="model YAML, or a name in models/detect such as yolo11s")
+    parser.add_argument(
+        "--cfg", default="", help="model YAML, or a name in models/detect such as yolo11s"
+    )
     parser.add_argument("--scale", default=None, help="size letter of a YAML with scales")
     parser.add_argument(
         "--backbone", nargs="+", default=None, metavar="NAME",
         help="put this backbone under the model: NAME [key=value ...], any of models/modules or timm",
     )  # fmt: skip
-    parser.add_argument("--allow-code", action="store_true", help="let the YAML's `imports:` run files outside the tree")
+    parser.add_argument(
+        "--allow-code",
+        action="store_true",
+        help="let the YAML's `imports:` run files outside the tree",
+    )

@@ -13,7 +13,13 @@ from utils.boxes import xyxy_to_cxcywh
 from utils.config import save_yaml
 from utils.logger import CsvLogger, TensorBoardLogger, get_logger, results_columns
 from utils.metrics import ConfusionMatrix, Metrics
-from utils.plots import plot_confusion_matrix, plot_correlogram, plot_curves, plot_labels, plot_results
+from utils.plots import (
+    plot_confusion_matrix,
+    plot_correlogram,
+    plot_curves,
+    plot_labels,
+    plot_results,
+)
 from utils.structures import Batch, Detections
 from utils.visualize import plot_batch
 
@@ -38,7 +44,9 @@ class RunRecorder:
             return
         run, log = self.run, get_logger()
         (run.folder / "weights").mkdir(parents=True, exist_ok=True)
-        save_yaml(run.folder / "opt.yaml", {k: v for k, v in vars(run.options).items() if k != "config"})
+        save_yaml(
+            run.folder / "opt.yaml", {k: v for k, v in vars(run.options).items() if k != "config"}
+        )
         save_yaml(run.folder / "hyp.yaml", run.hyp)
         save_yaml(run.folder / "model.yaml", run.model.config)
         log.info(
@@ -54,7 +62,9 @@ class RunRecorder:
         """Picture the first training batches."""
         if self.plots and epoch == 0 and step < PICTURED_BATCHES:
             path = self.run.folder / f"train_batch{step}.jpg"
-            plot_batch(batch.images, batch.targets, self.run.train_set.names, path, titles=batch.paths)
+            plot_batch(
+                batch.images, batch.targets, self.run.train_set.names, path, titles=batch.paths
+            )
 
     def epoch(
         self,
@@ -76,7 +86,9 @@ class RunRecorder:
                 f"epoch {epoch + 1}/{self.run.options.epochs}: mAP50 {metrics.map50:.4f}, "
                 f"mAP50-95 {metrics.map50_95:.4f}, P {metrics.precision:.3f}, R {metrics.recall:.3f}"
             )
-        row |= {f"lr/pg{i}": group["lr"] for i, group in enumerate(self.run.optimizer.param_groups[:3])}
+        row |= {
+            f"lr/pg{i}": group["lr"] for i, group in enumerate(self.run.optimizer.param_groups[:3])
+        }
         if self.csv is None:
             columns = results_columns(tuple(losses))
             self.csv = CsvLogger(self.run.folder / "results.csv", columns, start_epoch=epoch)
@@ -113,14 +125,18 @@ def _normalised_objects(dataset: Any) -> tuple[np.ndarray, np.ndarray]:
     sizes = np.repeat(np.asarray(dataset.sizes), np.diff(dataset.offsets), axis=0)
     boxes = np.asarray(dataset.boxes, dtype=np.float64)
     centre, size = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
-    return np.asarray(dataset.labels), np.concatenate((centre, size), 1) / np.tile(sizes[:, ::-1], 2)
+    return np.asarray(dataset.labels), np.concatenate((centre, size), 1) / np.tile(
+        sizes[:, ::-1], 2
+    )
 
 
 def save_batch_pictures(
     folder: Path, name: str, batch: Batch, detections: list[Detections], names: tuple[str, ...]
 ) -> None:
     """`<name>_labels.jpg` and `<name>_pred.jpg`."""
-    plot_batch(batch.images, batch.targets, names, folder / f"{name}_labels.jpg", titles=batch.paths)
+    plot_batch(
+        batch.images, batch.targets, names, folder / f"{name}_labels.jpg", titles=batch.paths
+    )
     plot_batch(batch.images, detections, names, folder / f"{name}_pred.jpg", titles=batch.paths)
 
 
@@ -131,14 +147,20 @@ def save_metric_plots(folder: Path, metrics: Metrics, confusion: ConfusionMatrix
     plot_confusion_matrix(confusion.matrix, names, folder / "confusion_matrix.png")
 
 
-def save_text_labels(folder: Path, batch: Batch, detections: list[Detections], with_score: bool) -> None:
+def save_text_labels(
+    folder: Path, batch: Batch, detections: list[Detections], with_score: bool
+) -> None:
     """YOLO label files of the detections of a batch, in parts of the original images."""
     for path, box, found in zip(batch.paths, batch.letterboxes, detections):
         original = found._replace(boxes=box.restore(found.boxes))
-        write_yolo_labels(folder / f"{Path(path).stem}.txt", original, (box.height, box.width), with_score)
+        write_yolo_labels(
+            folder / f"{Path(path).stem}.txt", original, (box.height, box.width), with_score
+        )
 
 
-def write_yolo_labels(path: Path, found: Detections, size: tuple[int, int], with_score: bool) -> None:
+def write_yolo_labels(
+    path: Path, found: Detections, size: tuple[int, int], with_score: bool
+) -> None:
     """`class x y w h [score]` lines, parts of an image of `size` (height, width)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scale = found.boxes.new_tensor([size[1], size[0], size[1], size[0]])

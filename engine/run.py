@@ -103,7 +103,9 @@ def prepare(options: Any, folder: Path, device: torch.device, world: World) -> R
     if batch_size == -1:
         batch_size = options.batch_size = automatic_batch_size(model, imgsz, device)
     if batch_size % world.size:
-        raise ConfigError(f"--batch-size: got {batch_size}, expected a multiple of the {world.size} processes.")
+        raise ConfigError(
+            f"--batch-size: got {batch_size}, expected a multiple of the {world.size} processes."
+        )
     train_set, train_loader = _train_data(options, data, hyp, imgsz, model.max_stride, world)
     val_set, val_loader = _val_data(options, data, imgsz, model.max_stride, world)
     if model.head.loss == "anchor" and not (options.noautoanchor or options.resume):
@@ -114,7 +116,12 @@ def prepare(options: Any, folder: Path, device: torch.device, world: World) -> R
     if options.sync_bn and world.is_distributed:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     optimizer = build_optimizer(
-        model, hyp["optimizer"], hyp["lr0"], hyp["momentum"], decay, lr_factors=_lr_factors(model, hyp)
+        model,
+        hyp["optimizer"],
+        hyp["lr0"],
+        hyp["momentum"],
+        decay,
+        lr_factors=_lr_factors(model, hyp),
     )
     ema = ModelEMA(model, hyp["ema_decay"], hyp["ema_tau"])
     autocast = autocast_dtype(options.amp, device)
@@ -143,7 +150,9 @@ def _recipe(options: Any, model: DetectionModel) -> dict[str, Any]:
     return recipe(model.head.family, options.hyp, overrides)
 
 
-def _settle_optimizer(hyp: Mapping[str, Any], num_classes: int, images: int, options: Any) -> dict[str, Any]:
+def _settle_optimizer(
+    hyp: Mapping[str, Any], num_classes: int, images: int, options: Any
+) -> dict[str, Any]:
     """Decide what `optimizer: auto` means for a training of this length; the recipe has the rule and its numbers."""
     if hyp["optimizer"] != "auto":
         return dict(hyp)
@@ -171,7 +180,12 @@ def _lr_factors(model: DetectionModel, hyp: Mapping[str, Any]) -> dict[str, floa
 
 
 def _train_data(
-    options: Any, data: DataConfig, hyp: Mapping[str, Any], imgsz: tuple[int, int], stride: int, world: World
+    options: Any,
+    data: DataConfig,
+    hyp: Mapping[str, Any],
+    imgsz: tuple[int, int],
+    stride: int,
+    world: World,
 ) -> tuple[DetectionDataset, Any]:
     close = options.epochs - hyp.get("close_mosaic", 0) if hyp.get("close_mosaic", 0) else None
     share = options.batch_size // world.size
@@ -203,7 +217,9 @@ def _val_data(
         data, "val", imgsz=imgsz, batch_size=batch_size, stride=stride, cache=options.cache,
         single_cls=options.single_cls,
     )  # fmt: skip
-    loader = build_loader(dataset, batch_size, workers=options.workers, rank=world.rank, world_size=world.size)
+    loader = build_loader(
+        dataset, batch_size, workers=options.workers, rank=world.rank, world_size=world.size
+    )
     return dataset, loader
 
 

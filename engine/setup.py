@@ -46,7 +46,9 @@ def recipe(family: str, hyp: str | None, overrides: Mapping[str, Any]) -> dict[s
     if hyp:
         get_logger().info(f"recipe: {hyp} over data/hyps/{family}.yaml")
     else:
-        get_logger().info(f"recipe: data/hyps/{family}.yaml, the {family} family's own (--hyp to change it)")
+        get_logger().info(
+            f"recipe: data/hyps/{family}.yaml, the {family} family's own (--hyp to change it)"
+        )
     merged.update({key: value for key, value in overrides.items() if value is not None})
     return merged
 
@@ -67,10 +69,14 @@ def freeze(model: DetectionModel, wanted: Sequence[str]) -> list[nn.Module]:
     """
     numbers = [int(word) for word in wanted if word.isdigit()]
     chosen = set(range(numbers[0])) if len(numbers) == 1 and len(wanted) == 1 else set(numbers)
-    frozen = [m for row, m in zip(model.rows, model.model, strict=True) if _first_slot(row) in chosen]
+    frozen = [
+        m for row, m in zip(model.rows, model.model, strict=True) if _first_slot(row) in chosen
+    ]
     highest = model.rows[-1].index
     if chosen and max(chosen) > highest:
-        raise ConfigError(f"--freeze: got {max(chosen)}, expected indices from 0 to {highest}, as the table prints.")
+        raise ConfigError(
+            f"--freeze: got {max(chosen)}, expected indices from 0 to {highest}, as the table prints."
+        )
     for word in wanted:
         if not word.isdigit():
             frozen += _freeze_by_name(model, word)
@@ -80,7 +86,11 @@ def freeze(model: DetectionModel, wanted: Sequence[str]) -> list[nn.Module]:
 
 
 def _first_slot(row: Any) -> int:
-    return min((slot for slot in row.map_slots if slot is not None), default=row.index) if row.map_slots else row.index
+    return (
+        min((slot for slot in row.map_slots if slot is not None), default=row.index)
+        if row.map_slots
+        else row.index
+    )
 
 
 def _freeze_by_name(model: DetectionModel, word: str) -> list[nn.Module]:
@@ -89,7 +99,9 @@ def _freeze_by_name(model: DetectionModel, word: str) -> list[nn.Module]:
     if found:
         return found
     names = [name for name, _ in model.named_parameters()]
-    matching = [n for n in names if fnmatch.fnmatchcase(n, word) or n == word or n.startswith(word + ".")]
+    matching = [
+        n for n in names if fnmatch.fnmatchcase(n, word) or n == word or n.startswith(word + ".")
+    ]
     if not matching:
         known = [*{row.module for row in model.rows}, "backbone", "head", *names]
         raise ConfigError(
@@ -100,7 +112,9 @@ def _freeze_by_name(model: DetectionModel, word: str) -> list[nn.Module]:
     for name in matching:
         parameters[name].requires_grad_(False)
     modules = dict(model.named_modules())
-    return [modules[n] for n in modules if n and all(p in matching for p in _parameters_under(n, names))]
+    return [
+        modules[n] for n in modules if n and all(p in matching for p in _parameters_under(n, names))
+    ]
 
 
 def _parameters_under(module: str, names: Sequence[str]) -> list[str]:
@@ -135,11 +149,17 @@ def check_anchors(model: DetectionModel, sizes: np.ndarray, threshold: float, se
     if better.recall <= fit.recall:
         log.info(f"anchors: kept, a fit reaches {better.recall:.4f}")
         return
-    head.anchors.copy_(torch.as_tensor(new, dtype=head.anchors.dtype).view_as(head.anchors) / strides)
-    log.info(f"anchors: fitted to the data, best possible recall {better.recall:.4f} ({np.round(new).astype(int).tolist()})")
+    head.anchors.copy_(
+        torch.as_tensor(new, dtype=head.anchors.dtype).view_as(head.anchors) / strides
+    )
+    log.info(
+        f"anchors: fitted to the data, best possible recall {better.recall:.4f} ({np.round(new).astype(int).tolist()})"
+    )
 
 
-def automatic_batch_size(model: nn.Module, imgsz: tuple[int, int], device: torch.device, share: float = 0.7) -> int:
+def automatic_batch_size(
+    model: nn.Module, imgsz: tuple[int, int], device: torch.device, share: float = 0.7
+) -> int:
     """The largest power of two whose training step fits into `share` of the GPU's free memory; 16 without a GPU."""
     log = get_logger()
     if device.type != "cuda":
@@ -158,7 +178,9 @@ def automatic_batch_size(model: nn.Module, imgsz: tuple[int, int], device: torch
     slope, offset = np.polyfit([b for b, _ in used], [m for _, m in used], 1)
     fits = max(int((free * share - offset) / slope), 1)
     size = 2 ** int(np.log2(fits))
-    log.info(f"--batch-size -1: {size} ({slope / 2**20:.0f} MiB an image, {free / 2**30:.1f} GiB free)")
+    log.info(
+        f"--batch-size -1: {size} ({slope / 2**20:.0f} MiB an image, {free / 2**30:.1f} GiB free)"
+    )
     return size
 
 

@@ -8,7 +8,13 @@ from typing import Any
 import torch
 
 from engine.run import Run
-from utils.checkpoint import capture_rng, finalize_checkpoint, load_checkpoint, restore_rng, save_checkpoint
+from utils.checkpoint import (
+    capture_rng,
+    finalize_checkpoint,
+    load_checkpoint,
+    restore_rng,
+    save_checkpoint,
+)
 from utils.errors import CheckpointError, ConfigError
 from utils.logger import get_logger
 from utils.optim import load_optimizer_state_by_name, optimizer_state_by_name
@@ -54,11 +60,15 @@ def find_resumable(resume: str | bool, project: str) -> Path:
         if path.is_dir():
             path = path / "weights" / "last.pt"
         if not path.is_file():
-            raise ConfigError(f"--resume: {path} is not there. Give the last.pt of the run to go on with.")
+            raise ConfigError(
+                f"--resume: {path} is not there. Give the last.pt of the run to go on with."
+            )
         return path
     found = sorted(Path(project).glob("**/last.pt"), key=lambda p: p.stat().st_mtime)
     if not found:
-        raise ConfigError(f"--resume: no last.pt under {project}. Give its path: --resume runs/train/exp/weights/last.pt.")
+        raise ConfigError(
+            f"--resume: no last.pt under {project}. Give its path: --resume runs/train/exp/weights/last.pt."
+        )
     return found[-1]
 
 

@@ -28,7 +28,9 @@ def build_from_flags(options: Any, names: tuple[str, ...]) -> DetectionModel:
     cfg: Any = options.config or options.cfg
     if not cfg and weights is not None:
         if weights.config is None:
-            raise CheckpointError(f"{options.weights}: carries no model YAML that is known here. Give it with --cfg.")
+            raise CheckpointError(
+                f"{options.weights}: carries no model YAML that is known here. Give it with --cfg."
+            )
         cfg = weights.config
     is_resumed = options.config is not None
     model = build_model(
@@ -37,8 +39,12 @@ def build_from_flags(options: Any, names: tuple[str, ...]) -> DetectionModel:
         allow_code=options.allow_code,
     )  # fmt: skip
     if weights is not None:
-        report = transfer(model, weights.state, num_anchors=getattr(model.head, "num_anchors", None))
+        report = transfer(
+            model, weights.state, num_anchors=getattr(model.head, "num_anchors", None)
+        )
         get_logger().info(f"{options.weights}: {report.summary()}")
     if options.backbone_weights and not is_resumed:
-        get_logger().info(f"{options.backbone_weights}: {load_backbone_weights(model, options.backbone_weights).summary()}")
+        get_logger().info(
+            f"{options.backbone_weights}: {load_backbone_weights(model, options.backbone_weights).summary()}"
+        )
     return model

@@ -1,7 +1,9 @@
-"""Find objects with an exported ONNX file: `python onnx_runner.py best.onnx picture.jpg [more.jpg ...]`.
+"""Find objects with an exported ONNX file: `python onnx_runner.py best.onnx picture.jpg [more.jpg
+...]`.
 
-Needs numpy, opencv-python and onnxruntime, nothing of this project: copy the file into yours. It takes
-every layout that export.py writes and prints `class score x1 y1 x2 y2` in pixels of the picture.
+Needs numpy, opencv-python and onnxruntime, nothing of this project: copy the file into yours. It
+takes every layout that export.py writes and prints `class score x1 y1 x2 y2` in pixels of the
+picture.
 """
 
 import ast
@@ -26,7 +28,8 @@ def load(path):
 
 
 def prepare(image, size):
-    """BGR picture -> (1, 3, H, W) in [0, 1], and scales and offsets to go back: resized, centred on grey."""
+    """BGR picture -> (1, 3, H, W) in [0, 1], and scales and offsets to go back: resized, centred
+    on grey."""
     height, width = image.shape[:2]
     scale = min(size[0] / height, size[1] / width)
     new = [min(max(round(side * scale), 1), most) for side, most in zip((height, width), size)]

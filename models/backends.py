@@ -1,10 +1,11 @@
-"""One call for every artifact: a checkpoint, ONNX, TorchScript, OpenVINO, torch.export, safetensors.
+"""One call for every artifact: checkpoint, ONNX, TorchScript, OpenVINO, torch.export, safetensors.
 
     backend = load_backend("best.onnx")
     decoded = backend(images)            # images (B, 3, H, W), RGB in [0, 1]
 
-What an artifact needs to be told lies in its metadata, so that nothing has to be said again. An artifact
-of a fixed batch is fed in portions of that batch, one of a fixed size gets smaller images padded.
+What an artifact needs to be told lies in its metadata, so that nothing has to be said again. An
+artifact of a fixed batch is fed in portions of that batch, one of a fixed size gets smaller images
+padded.
 """
 
 from __future__ import annotations
@@ -92,7 +93,8 @@ def parse_metadata(metadata: Mapping[str, str], source: str) -> ArtifactInfo:
         )
     except (KeyError, ValueError, SyntaxError, TypeError, IndexError) as error:
         raise CheckpointError(
-            f"{source}: its metadata lacks or garbles {error} - expected a file written by export.py."
+            f"{source}: its metadata lacks or garbles {error} - "
+            "expected a file that export.py wrote."
         ) from error
 
 
@@ -101,7 +103,8 @@ class Backend:
 
     Attributes:
         info: what it says about itself; its fields are attributes of the backend too.
-        run: images (B, 3, H, W) in [0, 1] on `device` -> output tensors, for sizes the artifact takes.
+        run: images (B, 3, H, W) in [0, 1] on `device` -> output tensors, for sizes the artifact
+            takes.
         device: where images are expected and results come out.
     """
 
@@ -124,7 +127,8 @@ class Backend:
             Boxes and scores of every anchor point; detections if the artifact is end-to-end.
 
         Raises:
-            ConfigError: images larger than a fixed-size artifact takes, or not multiples of the stride.
+            ConfigError: images larger than a fixed-size artifact takes, or not multiples of the
+                stride.
         """
         images = self._fit(images.to(self.device))
         imgsz = (images.shape[-2], images.shape[-1])
@@ -215,7 +219,8 @@ def open_artifact(
     """Load a file that has a graph of its own; see `load_backend`.
 
     Args:
-        taps: tensors inside an ONNX or OpenVINO graph that `run` shall return too, behind its outputs.
+        taps: tensors inside an ONNX or OpenVINO graph that `run` shall return too, behind its
+            outputs.
     """
     if path.is_dir():
         return _load_openvino(path, device, threads, taps)
@@ -233,8 +238,9 @@ def open_artifact(
 
 def model_info(model: DetectionModel) -> ArtifactInfo:
     """What a model in memory would say about itself."""
+    any_size = all(getattr(module, "any_size", True) for module in model.modules())
     return ArtifactInfo(
-        model.names, model.max_stride, model.imgsz, None, True, model.head.family,
+        model.names, model.max_stride, model.imgsz, None, any_size, model.head.family,
         model.head.postprocess, "decoded", int(model.config.get("ch", 3)),
     )  # fmt: skip
 
@@ -369,8 +375,8 @@ def _load_openvino(
     described = path / "metadata.yaml"
     if len(files) != 1 or not described.is_file():
         raise CheckpointError(
-            f"{path}: got {len(files)} .xml files, expected a folder with one and metadata.yaml, as "
-            "export.py writes it."
+            f"{path}: got {len(files)} .xml files, expected a folder with one and metadata.yaml, "
+            "as export.py writes it."
         )
     metadata = yaml.safe_load(described.read_text(encoding="utf-8"))
     if not isinstance(metadata, dict):
@@ -407,7 +413,7 @@ def _read_safetensors(path: Path) -> DetectionModel:
     try:
         with safe_open(str(path), "pt") as file:
             metadata = file.metadata() or {}
-            state = {key: file.get_tensor(key) for key in file.keys()}
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise _damaged(path, error) from error
     if "config" not in metadata:

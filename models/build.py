@@ -22,7 +22,17 @@ from models.registry import Layer, LayerError, Plan, Scaling, all_names, backbon
 from models.rows import ModelSpec, RowSpec
 from utils.errors import CheckpointError, ConfigError, nearest
 
-BUILD_ERRORS = (TypeError, ValueError, RuntimeError, AssertionError, IndexError, KeyError, ConfigError, NotImplementedError, ArithmeticError)
+BUILD_ERRORS = (
+    TypeError,
+    ValueError,
+    RuntimeError,
+    AssertionError,
+    IndexError,
+    KeyError,
+    ConfigError,
+    NotImplementedError,
+    ArithmeticError,
+)
 IMAGE = -1
 PYRAMID_SLOTS = 5
 LONGEST_REASON = 300  # characters of a library's own message inside ours
@@ -47,7 +57,7 @@ class Row(NamedTuple):
         place: where the row stands in its file.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]
     inputs: tuple[int, ...]
     takes_list: bool
     map_slots: tuple[int | None, ...] | None
@@ -113,7 +123,24 @@ def build_rows(spec: ModelSpec, imgsz: tuple[int, int]) -> tuple[list[nn.Module]
             _leave_broken(state, row)
     if state.problems:
         raise ConfigError("\n".join(state.problems))
+    _select_maps(state)
     return state.modules, _with_releases(state.rows)
+
+
+def _select_maps(state: _State) -> None:
+    """Tell every backbone that can drop maps (`select_strides`) which ones are read: no weight is left without a use."""
+    read = {slot for row in state.rows for slot in row.inputs}
+    for number, (row, module) in enumerate(zip(state.rows, state.modules, strict=True)):
+        select = getattr(module, "select_strides", None)
+        filled = sorted(slot for slot in row.map_slots or () if slot is not None)
+        kept = [k for k, slot in enumerate(filled) if slot in read]
+        if select is not None and kept:
+            select([row.strides[k] for k in kept])
+            state.rows[number] = row._replace(
+                map_slots=tuple(filled[k] for k in kept),
+                shape=tuple(row.shape[k] for k in kept),
+                strides=tuple(row.strides[k] for k in kept),
+            )
 
 
 def _leave_broken(state: _State, row: RowSpec) -> None:
@@ -130,7 +157,9 @@ def _find_layer(name: str) -> Layer | None:
 
 def _unknown(name: str) -> LayerError:
     known = [*all_names(), *modules.public_names()]
-    broken = "".join(f" {file} could not be imported ({why})." for file, why in modules.broken_files().items())
+    broken = "".join(
+        f" {file} could not be imported ({why})." for file, why in modules.broken_files().items()
+    )
     return LayerError(
         f"unknown layer {name!r}, expected a registered layer, a class in models/modules/ or a timm model."
         f"{nearest(name, known)}{broken}"
@@ -154,12 +183,16 @@ def _build_row(state: _State, row: RowSpec) -> None:
     for _ in range(copies - 1):  # the first may change the width, the others take what it gives
         built.append(_construct(layer, layer.rule([plan.channels], row.args, scaling), row))
     module = built[0] if copies == 1 else nn.Sequential(*built)
-    takes_list = isinstance(row.source, list) or hasattr(module, "decode")  # a head of one level may say -1
+    takes_list = isinstance(row.source, list) or hasattr(
+        module, "decode"
+    )  # a head of one level may say -1
     values = [slot.value for slot in sources]
     output = _propagate(module, values if takes_list else values[0])
     is_backbone = plan.channels is None
     new, map_slots = (
-        _backbone_slots(state, module, output, first) if is_backbone else ([_plain_slot(state, plan, output)], None)
+        _backbone_slots(state, module, output, first)
+        if is_backbone
+        else ([_plain_slot(state, plan, output)], None)
     )
     state.slots.extend(new)
     _remember_names(state, row, first, new, is_backbone)
@@ -185,7 +218,9 @@ def _resolve_source(state: _State, item: int | str, first: int) -> int:
         table = {**state.pyramid, **state.named}
         if item not in table:
             options = ", ".join(table) or "none so far"
-            raise LayerError(f"got from {item!r}, expected an index or a name: {options}.{nearest(item, table)}")
+            raise LayerError(
+                f"got from {item!r}, expected an index or a name: {options}.{nearest(item, table)}"
+            )
         index = table[item]
     else:
         index = item if item >= 0 else first + item
@@ -194,7 +229,9 @@ def _resolve_source(state: _State, item: int | str, first: int) -> int:
         if first == 0:
             raise LayerError(f"got from {item} in the first row, expected -1, the image.")
         if not 0 <= index < first:
-            raise LayerError(f"got from {item}, which means row {index}, expected an index from 0 to {first - 1}.")
+            raise LayerError(
+                f"got from {item}, which means row {index}, expected an index from 0 to {first - 1}."
+            )
     slot = state.slots[index]
     if slot.reason == "broken":
         raise _Skip
@@ -222,15 +259,27 @@ def _construct(layer: Layer, plan: Plan, row: RowSpec) -> nn.Module:
     try:
         return layer.build(*plan.args, **row.kwargs)
     except BUILD_ERRORS as error:
-        raise LayerError(f"cannot be built with {plan.args} {row.kwargs or ''}- {_one_line(error)}") from error
+        raise LayerError(
+            f"cannot be built with {plan.args} {row.kwargs or ''}- {_one_line(error)}"
+        ) from error
 
 
 def _propagate(module: nn.Module, value: Any) -> Any:
     try:
         return run_on_meta(module, value)
-    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError) as error:
+    except (
+        RuntimeError,
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        AssertionError,
+    ) as error:
         shapes = [s for v in (value if isinstance(value, list) else [value]) for s in _shapes(v)]
-        raise LayerError(f"does not fit its input of shape {_brief(shapes)} - {_one_line(error)}") from error
+        raise LayerError(
+            f"does not fit its input of shape {_brief(shapes)} - {_one_line(error)}"
+        ) from error
 
 
 def _brief(shapes: list[tuple[int, ...]]) -> str:
@@ -245,7 +294,11 @@ def _one_line(error: BaseException) -> str:
 def _shapes(value: Any) -> list[tuple[int, ...]]:
     if isinstance(value, Tensor):
         return [tuple(value.shape[1:])]
-    return [shape for item in value or () for shape in _shapes(item)] if isinstance(value, (list, tuple)) else []
+    return (
+        [shape for item in value or () for shape in _shapes(item)]
+        if isinstance(value, (list, tuple))
+        else []
+    )
 
 
 def _stride(state: _State, value: Any) -> int:
@@ -261,7 +314,9 @@ def _stride(state: _State, value: Any) -> int:
 def _plain_slot(state: _State, plan: Plan, output: Any) -> Slot:
     if isinstance(output, Tensor) and isinstance(plan.channels, int) and output.ndim == 4:
         if output.shape[1] != plan.channels:
-            raise LayerError(f"gives {output.shape[1]} channels, but its rule says {plan.channels}.")
+            raise LayerError(
+                f"gives {output.shape[1]} channels, but its rule says {plan.channels}."
+            )
     return Slot(output, plan.channels, _stride(state, output))
 
 
@@ -278,7 +333,11 @@ def _backbone_slots(
     state: _State, module: nn.Module, output: Any, first: int
 ) -> tuple[list[Slot], tuple[int | None, ...]]:
     maps = list(output.values()) if isinstance(output, Mapping) else output
-    if not isinstance(maps, (list, tuple)) or not all(isinstance(m, Tensor) and m.ndim == 4 for m in maps) or not maps:
+    if (
+        not isinstance(maps, (list, tuple))
+        or not all(isinstance(m, Tensor) and m.ndim == 4 for m in maps)
+        or not maps
+    ):
         raise LayerError(
             f"returns {type(output).__name__}, expected a list of feature maps (B, C, H, W); a layer with one output "
             "registers with a rule: @register(convolution)."
@@ -286,23 +345,34 @@ def _backbone_slots(
     found = [m.shape[1] for m in maps]
     declared = declared_channels(module)
     if declared is not None and declared != found:
-        raise LayerError(f"says channels {declared}, but its outputs have {found}. Mend `channels`.")
+        raise LayerError(
+            f"says channels {declared}, but its outputs have {found}. Mend `channels`."
+        )
     strides = [_stride(state, m) for m in maps]
     said = getattr(module, "strides", None)
     if said is not None and list(said) != strides:
-        raise LayerError(f"says strides {list(said)}, but its outputs have {strides}. Mend `strides`.")
+        raise LayerError(
+            f"says strides {list(said)}, but its outputs have {strides}. Mend `strides`."
+        )
     levels = [round(math.log2(s)) if s & (s - 1) == 0 and s > 1 else 0 for s in strides]
     count = max(PYRAMID_SLOTS, *levels)
     has = ", ".join(f"P{level} (stride {2**level})" for level in sorted(set(levels) - {0}))
-    slots = [Slot(None, None, 0, f"the backbone has no stride {2 ** (k + 1)}, only {has}") for k in range(count)]
+    slots = [
+        Slot(None, None, 0, f"the backbone has no stride {2 ** (k + 1)}, only {has}")
+        for k in range(count)
+    ]
     chosen: dict[int, int] = {level: position for position, level in enumerate(levels) if level}
     for level, position in chosen.items():
         slots[level - 1] = Slot(maps[position], found[position], strides[position])
-    map_slots = tuple(first + lv - 1 if chosen.get(lv) == pos else None for pos, lv in enumerate(levels))
+    map_slots = tuple(
+        first + lv - 1 if chosen.get(lv) == pos else None for pos, lv in enumerate(levels)
+    )
     return slots, map_slots
 
 
-def _remember_names(state: _State, row: RowSpec, first: int, new: list[Slot], is_backbone: bool) -> None:
+def _remember_names(
+    state: _State, row: RowSpec, first: int, new: list[Slot], is_backbone: bool
+) -> None:
     if is_backbone:
         state.pyramid = {f"P{k + 1}": first + k for k in range(len(new))}
         state.has_backbone = True
@@ -312,7 +382,9 @@ def _remember_names(state: _State, row: RowSpec, first: int, new: list[Slot], is
             state.pyramid[f"P{round(math.log2(stride))}"] = first
     if row.name:
         if row.name in state.named:
-            raise LayerError(f"got name {row.name!r}, which row {state.named[row.name]} already has.")
+            raise LayerError(
+                f"got name {row.name!r}, which row {state.named[row.name]} already has."
+            )
         state.named[row.name] = len(state.slots) - 1
 
 

@@ -99,7 +99,9 @@ def _concat_rule(in_channels: Sequence[Any], args: Sequence[Any], scaling: Scali
     if len(in_channels) < 2:
         raise LayerError(f"got {len(in_channels)} input, expected two or more, such as [-1, 6]")
     if len(set(scaling.strides)) > 1:
-        sizes = ", ".join(f"{c} channels at stride {s}" for c, s in zip(in_channels, scaling.strides))
+        sizes = ", ".join(
+            f"{c} channels at stride {s}" for c, s in zip(in_channels, scaling.strides)
+        )
         raise LayerError(f"got inputs that do not fit each other ({sizes}), expected one stride")
     return Plan(list(args), total)
 
@@ -249,10 +251,12 @@ class GhostConv(nn.Module):
 
 
 # The torch.nn layers that a YAML may name; each is safe to build from plain numbers.
-for _layer in (nn.Upsample, nn.Identity, nn.MaxPool2d, nn.AvgPool2d, nn.ZeroPad2d, nn.Dropout):
-    register(unchanged, f"nn.{_layer.__name__}")(_layer)
-for _layer in (nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.LeakyReLU, nn.Mish, nn.Sigmoid):
+_UNCHANGED: tuple[type[nn.Module], ...] = (
+    nn.Upsample, nn.Identity, nn.MaxPool2d, nn.AvgPool2d, nn.ZeroPad2d, nn.Dropout, nn.ReLU, nn.ReLU6,
+    nn.SiLU, nn.GELU, nn.Hardswish, nn.LeakyReLU, nn.Mish, nn.Sigmoid,
+)  # fmt: skip
+for _layer in _UNCHANGED:
     register(unchanged, f"nn.{_layer.__name__}")(_layer)
 register(channels_first, "nn.BatchNorm2d")(nn.BatchNorm2d)
-for _layer in (nn.Conv2d, nn.ConvTranspose2d):
-    register(unscaled, f"nn.{_layer.__name__}")(_layer)
+register(unscaled, "nn.Conv2d")(nn.Conv2d)
+register(unscaled, "nn.ConvTranspose2d")(nn.ConvTranspose2d)

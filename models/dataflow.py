@@ -1,8 +1,9 @@
 """What flows where in a network: one run, recorded operation by operation.
 
-The record is made below the level of modules, from the operations that really ran, so it holds for any
-code: ours, timm's, pasted. A value is a tensor at a time: an operation that writes in place makes a new
-value of the same tensor.
+The record is made below the level of modules, from the operations that really ran, so it holds for
+any
+code: ours, timm's, pasted. A value is a tensor at a time: an operation that writes in place makes
+a new value of the same tensor.
 """
 
 from __future__ import annotations

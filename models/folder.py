@@ -1,7 +1,7 @@
 """Which pairs of a recorded run can be folded, and folding them.
 
-A pair is folded only where the record proves it exact: the layer runs once, with a weight of its own that
-nothing else uses, and nothing but the norm reads what the layer made.
+A pair is folded only where the record proves it exact: the layer runs once, with a weight of its
+own that nothing else uses, and nothing but the norm reads what the layer made.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from models.folding import (
 )
 
 
-class _Left(Exception):
+class NotFoldedError(Exception):
     """Why a module is not folded."""
 
 
@@ -63,13 +63,13 @@ class Folder:
                 continue
             try:
                 self._fold_back(call, affine)
-            except _Left as reason:
+            except NotFoldedError as reason:
                 waiting.append((call, affine))
                 self.left[self.names[call.module]] = str(reason)
         for call, affine in waiting:
             try:
                 self._fold_forward(call, affine)
-            except _Left:
+            except NotFoldedError:
                 continue
             del self.left[self.names[call.module]]
 
@@ -92,7 +92,7 @@ class Folder:
         axis = affine.axis % len(self.record.shape(call.input))
         expected = len(self.record.shape(call.input)) - 1 if channels_last else 1
         if axis != expected or affine.scale.numel() != _out_channels(layer):
-            raise _Left("its channels are not those of the layer before it")
+            raise NotFoldedError("its channels are not those of the layer before it")
         fold_behind(layer, affine)
         self.changed.add(call.input)
         if affine.rest is None:
@@ -105,20 +105,20 @@ class Folder:
         assert call.output is not None
         self._require_plain(call)
         if affine.rest is not None:
-            raise _Left("an activation follows")
+            raise NotFoldedError("an activation follows")
         if call.output in self.record.outputs:
-            raise _Left("its output is an output of the network")
+            raise NotFoldedError("its output is an output of the network")
         readers = self.record.readers.get(call.output, [])
         if len(readers) != 1:
-            raise _Left(f"its output has {len(readers)} readers")
+            raise NotFoldedError(f"its output has {len(readers)} readers")
         operation = self.record.operations[readers[0]]
         layer = self._weight_owner(operation)
         if operation.reads[0] != call.output and operation.name == "convolution":
-            raise _Left("it is not the input of the layer behind it")
+            raise NotFoldedError("it is not the input of the layer behind it")
         axis = affine.axis % len(self.record.shape(call.output))
         expected = len(self.record.shape(call.output)) - 1 if isinstance(layer, nn.Linear) else 1
         if axis != expected or not can_fold_before(layer, affine):
-            raise _Left("the layer behind it pads with zeros, which are not shifted")
+            raise NotFoldedError("the layer behind it pads with zeros, which are not shifted")
         fold_before(layer, affine)
         self.changed.add(call.output)
         self._replace(call.module, None)
@@ -127,17 +127,18 @@ class Folder:
     def _require_plain(self, call: Call) -> None:
         count = len(self.record.calls_of(call.module))
         if count != 1:
-            raise _Left(f"it is called {count} times")
+            raise NotFoldedError(f"it is called {count} times")
         if has_hooks(call.module):
-            raise _Left("a hook watches it")
+            raise NotFoldedError("a hook watches it")
 
     def _only_read_inside(self, value: Value, call: Call) -> Value:
-        """The value behind `value` (a folded module stands for its input), if only `call` reads it."""
+        """The value behind `value` (a folded module stands for its input), if only `call` reads
+        it."""
         if value in self.record.outputs:
-            raise _Left("its input is an output of the network too")
+            raise NotFoldedError("its input is an output of the network too")
         outside = [i for i in self.record.readers.get(value, []) if not call.first <= i < call.last]
         if outside:
-            raise _Left(f"its input has {len(outside) + 1} readers")
+            raise NotFoldedError(f"its input has {len(outside) + 1} readers")
         return self.stands_for.get(value, value)
 
     def _layer_of(self, operation: Operation | None, value: Value) -> tuple[Any, bool]:
@@ -149,16 +150,18 @@ class Folder:
                 break
             operation = self.record.maker(inner)
         if operation is None:
-            raise _Left("its input is an input of the network")
+            raise NotFoldedError("its input is an input of the network")
         layer = self._weight_owner(operation)
         if operation.name in ("view", "_unsafe_view"):
-            raise _Left("its input is not made by a convolution or linear layer")
+            raise NotFoldedError("its input is not made by a convolution or linear layer")
         return layer, isinstance(layer, nn.Linear)
 
     def _weight_owner(self, operation: Operation) -> Any:
         """The module whose weight `operation` applies, if nothing else applies it."""
         if operation.name not in ("convolution", "addmm", "mm", "linear"):
-            raise _Left(f"next to it is {operation.name}, not a convolution or linear layer")
+            raise NotFoldedError(
+                f"next to it is {operation.name}, not a convolution or linear layer"
+            )
         for tensor in (leaf for leaf in operation.args if isinstance(leaf, Tensor)):
             weight = self._behind_transpose(tensor)
             owners = self.owners.get(id(weight), [])
@@ -166,10 +169,12 @@ class Folder:
             if not fitting:
                 continue
             if len(owners) > 1:
-                raise _Left(f"{len(owners)} layers share the weight of {self.names[fitting[0]]}")
+                raise NotFoldedError(
+                    f"{len(owners)} layers share the weight of {self.names[fitting[0]]}"
+                )
             self._require_single_use(fitting[0])
             return fitting[0]
-        raise _Left("the weight of the layer next to it is computed, not a parameter")
+        raise NotFoldedError("the weight of the layer next to it is computed, not a parameter")
 
     def _behind_transpose(self, tensor: Tensor) -> Tensor:
         made_by = self.record.maker(self.record.value(tensor))
@@ -181,14 +186,14 @@ class Folder:
         name = self.names[layer]
         uses = self.record.readers.get(self.record.value(layer.weight), [])
         if len(uses) != 1:
-            raise _Left(f"{name} is used {len(uses)} times")
+            raise NotFoldedError(f"{name} is used {len(uses)} times")
         if layer.bias is not None:
             if len(self.owners.get(id(layer.bias), [])) != 1:
-                raise _Left(f"the bias of {name} is shared or computed")
+                raise NotFoldedError(f"the bias of {name} is shared or computed")
             if len(self.record.readers.get(self.record.value(layer.bias), [])) != 1:
-                raise _Left(f"the bias of {name} is used elsewhere")
+                raise NotFoldedError(f"the bias of {name} is used elsewhere")
         if has_hooks(layer):
-            raise _Left(f"a hook watches {name}")
+            raise NotFoldedError(f"a hook watches {name}")
 
     def _replace(self, module: nn.Module, rest: nn.Module | None) -> None:
         new = nn.Identity() if rest is None else rest

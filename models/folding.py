@@ -1,4 +1,5 @@
-"""The arithmetic of folding: a per-channel `x * scale + shift` moves into the layer before or behind it.
+"""The arithmetic of folding: a per-channel `x * scale + shift` moves into the layer before or
+behind it.
 
 All sums are made in float64 and rounded once, to the type of the weight they go to.
 """
@@ -34,8 +35,9 @@ class Affine(NamedTuple):
 def read_affine(module: nn.Module, shape: torch.Size) -> Affine | None:
     """How `module` maps an input of `shape` in eval mode, if that is a scale and shift per channel.
 
-    BatchNorm of any make (with running statistics), frozen BatchNorm and layer scale are recognised by
-    what they hold. What was recognised is tried on random numbers, so a look-alike is not taken for one.
+    BatchNorm of any make (with running statistics), frozen BatchNorm and layer scale are
+    recognised by what they hold. What was recognised is tried on random numbers, so a look-alike
+    is not taken for one.
     """
     if not any(True for _ in (*module.parameters(), *module.buffers())) or len(shape) < 2:
         return None
@@ -65,7 +67,8 @@ def _read_norm(module: Any) -> Affine | None:
 
 def _read_scale(module: nn.Module, shape: torch.Size) -> Affine | None:
     own = list(module.parameters())
-    if len(own) != 1 or list(module.buffers()) or list(module.children()):
+    others = sum(1 for _ in module.buffers()) + sum(1 for _ in module.children())
+    if len(own) != 1 or others:
         return None
     scale = own[0].detach().double().flatten()
     if max(own[0].shape, default=0) != scale.numel():
@@ -118,7 +121,8 @@ def fold_behind(layer: Any, affine: Affine) -> None:
 
 @torch.no_grad()
 def fold_before(layer: Any, affine: Affine) -> None:
-    """Change `layer` so that it does `affine`, then what it did; exact without padding, or shift 0."""
+    """Change `layer` so that it does `affine`, then what it did; exact without padding, or shift
+    0."""
     weight = layer.weight.double()
     groups = getattr(layer, "groups", 1)
     grouped = weight.view(groups, weight.shape[0] // groups, *weight.shape[1:])
@@ -139,7 +143,8 @@ def can_fold_before(layer: Any, affine: Affine) -> bool:
 
 
 def _assign(layer: Any, weight: Tensor, bias: Tensor) -> None:
-    """Round to the layer's type; weight stays the same parameter, a bias is made where there is none."""
+    """Round to the layer's type; weight stays the same parameter, a bias is made where there is
+    none."""
     layer.weight.copy_(weight)
     if layer.bias is None:
         made = bias.to(layer.weight)

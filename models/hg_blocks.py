@@ -1,9 +1,12 @@
-"""Blocks of RT-DETR's convolutional parts: the HGNetv2 stem and block, and the re-parameterizable neck block.
+"""Blocks of RT-DETR's convolutional parts: the HGNetv2 stem and block, and the re-parameterizable
+neck block.
 
-HGNetv2 was published with PP-HGNet (PaddleClas, Apache-2.0) and taken over by RT-DETR (arXiv 2304.08069);
-the neck block is RT-DETR's CSPRepLayer, made of RepVGG convolutions (arXiv 2101.03697).
+HGNetv2 was published with PP-HGNet (PaddleClas, Apache-2.0) and taken over by RT-DETR (arXiv
+2304.08069); the neck block is RT-DETR's CSPRepLayer, made of RepVGG convolutions (arXiv
+2101.03697).
 
-Letters: B batch, C channels, H height, W width. Attribute names are those of the published state dicts.
+Letters: B batch, C channels, H height, W width. Attribute names are those of the published state
+    dicts.
 """
 
 from __future__ import annotations
@@ -29,14 +32,17 @@ def _stem_rule(in_channels: Sequence[Any], args: Sequence[Any], scaling: Scaling
 def _block_rule(in_channels: Sequence[Any], args: Sequence[Any], scaling: Scaling) -> Plan:
     """`[mid, out, kernel, ...]` becomes `(in, mid, out, kernel, repeats, ...)`, widths unscaled."""
     if len(args) < 3:
-        raise LayerError(f"got {list(args)}, expected [middle channels, output channels, kernel size]")
+        raise LayerError(
+            f"got {list(args)}, expected [middle channels, output channels, kernel size]"
+        )
     ready = [single(in_channels), *args[:3], scaling.repeats, *args[3:]]
     return Plan(ready, args[1], repeats_inside=True)
 
 
 @register(_stem_rule)
 class HGStem(nn.Module):
-    """HGNetv2's stem: a strided convolution, two parallel downsampling paths, another strided convolution.
+    """HGNetv2's stem: a strided convolution, two parallel downsampling paths, another strided
+    convolution.
 
     The paths are padded at the bottom and the right only, so their 2x2 windows keep the size.
 
@@ -74,7 +80,8 @@ class LightConv(nn.Module):
 
 @register(_block_rule)
 class HGBlock(nn.Module):
-    """HGNetv2's block: a chain of convolutions whose every stage is kept, squeezed and expanded again.
+    """HGNetv2's block: a chain of convolutions whose every stage is kept, squeezed and expanded
+    again.
 
     Args:
         in_channels: channels of the input.
@@ -119,7 +126,9 @@ class HGBlock(nn.Module):
 
 @register(convolution)
 class RepConv(nn.Module):
-    """A 3x3 and a 1x1 convolution in parallel, which `reparameterize` folds into one 3x3 (arXiv 2101.03697)."""
+    """A 3x3 and a 1x1 convolution in parallel, which `reparameterize` folds into one 3x3 (arXiv
+    2101.03697).
+    """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -136,7 +145,9 @@ class RepConv(nn.Module):
 
     @torch.no_grad()
     def reparameterize(self) -> None:
-        """Replace both branches, with their BatchNorms, by the one convolution equal to them in eval mode."""
+        """Replace both branches, with their BatchNorms, by the one convolution equal to them in
+        eval mode.
+        """
         if self.conv1 is None or self.conv2 is None:
             return
         kernel, bias = _folded(self.conv1)
@@ -150,7 +161,8 @@ class RepConv(nn.Module):
 
 
 def _folded(branch: Conv) -> tuple[Tensor, Tensor]:
-    """Kernel and bias of the convolution that equals `branch` (convolution and BatchNorm) in eval mode.
+    """Kernel and bias of the convolution that equals `branch` (convolution and BatchNorm) in eval
+    mode.
 
     `fuse` may have folded the BatchNorm already; what then stands in its place changes nothing.
     """

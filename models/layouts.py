@@ -6,7 +6,8 @@ Letters: B batch, A anchor points (or queries), C classes, K detections an image
     channels  (B, 4 + C, A)  cxcywh in pixels, class probabilities               (YOLOv8 runners)
     queries   (B, A, 4 + C)  cxcywh as fractions of the image, class probabilities
     end2end   (B, K, 6)      xyxy in pixels, score, class; rows of zeros after the last detection
-    raw       what the head's convolutions give, one tensor or several; for tools that decode themselves
+    raw       what the head's convolutions give, one tensor or several; for tools that decode
+    themselves
 """
 
 from __future__ import annotations

@@ -96,8 +96,6 @@ def _candidates(
 
 def _suppress(found: Detections, iou_thres: float, agnostic: bool, max_det: int) -> Detections:
     """Non-maximum suppression of one image's candidates (M), which come best score first."""
-    from torchvision.ops import batched_nms, nms
-
     if not len(found.scores):
         return found
     from torchvision.ops import batched_nms, nms  # seconds of start-up that --help need not pay

@@ -91,8 +91,13 @@ def register(rule: Rule, name: str | None = None) -> Callable[[T], T]:
     def add(build: T) -> T:
         key = name or build.__name__
         known = _LAYERS.get(key)
-        if known and (known.build.__module__, known.build.__qualname__) != (build.__module__, build.__qualname__):
-            raise ValueError(f"layer {key!r} is registered twice: {known.build.__module__} and {build.__module__}")
+        if known and (known.build.__module__, known.build.__qualname__) != (
+            build.__module__,
+            build.__qualname__,
+        ):
+            raise ValueError(
+                f"layer {key!r} is registered twice: {known.build.__module__} and {build.__module__}"
+            )
         _LAYERS[key] = Layer(key, build, rule)
         return build
 
@@ -102,6 +107,11 @@ def register(rule: Rule, name: str | None = None) -> Callable[[T], T]:
 def find(name: str) -> Layer | None:
     """The layer registered under `name`, or None."""
     return _LAYERS.get(name)
+
+
+def registering_modules() -> set[str]:
+    """Python modules that have registered a layer."""
+    return {layer.build.__module__ for layer in _LAYERS.values()}
 
 
 def names() -> list[str]:
@@ -114,7 +124,9 @@ def single(in_channels: Sequence[Any]) -> int:
     if len(in_channels) != 1:
         raise LayerError(f"got {len(in_channels)} inputs, expected 1")
     if not isinstance(in_channels[0], int):
-        raise LayerError(f"got an input with several maps {list(in_channels[0])}, expected one map; choose one by its index or name")
+        raise LayerError(
+            f"got an input with several maps {list(in_channels[0])}, expected one map; choose one by its index or name"
+        )
     return in_channels[0]
 
 
@@ -185,7 +197,9 @@ class Fallback(NamedTuple):
 _FALLBACKS: list[Fallback] = []
 
 
-def register_fallback(find_layer: Callable[[str], Layer | None], all_names: Callable[[], list[str]]) -> None:
+def register_fallback(
+    find_layer: Callable[[str], Layer | None], all_names: Callable[[], list[str]]
+) -> None:
     """Look unknown names up by `find_layer`; `all_names` serves the error that names the nearest."""
     _FALLBACKS.append(Fallback(find_layer, all_names))
 

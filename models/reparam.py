@@ -1,14 +1,14 @@
-"""From the training form of a network to the form that is deployed: the same outputs from less work.
+"""From the training form of a network to the deployed form: the same outputs from less work.
 
 `fuse` works in place, `reparameterize_model` on a copy. In this order it
 
-1. drops what the outputs do not need: rows that only an auxiliary branch reads, found by walking back
-   from the main head;
-2. lets every module that can re-parameterize itself do so (`reparameterize()`, `switch_to_deploy()` or
-   `fuse()`, ours or foreign);
+1. drops what the outputs do not need: rows that only an auxiliary branch reads, found by walking
+   back from the main head;
+2. lets every module that can re-parameterize itself do so (`reparameterize()`,
+   `switch_to_deploy()` or `fuse()`, ours or foreign);
 3. runs the network once, recorded operation by operation, and folds every BatchNorm and layer scale
-   into the convolution or linear layer before it, or a BatchNorm into the one behind it, where the record
-   proves that nothing else reads what lies between;
+   into the convolution or linear layer before it, or a BatchNorm into the one behind it, where the
+   record proves that nothing else reads what lies between;
 4. removes modules that inference never touches (embeddings for denoising);
 5. compares its outputs with those from before, and names the first module that differs.
 """
@@ -32,7 +32,8 @@ from models.table import Totals, count_params, measure
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-4}
 PROTOCOLS = ("fuse", "reparameterize", "switch_to_deploy")
 WIDEN_UP_TO = 200_000_000
-"""Parameters of the largest network that is checked in float64 (which doubles its memory for a moment)."""
+"""Parameters of the largest network that is checked in float64 (which doubles its memory for a
+moment)."""
 
 
 class FuseError(RuntimeError):
@@ -50,8 +51,8 @@ class FuseReport:
         reparameterized: modules that folded themselves.
         folded: pairs, `layer + module`.
         left: BatchNorms and layer scales that stay, with the reason.
-        difference: largest |difference| of any output, over the largest |value| of that output; None
-            if it was not checked.
+        difference: largest |difference| of any output, over the largest |value| of that output;
+            None if it was not checked.
         tolerance: what `difference` was held against.
     """
 
@@ -73,7 +74,8 @@ class FuseReport:
         return (
             f"fused: {self.before.params:,} -> {self.after.params:,} parameters, "
             f"{self.before.gflops:.2f} -> {self.after.gflops:.2f} GFLOPs at {size}; "
-            f"{len(self.folded)} pairs folded, {len(self.reparameterized)} modules re-parameterized, "
+            f"{len(self.folded)} pairs folded, "
+            f"{len(self.reparameterized)} modules re-parameterized, "
             f"{len(self.dropped)} dropped, {len(self.left)} norms left; {check}"
         )
 
@@ -105,7 +107,7 @@ def fuse(model: nn.Module, *, check: bool = True, sample: Tensor | None = None) 
     imgsz: tuple[int, int] = getattr(model, "imgsz", None) or (sample.shape[-2], sample.shape[-1])
     report = FuseReport(_totals(model, imgsz), Totals(0, 0.0), imgsz)
     dtype = _checking_type(model)
-    report.tolerance = TOLERANCES[dtype] if dtype in TOLERANCES else 1e-2
+    report.tolerance = TOLERANCES.get(dtype, 1e-2)
     with _in_type(model, dtype):
         sample = sample.to(next((p for p in model.parameters()), sample))
         expected, first = record_run(model, lambda: _predict(model, sample))
@@ -124,18 +126,21 @@ def fuse(model: nn.Module, *, check: bool = True, sample: Tensor | None = None) 
             if not report.difference <= report.tolerance:
                 culprit = _first_different(first, last, folder, report)
                 raise FuseError(
-                    f"fuse: the fused network differs - got max |difference| {report.difference:.1e}, "
-                    f"expected at most {report.tolerance:.0e}. The first module that differs is {culprit}."
+                    "fuse: the fused network differs - got max |difference| "
+                    f"{report.difference:.1e}, expected at most {report.tolerance:.0e}. "
+                    f"The first module that differs is {culprit}."
                 )
     report.after = _totals(model, imgsz)
     return report
 
 
-def _sample_for(model: nn.Module) -> Tensor:
+def _sample_for(model: Any) -> Tensor:
     """A random image, small but not square; large enough for a head that ranks 300 candidates."""
     is_ranking = getattr(getattr(model, "head", None), "postprocess", "nms") == "topk"
     stride = getattr(model, "max_stride", 32)
     height, width = (5 * stride, 6 * stride) if is_ranking else (2 * stride, 3 * stride)
+    if any(getattr(module, "any_size", True) is False for module in model.modules()):
+        height, width = model.imgsz
     channels = int(getattr(model, "config", {}).get("ch", 3))
     generator = torch.Generator().manual_seed(0)
     return torch.rand(1, channels, height, width, generator=generator)
@@ -150,7 +155,8 @@ def _predict(model: nn.Module, sample: Tensor) -> list[Tensor]:
 
 
 def _totals(model: nn.Module, imgsz: tuple[int, int]) -> Totals:
-    """Parameters and GFLOPs; 0 GFLOPs for a foreign network that does not run on the meta device."""
+    """Parameters and GFLOPs; 0 GFLOPs for a foreign network that does not run on the meta
+    device."""
     try:
         return measure(model, imgsz)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError):
@@ -158,7 +164,8 @@ def _totals(model: nn.Module, imgsz: tuple[int, int]) -> Totals:
 
 
 def _checking_type(model: nn.Module) -> torch.dtype:
-    """float64 where memory and device allow: rounding then hides no fault, and ranks no query anew."""
+    """float64 where memory and device allow: rounding then hides no fault, and ranks no query
+    anew."""
     parameter = next((p for p in model.parameters()), None)
     if parameter is None:
         return torch.float32
@@ -168,7 +175,7 @@ def _checking_type(model: nn.Module) -> torch.dtype:
 
 @contextmanager
 def _in_type(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Run with float32 parameters and buffers widened to `dtype`; they are float32 again afterwards."""
+    """Run with float32 parameters and buffers widened to `dtype`; they are float32 afterwards."""
     if dtype != torch.float64:
         yield
         return
@@ -288,7 +295,8 @@ def _call_protocols(model: nn.Module, prefix: str = "") -> list[str]:
             model._modules[name] = child = result
         if sum(1 for _ in child.parameters()) != before:
             done.append(path)
-        done += _call_protocols(child, f"{path}.")
+        if not getattr(child, "reparameterizes_inside", False):
+            done += _call_protocols(child, f"{path}.")
     return done
 
 

@@ -89,11 +89,13 @@ def find_config(cfg: str | Path) -> tuple[Path, str]:
                 return candidate, ""
     for folder in folders:
         for cut in range(len(stem)):
-            candidate = folder / f"{stem[:cut]}{stem[cut + 1:]}.yaml"
+            candidate = folder / f"{stem[:cut]}{stem[cut + 1 :]}.yaml"
             if stem[cut].isalpha() and candidate.is_file() and stem[cut] in _scales_of(candidate):
                 return candidate, stem[cut]
     known = sorted(p.stem for p in DETECT_FOLDER.glob("*.yaml"))
-    raise ConfigError(f"{cfg}: no such model YAML.{nearest(stem, known)} models/detect/ has {', '.join(known)}.")
+    raise ConfigError(
+        f"{cfg}: no such model YAML.{nearest(stem, known)} models/detect/ has {', '.join(known)}."
+    )
 
 
 def _scales_of(path: Path) -> Mapping[str, Any]:
@@ -104,7 +106,10 @@ def load_config(path: Path) -> tuple[dict[str, Any], dict[str, list[int]]]:
     """A YAML file as a mapping, and the line of each row of `backbone` and `head`."""
     file = read_yaml(path)
     rows = {key: file.data[key] for key in SECTIONS if isinstance(file.data.get(key), list)}
-    lines = {key: [file.lines[key, number] for number in range(len(value))] for key, value in rows.items()}
+    lines = {
+        key: [file.lines[key, number] for number in range(len(value))]
+        for key, value in rows.items()
+    }
     return file.data, lines
 
 
@@ -112,8 +117,9 @@ def read_model_config(
     cfg: str | Path | Mapping[str, Any], *, num_classes: int | None = None, scale: str | None = None
 ) -> tuple[str, dict[str, Any], dict[str, list[int]]]:
     """What `cfg` (a path or a mapping) says, with class count and size chosen: (file, config, lines)."""
+    lines: dict[str, list[int]] = {}
     if isinstance(cfg, Mapping):
-        file, config, lines, letter = str(cfg.get("yaml_file", "model")), dict(cfg), {}, ""
+        file, config, lines, letter = str(cfg.get("yaml_file", "model")), dict(cfg), lines, ""
     else:
         path, letter = find_config(cfg)
         file = str(path)
@@ -126,7 +132,9 @@ def read_model_config(
     if scales:
         config["scale"] = str(chosen or next(iter(scales)))
     elif chosen:
-        raise ConfigError(f"{file}: got scale {chosen!r}, but the file has no scales. Leave --scale out.")
+        raise ConfigError(
+            f"{file}: got scale {chosen!r}, but the file has no scales. Leave --scale out."
+        )
     return file, config, lines
 
 
@@ -143,14 +151,18 @@ def parse_spec(file: str, config: dict[str, Any], lines: Mapping[str, Sequence[i
     for section in SECTIONS:
         value = config.get(section)
         if not isinstance(value, list) or not value:
-            problems.append(f"{file} {section}: got {value!r}, expected a list of rows [from, repeats, module, args].")
+            problems.append(
+                f"{file} {section}: got {value!r}, expected a list of rows [from, repeats, module, args]."
+            )
             continue
-        places = lines.get(section) or [None] * len(value)
+        places: Sequence[int | None] = lines.get(section) or [None] * len(value)
         for number, row in enumerate(value):
             try:
                 rows.append(_read_row(section, number, places[number], row, config))
             except ConfigError as error:
-                where = f"{section}[{number}]" + (f" (line {places[number]})" if places[number] else "")
+                where = f"{section}[{number}]" + (
+                    f" (line {places[number]})" if places[number] else ""
+                )
                 problems.append(f"{file} {where}: {error}")
     if problems:
         raise ConfigError("\n".join(problems))
@@ -168,18 +180,26 @@ def _check_values(file: str, config: Mapping[str, Any], problems: list[str]) -> 
     """Add what is wrong with the plain keys to `problems`; the number of classes."""
     num_classes, channels = config.get("nc", 80), config.get("ch", 3)
     if not _is_count(num_classes):
-        problems.append(f"{file} nc: got {num_classes!r}, expected a whole number of classes, 1 or more.")
+        problems.append(
+            f"{file} nc: got {num_classes!r}, expected a whole number of classes, 1 or more."
+        )
         num_classes = 1
     if not _is_count(channels):
-        problems.append(f"{file} ch: got {channels!r}, expected the number of an image's channels, 1 or more.")
+        problems.append(
+            f"{file} ch: got {channels!r}, expected the number of an image's channels, 1 or more."
+        )
     anchors, imports = config.get("anchors"), config.get("imports") or []
     if anchors is not None and not _is_count(anchors) and not _are_anchors(anchors):
         problems.append(
             f"{file} anchors: got {anchors!r}, expected a number of anchors or one list of widths and heights in "
             "pixels a level, such as [10,13, 16,30, 33,23]."
         )
-    if not isinstance(imports, str) and not (isinstance(imports, list) and all(isinstance(i, str) for i in imports)):
-        problems.append(f"{file} imports: got {imports!r}, expected a Python file or a list of them.")
+    if not isinstance(imports, str) and not (
+        isinstance(imports, list) and all(isinstance(i, str) for i in imports)
+    ):
+        problems.append(
+            f"{file} imports: got {imports!r}, expected a Python file or a list of them."
+        )
     return num_classes
 
 
@@ -188,25 +208,39 @@ def _is_count(value: Any) -> bool:
 
 
 def _are_anchors(value: Any) -> bool:
-    if not isinstance(value, list) or not value or not all(isinstance(row, list) and row for row in value):
+    if (
+        not isinstance(value, list)
+        or not value
+        or not all(isinstance(row, list) and row for row in value)
+    ):
         return False
     numbers = [number for row in value for number in row]
-    is_positive = all(isinstance(n, (int, float)) and not isinstance(n, bool) and n > 0 for n in numbers)
+    is_positive = all(
+        isinstance(n, (int, float)) and not isinstance(n, bool) and n > 0 for n in numbers
+    )
     return is_positive and len({len(row) for row in value}) == 1 and len(value[0]) % 2 == 0
 
 
-def _factors(file: str, config: Mapping[str, Any], problems: list[str]) -> tuple[float, float, float, str]:
+def _factors(
+    file: str, config: Mapping[str, Any], problems: list[str]
+) -> tuple[float, float, float, str]:
     scales, size = config.get("scales"), str(config.get("scale") or "")
     values = [config.get("depth_multiple", 1.0), config.get("width_multiple", 1.0), math.inf]
     if scales:
         values = [1.0, 1.0, math.inf]
         factors = scales.get(size) if isinstance(scales, Mapping) else None
         if not isinstance(scales, Mapping):
-            problems.append(f"{file} scales: got {scales!r}, expected letters with [depth, width, max_channels].")
+            problems.append(
+                f"{file} scales: got {scales!r}, expected letters with [depth, width, max_channels]."
+            )
         elif size not in scales:
-            problems.append(f"{file} scales: got size {size!r}, expected one of {', '.join(map(str, scales))}.")
+            problems.append(
+                f"{file} scales: got size {size!r}, expected one of {', '.join(map(str, scales))}."
+            )
         elif not isinstance(factors, list) or len(factors) not in (2, 3):
-            problems.append(f"{file} scales {size}: got {factors!r}, expected [depth, width, max_channels].")
+            problems.append(
+                f"{file} scales {size}: got {factors!r}, expected [depth, width, max_channels]."
+            )
         else:
             values[: len(factors)] = factors
     for label, value in zip(("depth", "width", "max_channels"), values, strict=True):
@@ -216,13 +250,19 @@ def _factors(file: str, config: Mapping[str, Any], problems: list[str]) -> tuple
     return float(values[0]), float(values[1]), float(values[2]), size
 
 
-def _read_row(section: str, number: int, line: int | None, row: Any, config: Mapping[str, Any]) -> RowSpec:
+def _read_row(
+    section: str, number: int, line: int | None, row: Any, config: Mapping[str, Any]
+) -> RowSpec:
     if not isinstance(row, list) or len(row) not in (4, 5):
-        raise ConfigError(f"got {row!r}, expected [from, repeats, module, args] or the same with a name behind.")
+        raise ConfigError(
+            f"got {row!r}, expected [from, repeats, module, args] or the same with a name behind."
+        )
     source, repeats, module, args = row[:4]
     name = row[4] if len(row) == 5 else None
     items = source if isinstance(source, list) else [source]
-    if not items or not all(isinstance(item, (int, str)) and not isinstance(item, bool) for item in items):
+    if not items or not all(
+        isinstance(item, (int, str)) and not isinstance(item, bool) for item in items
+    ):
         raise ConfigError(f"got from {source!r}, expected an index, a name or a list of them.")
     if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
         raise ConfigError(f"got repeats {repeats!r}, expected a whole number, 1 or more.")

@@ -55,7 +55,9 @@ def row_records(model: Any) -> list[dict[str, Any]]:
 
 def format_table(model: Any) -> str:
     """The rows as text."""
-    lines = [f"{'':>4}{'from':>20}{'n':>4}{'params':>12}  {'module':<24}{'arguments':<44}{'output':<26}stride"]
+    lines = [
+        f"{'':>4}{'from':>20}{'n':>4}{'params':>12}  {'module':<24}{'arguments':<44}{'output':<26}stride"
+    ]
     for record in row_records(model):
         shapes = [_shape(shape) for shape in record["shape"]]
         strides = record["stride"]

@@ -7,7 +7,7 @@ maps. `plan_features` tries the ways that timm has, in a fixed order, and writes
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -45,7 +45,6 @@ class FeaturePlan(NamedTuple):
         kept: stride -> position in `taps`; of two maps with one stride the later, none of stride 1.
         is_channels_last: the maps are (B, H, W, C).
         any_size: other image sizes than the planned one work too.
-        unused: names of parameters that no map depends on.
     """
 
     options: dict[str, Any]
@@ -54,7 +53,6 @@ class FeaturePlan(NamedTuple):
     kept: dict[int, int]
     is_channels_last: bool
     any_size: bool
-    unused: frozenset[str]
 
 
 def bare_name(name: str) -> str:
@@ -145,8 +143,29 @@ def _try_plan(name: str, imgsz: tuple[int, int], options: dict[str, Any]) -> Fea
     taps = tuple(_tap(m, s, imgsz, is_channels_last) for m, s in zip(maps, strides, strict=True))
     kept = {tap.stride: i for i, tap in enumerate(taps) if tap.stride > 1}  # of two with one stride the later
     any_size = _works(net, (imgsz[0] + 32, imgsz[1] + 64))
-    unused = frozenset(_unused(net, imgsz, list(kept.values())))
-    return FeaturePlan(options, indices, taps, kept, is_channels_last, any_size, unused)
+    return FeaturePlan(options, indices, taps, kept, is_channels_last, any_size)
+
+
+def narrow_plan(plan: FeaturePlan, strides: Sequence[int]) -> FeaturePlan:
+    """`plan` with only the maps at `strides`."""
+    kept = [(stride, plan.kept[stride]) for stride in sorted(strides)]
+    return plan._replace(
+        indices=tuple(plan.indices[i] for _, i in kept),
+        taps=tuple(plan.taps[i] for _, i in kept),
+        kept={stride: position for position, (stride, _) in enumerate(kept)},
+    )
+
+
+def find_unused(name: str, imgsz: tuple[int, int], plan: FeaturePlan, strides: Sequence[int]) -> list[str]:
+    """Names of parameters of the timm model that none of the maps at `strides` depends on.
+
+    Found by a backward pass in training mode on the meta device.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("meta"), torch.enable_grad():
+        net = create(name, {**plan.options, "out_indices": plan.indices}).train()
+        maps = net(torch.empty(2, 3, *imgsz))
+        sum((maps[plan.kept[stride]].sum() for stride in strides), torch.zeros(())).backward()
+    return sorted(key for key, parameter in net.named_parameters() if parameter.grad is None)
 
 
 def power_of_two(stride: float) -> int:
@@ -182,11 +201,3 @@ def _tap(tap_map: Tensor, stride: int, imgsz: tuple[int, int], is_channels_last:
         height, width, channels = tap_map.shape[1:]
     is_exact = (height, width) == (-(-imgsz[0] // stride), -(-imgsz[1] // stride))
     return Tap(int(channels), stride, is_exact)
-
-
-def _unused(net: nn.Module, imgsz: tuple[int, int], kept: list[int]) -> list[str]:
-    """Names of parameters without a gradient after a backward pass from the maps `kept`, in training mode."""
-    net.train()
-    maps = net(torch.empty(2, 3, *imgsz))
-    sum((maps[i].sum() for i in kept), torch.zeros(())).backward()
-    return [name for name, parameter in net.named_parameters() if parameter.grad is None]

@@ -1,11 +1,14 @@
-"""RT-DETR's transformer parts: the encoder layer AIFI, multi-scale deformable attention, the decoder layer.
+"""RT-DETR's transformer parts: the encoder layer AIFI, multi-scale deformable attention, the
+decoder layer.
 
-Sources: RT-DETR (Zhao et al., arXiv 2304.08069), Deformable DETR (Zhu et al., arXiv 2010.04159), DETR (arXiv 2005.12872).
+Sources: RT-DETR (Zhao et al., arXiv 2304.08069), Deformable DETR (Zhu et al., arXiv 2010.04159),
+    DETR (arXiv 2005.12872).
 
-Letters: B batch, D width, M heads, H and W size of a map, N tokens of all maps, Q queries, L levels (maps), P sampling points.
+Letters: B batch, D width, M heads, H and W size of a map, N tokens of all maps, Q queries, L levels
+    (maps), P sampling points.
 
-Sizes are always read from the tensors at hand, so an exported graph takes any batch and size. What half precision
-cannot hold (softmax, normalisation, sampling locations) is computed in float32.
+Sizes are always read from the tensors at hand, so an exported graph takes any batch and size. What
+half precision cannot hold (softmax, normalisation, sampling locations) is computed in float32.
 """
 
 from __future__ import annotations
@@ -46,7 +49,9 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = widen(self.weight), widen(self.bias)
-        return functional.layer_norm(widen(x), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+        return functional.layer_norm(widen(x), self.normalized_shape, weight, bias, self.eps).to(
+            x.dtype
+        )
 
 
 class MLP(nn.Module):
@@ -55,7 +60,9 @@ class MLP(nn.Module):
     def __init__(self, in_features: int, hidden: int, out_features: int, num_layers: int) -> None:
         super().__init__()
         widths = [in_features, *[hidden] * (num_layers - 1), out_features]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.layers = nn.ModuleList(
+            nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
@@ -74,7 +81,9 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         if width % num_heads:
-            raise ValueError(f"got {width} channels and {num_heads} heads, expected a multiple of the heads")
+            raise ValueError(
+                f"got {width} channels and {num_heads} heads, expected a multiple of the heads"
+            )
         self.num_heads = num_heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
@@ -93,20 +102,24 @@ class SelfAttention(nn.Module):
         Returns:
             (B, N, D).
         """
-        width = self.out_proj.in_features  # not from the tensor: a traced split would follow its shape
+        width = (
+            self.out_proj.in_features
+        )  # not from the tensor: a traced split would follow its shape
         query_key_weight, value_weight = self.in_proj_weight.split((2 * width, width))
         query_key_bias, value_bias = self.in_proj_bias.split((2 * width, width))
         query, key = functional.linear(x + position, query_key_weight, query_key_bias).chunk(2, -1)
         value = functional.linear(x, value_weight, value_bias)
         query, key, value = (
-            widen(t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)) for t in (query, key, value)
+            widen(t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2))
+            for t in (query, key, value)
         )
         attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
         return self.out_proj(attended.transpose(1, 2).flatten(2).to(x.dtype))
 
 
 def sine_position(size: MapSize, width: int, like: Tensor, temperature: float = 10_000.0) -> Tensor:
-    """Sines and cosines of each cell's row and column, (1, H * W, D), rows of the map one after another.
+    """Sines and cosines of each cell's row and column, (1, H * W, D), rows of the map one after
+    another.
 
     The published weights were trained with the row in the first half.
 
@@ -117,7 +130,9 @@ def sine_position(size: MapSize, width: int, like: Tensor, temperature: float = 
         temperature: the longest wavelength is about 2 pi times this.
     """
     quarter = width // 4
-    omega = temperature ** -(torch.arange(quarter, device=like.device, dtype=torch.float32) / quarter)
+    omega = temperature ** -(
+        torch.arange(quarter, device=like.device, dtype=torch.float32) / quarter
+    )
     columns = torch.arange(size.width, device=like.device, dtype=torch.float32)
     rows = torch.arange(size.height, device=like.device, dtype=torch.float32)
     y, x = torch.meshgrid(rows, columns, indexing="ij")
@@ -127,7 +142,8 @@ def sine_position(size: MapSize, width: int, like: Tensor, temperature: float = 
 
 @register(channels_first)
 class AIFI(nn.Module):
-    """Attention-based intra-scale feature interaction: one post-norm encoder layer on one map of any size.
+    """Attention-based intra-scale feature interaction: one post-norm encoder layer on one map of
+    any size.
 
     Args:
         channels: D, a multiple of 4 and of `num_heads`.
@@ -138,7 +154,9 @@ class AIFI(nn.Module):
     def __init__(self, channels: int, feedforward: int = 1024, num_heads: int = 8) -> None:
         super().__init__()
         if channels % 4:
-            raise ValueError(f"got {channels} channels, expected a multiple of 4 for the positional embedding")
+            raise ValueError(
+                f"got {channels} channels, expected a multiple of 4 for the positional embedding"
+            )
         self.ma = SelfAttention(channels, num_heads)
         self.fc1 = nn.Linear(channels, feedforward)
         self.fc2 = nn.Linear(feedforward, channels)
@@ -160,7 +178,8 @@ def gather_bilinear(maps: Tensor, locations: Tensor) -> Tensor:
 
     Args:
         maps: (K, C, H, W).
-        locations: (K, Q, P, 2), x and y in [0, 1] from edge to edge of the map; outside it the map is zero.
+        locations: (K, Q, P, 2), x and y in [0, 1] from edge to edge of the map; outside it the map
+            is zero.
 
     Returns:
         (K, C, Q, P), equal to `grid_sample(maps, 2 * locations - 1, align_corners=False)`.
@@ -170,7 +189,7 @@ def gather_bilinear(maps: Tensor, locations: Tensor) -> Tensor:
     y = (locations[..., 1] * height - 0.5).flatten(1)
     left, top = x.floor(), y.floor()
     flat = maps.flatten(2)
-    total = 0.0
+    total = flat.new_zeros(())
     for column, share_x in ((left, left + 1 - x), (left + 1, x - left)):
         for row, share_y in ((top, top + 1 - y), (top + 1, y - top)):
             inside = (column >= 0) & (column <= width - 1) & (row >= 0) & (row <= height - 1)
@@ -181,7 +200,8 @@ def gather_bilinear(maps: Tensor, locations: Tensor) -> Tensor:
 
 
 class DeformableAttention(nn.Module):
-    """Multi-scale deformable attention (arXiv 2010.04159, eq. 3): each query looks at a few points of each map.
+    """Multi-scale deformable attention (arXiv 2010.04159, eq. 3): each query looks at a few points
+    of each map.
 
     Args:
         width: D, a multiple of `num_heads`.
@@ -193,7 +213,9 @@ class DeformableAttention(nn.Module):
     def __init__(self, width: int, num_heads: int, num_levels: int, num_points: int) -> None:
         super().__init__()
         if width % num_heads:
-            raise ValueError(f"got width {width} and {num_heads} heads, expected a multiple of the heads")
+            raise ValueError(
+                f"got width {width} and {num_heads} heads, expected a multiple of the heads"
+            )
         self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
         self.sampling = SAMPLINGS[0]
         total = num_heads * num_levels * num_points
@@ -241,22 +263,32 @@ class DeformableAttention(nn.Module):
         centre, extent = boxes_cxcywh[:, :, None, None, None].chunk(2, -1)
         locations = centre + offsets / self.num_points * extent * 0.5
         maps = self.value_proj(memory).split([size.height * size.width for size in sizes], 1)
-        output = 0.0
+        output = locations.new_zeros(())
         for level, size in enumerate(sizes):
             sampled = self._sample(maps[level], locations[:, :, :, level], size)
-            output = output + (sampled * weights[:, :, :, level].transpose(1, 2).flatten(0, 1)[:, None]).sum(-1)
+            output = output + (
+                sampled * weights[:, :, :, level].transpose(1, 2).flatten(0, 1)[:, None]
+            ).sum(-1)
         output = output.unflatten(0, (-1, self.num_heads)).flatten(1, 2).transpose(1, 2)
         return self.output_proj(output.to(queries.dtype))
 
     def _sample(self, tokens: Tensor, locations: Tensor, size: MapSize) -> Tensor:
-        """Values of one map, (B, H * W, D), at `locations` (B, Q, M, P, 2): (B * M, D / M, Q, P)."""
+        """Values of one map, (B, H * W, D), at `locations` (B, Q, M, P, 2): (B * M, D / M, Q,
+        P).
+        """
         per_head = tokens.shape[-1] // self.num_heads
-        maps = tokens.transpose(1, 2).reshape(-1, per_head, size.height, size.width).to(locations.dtype)
+        maps = (
+            tokens.transpose(1, 2)
+            .reshape(-1, per_head, size.height, size.width)
+            .to(locations.dtype)
+        )
         locations = locations.transpose(1, 2).flatten(0, 1)
         if self.sampling == "gather":
             return gather_bilinear(maps, locations)
         grid = 2 * locations - 1
-        return functional.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        return functional.grid_sample(
+            maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False
+        )
 
 
 def set_sampling(module: nn.Module, sampling: str) -> None:
@@ -304,7 +336,9 @@ class DecoderLayer(nn.Module):
         sizes: Sequence[MapSize],
         allowed: Tensor | None = None,
     ) -> Tensor:
-        """Refine `queries` (B, Q, D); `position` is their positional embedding, the rest as in the two attentions."""
+        """Refine `queries` (B, Q, D); `position` is their positional embedding, the rest as in the
+        two attentions.
+        """
         queries = self.norm1(queries + self.self_attn(queries, position, allowed))
         seen = self.cross_attn(queries + position, boxes_cxcywh, memory, sizes)
         queries = self.norm2(queries + seen)

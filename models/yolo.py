@@ -82,7 +82,13 @@ class DetectionModel(nn.Module):
                 slots[row.index] = output
             else:
                 maps = output.values() if isinstance(output, Mapping) else output
-                slots.update({slot: m for slot, m in zip(row.map_slots, maps, strict=True) if slot is not None})
+                slots.update(
+                    {
+                        slot: m
+                        for slot, m in zip(row.map_slots, maps, strict=True)
+                        if slot is not None
+                    }
+                )
             for slot in row.release:
                 slots.pop(slot, None)
         return output
@@ -144,7 +150,9 @@ def parse_options(words: Sequence[str]) -> dict[str, Any]:
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or not key.isidentifier():
-            raise ConfigError(f"--backbone: got {word!r}, expected key=value such as pretrained=true.")
+            raise ConfigError(
+                f"--backbone: got {word!r}, expected key=value such as pretrained=true."
+            )
         options[key] = resolve(value, {})
     return options
 
@@ -159,8 +167,18 @@ def _import_code(spec: ModelSpec, allowed: bool) -> None:
         path = path if path.is_file() else Path(name)
         try:
             modules.import_outside(path)
-        except (OSError, ImportError, SyntaxError, NameError, AttributeError, TypeError, ValueError) as error:
-            raise ConfigError(f"{spec.file} imports: {name} cannot be imported - {error}.") from error
+        except (
+            OSError,
+            ImportError,
+            SyntaxError,
+            NameError,
+            AttributeError,
+            TypeError,
+            ValueError,
+        ) as error:
+            raise ConfigError(
+                f"{spec.file} imports: {name} cannot be imported - {error}."
+            ) from error
 
 
 def parse_model(
@@ -168,9 +186,11 @@ def parse_model(
 ) -> DetectionModel:
     """Build the rows of `spec` and tell the head its strides."""
     built, rows = build_rows(spec, imgsz)
-    head = built[-1]
+    head: Any = built[-1]
     if not hasattr(head, "decode"):
-        raise ConfigError(f"{spec.file} {rows[-1].place} {rows[-1].module}: is the last row, expected a head such as Detect.")
+        raise ConfigError(
+            f"{spec.file} {rows[-1].place} {rows[-1].module}: is the last row, expected a head such as Detect."
+        )
     strides = {row.index: row.strides[-1] for row in rows if row.map_slots is None and row.strides}
     for row in rows:
         filled = sorted(slot for slot in row.map_slots or () if slot is not None)
@@ -201,20 +221,26 @@ def _activation(spec: ModelSpec) -> Callable[[], nn.Module]:
     try:
         getattr(nn, name)(*values, **options)
     except TypeError as error:
-        raise ConfigError(f"{spec.file} activation: got {spec.activation!r}, which cannot be built - {error}.") from error
+        raise ConfigError(
+            f"{spec.file} activation: got {spec.activation!r}, which cannot be built - {error}."
+        ) from error
     return lambda: getattr(nn, name)(*values, **options)
 
 
 def model_from_checkpoint(checkpoint: Mapping[str, Any]) -> DetectionModel:
     """Rebuild the model of one of our checkpoints (EMA weights if it has them)."""
     model = build_model(
-        checkpoint["config"], names=checkpoint["names"], imgsz=tuple(checkpoint.get("imgsz", (640, 640)))
+        checkpoint["config"],
+        names=checkpoint["names"],
+        imgsz=tuple(checkpoint.get("imgsz", (640, 640))),
     )
     state = checkpoint["ema"]["model"] if checkpoint.get("ema") else checkpoint["model"]
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise CheckpointError(f"weights do not fit their own config - {' '.join(str(error).split())[:300]}") from error
+        raise CheckpointError(
+            f"weights do not fit their own config - {' '.join(str(error).split())[:300]}"
+        ) from error
     return model
 
 
@@ -241,13 +267,21 @@ def describe(model: DetectionModel, imgsz: tuple[int, int]) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table of a model."""
     parser = ArgumentParser(description="Print the table of a model, without touching data.")
-    parser.add_argument("--cfg", default="yolov5n.yaml", help="model YAML, or a name in models/detect")
-    parser.add_argument("--imgsz", nargs="+", type=integer(1), default=[640], help="size, or height and width")
+    parser.add_argument(
+        "--cfg", default="yolov5n.yaml", help="model YAML, or a name in models/detect"
+    )
+    parser.add_argument(
+        "--imgsz", nargs="+", type=integer(1), default=[640], help="size, or height and width"
+    )
     parser.add_argument("--scale", default=None, help="size letter of a YAML with scales")
     parser.add_argument("--nc", type=integer(1), default=None, help="number of classes")
-    parser.add_argument("--backbone", nargs="+", default=None, metavar="NAME", help="NAME [key=value ...]")
+    parser.add_argument(
+        "--backbone", nargs="+", default=None, metavar="NAME", help="NAME [key=value ...]"
+    )
     parser.add_argument("--allow-code", action="store_true", help="let the YAML's imports run")
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object as the last line"
+    )
     options = parser.parse_args(arguments)
     imgsz = parse_imgsz(options.imgsz, 32)
     model = build_model(
@@ -257,8 +291,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     record = describe(model, imgsz)
     print(format_table(model))
     size = f"{imgsz[0]}x{imgsz[1]}"
-    print(f"training form: {record['params']:,} parameters, {record['gflops']:.2f} GFLOPs at {size} (2 x GMACs)")
-    print(f"deployed form: {record['params_deployed']:,} parameters, {record['gflops_deployed']:.2f} GFLOPs at {size}")
+    print(
+        f"training form: {record['params']:,} parameters, {record['gflops']:.2f} GFLOPs at {size} (2 x GMACs)"
+    )
+    print(
+        f"deployed form: {record['params_deployed']:,} parameters, {record['gflops_deployed']:.2f} GFLOPs at {size}"
+    )
     if options.json:
         print(json.dumps(record))
 

@@ -1,4 +1,4 @@
-"""What tests of several rooms share: the project on the path, a tiny data set, the scripts as a user runs them."""
+"""What tests share: the project on the path, a tiny data set, the scripts as a user runs them."""
 
 from __future__ import annotations
 

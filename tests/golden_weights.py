@@ -1,6 +1,7 @@
-"""Weights that depend on nothing but key, shape and kind of each tensor, and the image and targets used with them.
+"""Weights that depend only on key, shape and kind of each tensor; the image and targets for them.
 
-Two implementations with the same state-dict keys get the same weights and must give the same numbers.
+Two implementations with the same state-dict keys get the same weights and must give the same
+numbers.
 """
 
 from __future__ import annotations

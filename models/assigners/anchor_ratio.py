@@ -37,7 +37,9 @@ def match_sizes(sizes: Tensor, anchors: Tensor, threshold: float) -> Tensor:
 
 
 @torch.no_grad()
-def assign_level(boxes: Tensor, anchors: Tensor, grid: tuple[int, int], threshold: float) -> AnchorMatches:
+def assign_level(
+    boxes: Tensor, anchors: Tensor, grid: tuple[int, int], threshold: float
+) -> AnchorMatches:
     """Match the objects of a batch to the predictions of one level.
 
     Example: a box centred at (2.3, 4.6) on a 10 x 10 grid belongs to the cell in column 2, row 4, and to its
@@ -49,7 +51,9 @@ def assign_level(boxes: Tensor, anchors: Tensor, grid: tuple[int, int], threshol
         grid: cells (H, W).
         threshold: largest ratio of sides, `anchor_t`.
     """
-    anchor_index, object_index = match_sizes(boxes[:, 2:], anchors, threshold).nonzero(as_tuple=True)
+    anchor_index, object_index = match_sizes(boxes[:, 2:], anchors, threshold).nonzero(
+        as_tuple=True
+    )
     centre = boxes[object_index, :2]
     limit = centre.new_tensor([grid[1], grid[0]])
     own = torch.ones(len(centre), dtype=torch.bool, device=centre.device)

@@ -1,6 +1,8 @@
-"""Set matching: each object gets the one query that costs least, all objects together (DETR, arXiv 2005.12872, eq. 1).
+"""Set matching: each object gets the one query that costs least, all objects together (DETR, arXiv
+2005.12872, eq. 1).
 
-Letters: S stages matched independently, B batch, Q queries, C classes, N objects of the batch, n objects of an image.
+Letters: S stages matched independently, B batch, Q queries, C classes, N objects of the batch, n
+    objects of an image.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from torch import Tensor
 from utils.boxes import cxcywh_to_xyxy, generalized_iou
 
 PROBABILITY_EPS = 1e-8
-WORST_COST = 1e6  # in place of a cost that is no number: such a pair is matched only if nothing else is left
+WORST_COST = (
+    1e6  # in place of a cost that is no number: such a pair is matched only if nothing else is left
+)
 
 
 class Match(NamedTuple):
@@ -37,13 +41,13 @@ class Match(NamedTuple):
 class HungarianAssigner:
     """One-to-one matching at least total cost, image by image.
 
-    The cost of a pair is `cost_class` x focal difference of the object's class (what the query's focal loss
-    changes by if the class is right) + `cost_l1` x sum of |difference| of the normalised cxcywh boxes
-    - `cost_giou` x their GIoU. Of an image with more objects than queries, as many objects as there are queries are
-    matched.
+    The cost of a pair is `cost_class` x focal difference of the object's class (what the query's
+    focal loss changes by if the class is right) + `cost_l1` x sum of |difference| of the normalised
+    cxcywh boxes - `cost_giou` x their GIoU. Of an image with more objects than queries, as many
+    objects as there are queries are matched.
 
-    With costs as below the answer is query 2 for object 0 and query 0 for object 1, 1 + 1 = 2, although query 0 is
-    the best of object 0 too:
+    With costs as below the answer is query 2 for object 0 and query 0 for object 1, 1 + 1 = 2,
+    although query 0 is the best of object 0 too:
 
         query   object 0   object 1
           0        0          1
@@ -66,7 +70,12 @@ class HungarianAssigner:
 
     @torch.no_grad()
     def __call__(
-        self, logits: Tensor, boxes: Tensor, image_index: Tensor, labels: Tensor, object_boxes: Tensor
+        self,
+        logits: Tensor,
+        boxes: Tensor,
+        image_index: Tensor,
+        labels: Tensor,
+        object_boxes: Tensor,
     ) -> Match:
         """Match every stage and image.
 
@@ -77,32 +86,50 @@ class HungarianAssigner:
             labels: class of each object, (N,).
             object_boxes: cxcywh, normalised, (N, 4).
         """
-        per_image = [(image_index == image).nonzero().squeeze(1) for image in range(logits.shape[1])]
+        per_image = [
+            (image_index == image).nonzero().squeeze(1) for image in range(logits.shape[1])
+        ]
         costs = [
             self.costs(logits[:, image], boxes[:, image], labels[objects], object_boxes[objects])
             for image, objects in enumerate(per_image)
         ]
-        merged = torch.cat(costs, -1).cpu() if costs else logits.new_zeros(0)  # one transfer for all
+        merged = (
+            torch.cat(costs, -1).cpu() if costs else logits.new_zeros(0)
+        )  # one transfer for all
         pairs = [
             _solve(cost, image, objects.cpu())
             for image, (cost, objects) in enumerate(
-                zip(merged.split([len(objects) for objects in per_image], -1), per_image, strict=True)
+                zip(
+                    merged.split([len(objects) for objects in per_image], -1),
+                    per_image,
+                    strict=True,
+                )
             )
         ]
         stage, image, query, chosen = torch.cat(pairs, 1).to(logits.device)
         return Match(stage, image, query, chosen)
 
     def costs(self, logits: Tensor, boxes: Tensor, labels: Tensor, object_boxes: Tensor) -> Tensor:
-        """Cost of each query for each object, (..., Q, n), from (..., Q, C), (..., Q, 4), (n,) and (n, 4)."""
+        """Cost of each query for each object, (..., Q, n), from (..., Q, C), (..., Q, 4), (n,) and
+        (n, 4).
+        """
         probability = logits.float().sigmoid()[..., labels]
         boxes, object_boxes = boxes.float(), object_boxes.float()
-        present = self.alpha * (1 - probability) ** self.gamma * -(probability + PROBABILITY_EPS).log()
-        absent = (1 - self.alpha) * probability**self.gamma * -(1 - probability + PROBABILITY_EPS).log()
+        present = (
+            self.alpha * (1 - probability) ** self.gamma * -(probability + PROBABILITY_EPS).log()
+        )
+        absent = (
+            (1 - self.alpha) * probability**self.gamma * -(1 - probability + PROBABILITY_EPS).log()
+        )
         distance = torch.cdist(boxes, object_boxes.expand(*boxes.shape[:-2], -1, -1), p=1)
         overlap = generalized_iou(
             cxcywh_to_xyxy(boxes)[..., :, None, :], cxcywh_to_xyxy(object_boxes)[..., None, :, :]
         )
-        cost = self.cost_class * (present - absent) + self.cost_l1 * distance - self.cost_giou * overlap
+        cost = (
+            self.cost_class * (present - absent)
+            + self.cost_l1 * distance
+            - self.cost_giou * overlap
+        )
         return cost.nan_to_num(WORST_COST, WORST_COST, WORST_COST)
 
 
@@ -115,7 +142,9 @@ def solve_assignment(cost: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _solve(costs: Tensor, image: int, objects: Tensor) -> Tensor:
-    """Pairs of one image as rows (stage, image, query, object) of a (4, P) tensor, from costs (S, Q, n)."""
+    """Pairs of one image as rows (stage, image, query, object) of a (4, P) tensor, from costs (S,
+    Q, n).
+    """
     found = [objects.new_zeros(4, 0)]
     for stage, cost in enumerate(costs):
         queries, columns = solve_assignment(cost)

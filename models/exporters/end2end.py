@@ -1,10 +1,12 @@
 """NMS or top-k as an ONNX graph, put behind a network that gives boxes and scores.
 
-Letters: N batch, A anchor points, C classes, S boxes that NMS selects in the whole batch, K `max_det`.
+Letters: N batch, A anchor points, C classes, S boxes that NMS selects in the whole batch, K
+    `max_det`.
 
-The graphs do what `models.postprocess` does with one label a box: the best class of each box counts, boxes
-suppress others of their class, the K best of each image stay. Every image gets K rows; those after its last
-detection are zeros. All shapes come from the tensors, so batch and image size may be dynamic.
+The graphs do what `models.postprocess` does with one label a box: the best class of each box
+counts, boxes suppress others of their class, the K best of each image stay. Every image gets K
+rows; those after its last detection are zeros. All shapes come from the tensors, so batch and
+image size may be dynamic.
 """
 
 from __future__ import annotations
@@ -62,7 +64,8 @@ _SUPPRESS = """
     keys = Where (is_of_image, score_row, absent)
 """
 
-# `keys` (N, S) -> the K best of each image; K rows of zeros are appended so that there are always K.
+# `keys` (N, S) -> the K best of each image; K rows of zeros are appended so that there are always
+# K.
 _SORT = """
     filler_keys_shape = Concat <axis = 0> (batch, limit)
     filler_keys = ConstantOfShape <value = float[1] {{-1.0}}> (filler_keys_shape)

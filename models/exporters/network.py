@@ -1,4 +1,5 @@
-"""What is exported: the fused network with its decoding as one module, and what the file says of it."""
+"""What is exported: the fused network with its decoding as one module, and what the file says of
+it."""
 
 from __future__ import annotations
 
@@ -68,7 +69,8 @@ class ExportOptions:
 
 
 class Decode(nn.Module):
-    """The head's decoding under a name of its own, so that tools can leave it out of quantisation."""
+    """The head's decoding under a name of its own, so that tools can leave it out of
+    quantisation."""
 
     def __init__(self, head: Any, form: str) -> None:
         super().__init__()
@@ -124,7 +126,8 @@ def example(options: ExportOptions, batch: int | None = None) -> Tensor:
 
 
 def blobs(batch: int, imgsz: tuple[int, int], seed: int) -> Tensor:
-    """Smooth random images (batch, 3, H, W) in [0, 1]: unlike noise, they look different everywhere."""
+    """Smooth random images (batch, 3, H, W) in [0, 1]: unlike noise, they look different
+    everywhere."""
     generator = torch.Generator().manual_seed(seed)
     small = torch.rand(
         batch, 3, max(imgsz[0] // 16, 2), max(imgsz[1] // 16, 2), generator=generator

@@ -63,16 +63,17 @@ def trace_onnx(network: ExportNetwork, options: ExportOptions, path: Path) -> An
     import onnx
 
     images = example(options)
-    knows_dynamo = "dynamo" in inspect.signature(torch.onnx.export).parameters
+    chooses = "dynamo" in inspect.signature(torch.onnx.export).parameters
+    legacy: dict[str, Any] = {"dynamo": False} if chooses else {}
     outputs = _output_names(network, images)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecation of the exporter, constants that were checked
         if options.dynamo:
-            return _trace_dynamo(network, images, outputs, options, knows_dynamo)
+            return _trace_dynamo(network, images, outputs, options, chooses)
         torch.onnx.export(
             network, (images,), str(path), input_names=[INPUT], output_names=outputs,
             opset_version=options.opset, dynamic_axes=_dynamic_axes(options, outputs),
-            **({"dynamo": False} if knows_dynamo else {}),
+            **legacy,
         )  # fmt: skip
     return onnx.load(str(path))
 
@@ -95,9 +96,10 @@ def _trace_dynamo(
             "--dynamo needs onnxscript. pip install onnxscript, or leave it out."
         ) from error
     program = torch.onnx.export(
-        network, (images,), input_names=[INPUT], output_names=outputs, opset_version=max(options.opset, 18),
-        dynamic_shapes=dynamic_shapes(options, network.network.max_stride), dynamo=True, verbose=False,
-    )  # fmt: skip
+        network, (images,), input_names=[INPUT], output_names=outputs,
+        opset_version=max(options.opset, 18), dynamic_shapes=dynamic_shapes(options,
+    network.network.max_stride), dynamo=True, verbose=False, )  # fmt: skip
+    assert program is not None
     return program.model_proto
 
 

@@ -17,7 +17,8 @@ from utils.errors import ConfigError
 
 
 def export_torchscript(model: DetectionModel, options: ExportOptions, weights: Path) -> Path:
-    """Write `<stem>.torchscript`; any batch and size that the network takes, whatever was traced."""
+    """Write `<stem>.torchscript`; any batch and size that the network takes, whatever was
+    traced."""
     path = beside(weights, options, ".torchscript")
     network = build_network(model, options, half=options.half)
     with torch.no_grad(), warnings.catch_warnings():

@@ -26,26 +26,27 @@ EXACT = 1e-5
 """Slack in the rules of NMS for sums that another runtime rounds in another way."""
 
 
-class ExportMismatch(UserError):
+class ExportMismatchError(UserError):
     """An artifact does not give what the network gives."""
 
 
 class Gap(NamedTuple):
-    """Where two tensors differ most: by how much, by how much of the largest value, and both values.
+    """Where two tensors differ most: by how much, by how much of the largest value, and both
+    values.
 
     Attributes:
         what: "box" or "score".
         largest: largest |difference|.
         relative: the same over the largest |value|.
         told: both values, in words.
-        count: rows compared.
+        rows: how many were compared.
     """
 
     what: str
     largest: float
     relative: float
     told: str
-    count: int
+    rows: int
 
 
 class Case(NamedTuple):
@@ -58,7 +59,7 @@ class Case(NamedTuple):
         relative_boxes: the same over the largest coordinate.
         scores: largest |difference| of a score.
         relative_scores: the same over the largest score.
-        count: rows compared.
+        rows: how many were compared.
         detections: compared after the NMS or top-k of an end-to-end graph.
     """
 
@@ -68,14 +69,14 @@ class Case(NamedTuple):
     relative_boxes: float
     scores: float
     relative_scores: float
-    count: int
+    rows: int
     detections: int
 
     def __str__(self) -> str:
         height, width = self.imgsz
         kept = f" and {self.detections} detections" if self.detections else ""
         return (
-            f"batch {self.batch} at {height}x{width}: {self.count} boxes{kept}, max |difference| "
+            f"batch {self.batch} at {height}x{width}: {self.rows} boxes{kept}, max |difference| "
             f"{self.boxes:.2e} px ({self.relative_boxes:.1e}), scores {self.scores:.2e} "
             f"({self.relative_scores:.1e})"
         )
@@ -84,8 +85,8 @@ class Case(NamedTuple):
 def verify(path: Path, model: DetectionModel, options: ExportOptions) -> list[Case]:
     """Compare at the traced batch and size and, where they are dynamic, at others too.
 
-    NMS inside a graph is judged on the very boxes and scores it was given, and these are compared with the
-    network's: nearly equal scores may else be ranked either way.
+    NMS inside a graph is judged on the very boxes and scores it was given, and these are compared
+    with the network's: nearly equal scores may else be ranked either way.
 
     Args:
         path: the artifact.
@@ -93,7 +94,8 @@ def verify(path: Path, model: DetectionModel, options: ExportOptions) -> list[Ca
         options: what the artifact was made with.
 
     Raises:
-        ExportMismatch: a difference is beyond the tolerance; both values are told. Integer artifacts
+        ExportMismatchError: a difference is beyond the tolerance; both values are told. Integer
+            artifacts
             are only required to be finite: what they lose is measured as mAP.
     """
     if options.raw:
@@ -102,7 +104,7 @@ def verify(path: Path, model: DetectionModel, options: ExportOptions) -> list[Ca
         backend = open_artifact(path, options.device, taps=TAPS)
     else:
         backend = load_backend(path, options.device)
-    cases = []
+    cases: list[Case] = []
     for batch, imgsz in cases_of(backend, options):
         images = blobs(batch, imgsz, seed=len(cases) + 1).to(options.device)
         with torch.no_grad():
@@ -151,7 +153,8 @@ def cases_of(backend: Backend, options: ExportOptions) -> list[tuple[int, tuple[
 
 
 def _in_order_of(expected: Decoded, found: Decoded, scale: int) -> Decoded:
-    """Bring a set of predictions into the order of another: equal scores may be ranked either way."""
+    """Bring a set of predictions into the order of another: equal scores may be ranked either
+    way."""
     from scipy.optimize import linear_sum_assignment
 
     boxes, scores = [], []
@@ -198,9 +201,9 @@ def selection_fault(
 ) -> str:
     """What is wrong with `found` as the NMS or top-k of one image; empty if nothing.
 
-    Greedy suppression is settled by its rules, whatever order equal scores are taken in: what is kept comes
-    from the candidates, best first, nothing kept overlaps a better one of its class, and whatever is
-    missing overlaps a better one that is kept, or is worse than all of a full list.
+    Greedy suppression is settled by its rules, whatever order equal scores are taken in: what is
+    kept comes from the candidates, best first, nothing kept overlaps a better one of its class,
+    and whatever is missing overlaps a better one that is kept, or is worse than all of a full list.
 
     Args:
         found: detections, K.
@@ -237,7 +240,8 @@ def selection_fault(
     is_better = found.scores[:, None] >= best - EXACT
     covered = ((overlap > options.iou_thres - EXACT) & is_better).any(0)
     if bool((missing & ~covered).any()):
-        return f"{int((missing & ~covered).sum())} candidates missing that nothing suppresses"
+        count = int((missing & ~covered).sum())
+        return f"{count} candidates missing that nothing suppresses"
     among = box_iou(found.boxes, found.boxes) * (found.labels[:, None] == found.labels)
     if bool((among.triu(1) > options.iou_thres + EXACT).any()):
         return "two detections of one class that overlap too much"
@@ -245,23 +249,15 @@ def selection_fault(
 
 
 def _case(gaps: list[Gap], batch: int, imgsz: tuple[int, int]) -> Case:
-    worst = {
-        kind: max((g for g in gaps if (g.what == "box") == (kind == "box")), key=lambda g: g.relative,
-                  default=Gap(kind, 0.0, 0.0, "nothing", 0))
-        for kind in ("box", "score")
-    }  # fmt: skip
-    box, score = worst["box"], worst["score"]
-    detections = sum(g.count for g in gaps[2:] if g.what == "box")
-    return Case(
-        batch,
-        imgsz,
-        box.largest,
-        box.relative,
-        score.largest,
-        score.relative,
-        gaps[0].count,
-        detections,
+    none = Gap("", 0.0, 0.0, "nothing", 0)
+    box, score = (
+        max((g for g in gaps if g.what == what), key=lambda g: g.relative, default=none)
+        for what in ("box", "score")
     )
+    detections = sum(g.rows for g in gaps[2:] if g.what == "box")
+    shape = (batch, imgsz)
+    differences = (box.largest, box.relative, score.largest, score.relative)
+    return Case(*shape, *differences, gaps[0].rows, detections)
 
 
 def _require(case: Case, gaps: list[Gap], path: Path, options: ExportOptions) -> None:
@@ -272,7 +268,7 @@ def _require(case: Case, gaps: list[Gap], path: Path, options: ExportOptions) ->
     if worst is None or (options.int8 and worst.relative < float("inf")):
         return
     if not worst.relative <= limit:
-        raise ExportMismatch(
-            f"{path}: differs from PyTorch, {case} - got {worst.told}; expected at most {limit:.0e} "
-            "of the largest value. The file stays for inspection; do not use it."
+        raise ExportMismatchError(
+            f"{path}: differs from PyTorch, {case} - got {worst.told}; expected at most "
+            f"{limit:.0e} of the largest value. The file stays for inspection; do not use it."
         )

@@ -36,10 +36,16 @@ def anchor_rule(in_channels: Sequence[int], args: Sequence[object], scaling: Sca
     num_classes, anchors = args[0], args[1]
     if isinstance(anchors, int):
         anchors = [_default_anchors(anchors, stride) for stride in scaling.strides]
-    if not isinstance(anchors, list) or not all(isinstance(row, list) and len(row) % 2 == 0 for row in anchors):
-        raise LayerError(f"got anchors {anchors!r}, expected a number or one list of widths and heights a level")
+    if not isinstance(anchors, list) or not all(
+        isinstance(row, list) and len(row) % 2 == 0 for row in anchors
+    ):
+        raise LayerError(
+            f"got anchors {anchors!r}, expected a number or one list of widths and heights a level"
+        )
     if len(anchors) != len(levels):
-        raise LayerError(f"got {len(levels)} inputs and {len(anchors)} rows of anchors, expected one row an input")
+        raise LayerError(
+            f"got {len(levels)} inputs and {len(anchors)} rows of anchors, expected one row an input"
+        )
     return Plan([num_classes, anchors, levels], levels)
 
 
@@ -61,7 +67,9 @@ class AnchorDetect(nn.Module):
     postprocess = "nms"
     anchors: Tensor
 
-    def __init__(self, num_classes: int, anchors: Sequence[Sequence[float]], channels: Sequence[int]) -> None:
+    def __init__(
+        self, num_classes: int, anchors: Sequence[Sequence[float]], channels: Sequence[int]
+    ) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.strides: tuple[int, ...] = ()
@@ -76,24 +84,31 @@ class AnchorDetect(nn.Module):
         self.strides = tuple(strides)
         self.anchors /= self.anchors.new_tensor(self.strides).view(-1, 1, 1)
         for convolution, stride in zip(self.m, self.strides, strict=True):
-            bias = convolution.bias.detach().view(self.num_anchors, -1)
+            bias: Tensor = convolution.bias.detach().view(self.num_anchors, -1)  # type: ignore[operator, union-attr]
             bias[:, 4] += math.log(OBJECTS_PER_IMAGE / (640 / stride) ** 2)
             bias[:, 5:] += math.log(0.6 / (self.num_classes - 0.99999))
-            convolution.bias = nn.Parameter(bias.flatten())
 
     def forward(self, features: Sequence[Tensor], targets: Targets | None = None) -> AnchorRaw:
         """Raw predictions for one feature map (B, C, H, W) a level."""
-        return AnchorRaw(tuple(self._split(conv(x)) for conv, x in zip(self.m, features, strict=True)))
+        return AnchorRaw(
+            tuple(self._split(conv(x)) for conv, x in zip(self.m, features, strict=True))
+        )
 
     def _split(self, x: Tensor) -> Tensor:
         batch, _, height, width = x.shape
-        return x.view(batch, self.num_anchors, 5 + self.num_classes, height, width).permute(0, 1, 3, 4, 2).contiguous()
+        return (
+            x.view(batch, self.num_anchors, 5 + self.num_classes, height, width)
+            .permute(0, 1, 3, 4, 2)
+            .contiguous()
+        )
 
     def decode(self, raw: AnchorRaw) -> Decoded:
         """Boxes (B, A, 4) in xyxy pixels, scores (B, A, C) = objectness times class."""
         flat = self._sigmoid_boxes(raw)
         centre, half = flat[..., :2], flat[..., 2:4] / 2
-        return Decoded(torch.cat((centre - half, centre + half), -1), flat[..., 5:] * flat[..., 4:5])
+        return Decoded(
+            torch.cat((centre - half, centre + half), -1), flat[..., 5:] * flat[..., 4:5]
+        )
 
     def export_layout(self, raw: AnchorRaw) -> Tensor:
         """(B, A, 5 + C): cxcywh in pixels, objectness, class probabilities."""

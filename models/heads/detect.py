@@ -20,10 +20,16 @@ def _rule(in_channels: Sequence[Any], args: Sequence[Any], scaling: Scaling) -> 
     if len(args) == 1:
         levels = [single([channels]) for channels in in_channels]
         return Plan([args[0], 16, None, levels], levels)
-    raise LayerError(f"got {len(args)} arguments {list(args)}, expected [nc, anchors] (YOLOv5) or [nc] (YOLO11)")
+    raise LayerError(
+        f"got {len(args)} arguments {list(args)}, expected [nc, anchors] (YOLOv5) or [nc] (YOLO11)"
+    )
 
 
 @register(_rule, "Detect")
 def build_detect(num_classes: int, *rest: Any) -> nn.Module:
     """The head that the row's arguments mean."""
-    return AnchorDetect(num_classes, *rest) if isinstance(rest[0], list) else DFLDetect(num_classes, *rest)
+    return (
+        AnchorDetect(num_classes, *rest)
+        if isinstance(rest[0], list)
+        else DFLDetect(num_classes, *rest)
+    )

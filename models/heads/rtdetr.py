@@ -1,10 +1,14 @@
-"""RT-DETR's decoder head: the best encoder tokens become queries, decoder layers refine them into a set of boxes.
+"""RT-DETR's decoder head: the best encoder tokens become queries, decoder layers refine them into a
+set of boxes.
 
-Sources: RT-DETR (arXiv 2304.08069); contrastive denoising from DINO (arXiv 2203.03605, section 3.3); gradients of a
+Sources: RT-DETR (arXiv 2304.08069); contrastive denoising from DINO (arXiv 2203.03605, section
+    3.3); gradients of a
 box reach the layer before it ("look forward twice", the same paper).
 
-Letters: B batch, C classes, D width, L levels, N tokens of all maps, Q queries, K denoising queries, S decoder stages,
-G denoising groups, M most objects of an image. Boxes are cxcywh, normalised to [0, 1] by the image size.
+Letters: B batch, C classes, D width, L levels, N tokens of all maps, Q queries, K denoising
+    queries, S decoder stages,
+G denoising groups, M most objects of an image. Boxes are cxcywh, normalised to [0, 1] by the image
+size.
 """
 
 from __future__ import annotations
@@ -18,7 +22,15 @@ from torch import Tensor, nn
 
 from models.common import batch_norm
 from models.registry import Plan, Scaling, first_argument, register, single
-from models.transformer import MLP, Decoder, DecoderLayer, LayerNorm, MapSize, inverse_sigmoid, widen
+from models.transformer import (
+    MLP,
+    Decoder,
+    DecoderLayer,
+    LayerNorm,
+    MapSize,
+    inverse_sigmoid,
+    widen,
+)
 from utils.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 from utils.structures import Decoded, Targets
 
@@ -110,8 +122,9 @@ class RTDETRDecoder(nn.Module):
         num_heads: attention heads.
         num_layers: decoder layers.
         feedforward: width of the decoder's feed-forward parts.
-        num_denoising: about how many noisy copies of objects, right and wrong ones each, an image trains with;
-            also the most objects of one image that are copied. 0 switches denoising off.
+        num_denoising: about how many noisy copies of objects, right and wrong ones each, an image
+            trains with; also the most objects of one image that are copied. 0 switches denoising
+            off.
         label_noise: twice the probability that a copy gets a random class.
         box_noise: how far a copy's corners move, in half sides (wrong copies: up to twice as far).
     """
@@ -142,7 +155,10 @@ class RTDETRDecoder(nn.Module):
             nn.Sequential(nn.Conv2d(c, hidden, 1, bias=False), batch_norm(hidden)) for c in channels
         )
         self.decoder = Decoder(
-            [DecoderLayer(hidden, num_heads, feedforward, len(channels), num_points) for _ in range(num_layers)]
+            [
+                DecoderLayer(hidden, num_heads, feedforward, len(channels), num_points)
+                for _ in range(num_layers)
+            ]
         )
         if num_denoising:
             self.denoising_class_embed = nn.Embedding(num_classes, hidden)
@@ -150,8 +166,12 @@ class RTDETRDecoder(nn.Module):
         self.enc_output = nn.Sequential(nn.Linear(hidden, hidden), LayerNorm(hidden))
         self.enc_score_head = nn.Linear(hidden, num_classes)
         self.enc_bbox_head = MLP(hidden, hidden, 4, num_layers=3)
-        self.dec_score_head = nn.ModuleList(nn.Linear(hidden, num_classes) for _ in range(num_layers))
-        self.dec_bbox_head = nn.ModuleList(MLP(hidden, hidden, 4, num_layers=3) for _ in range(num_layers))
+        self.dec_score_head = nn.ModuleList(
+            nn.Linear(hidden, num_classes) for _ in range(num_layers)
+        )
+        self.dec_bbox_head = nn.ModuleList(
+            MLP(hidden, hidden, 4, num_layers=3) for _ in range(num_layers)
+        )
         self._initialize_weights()
 
     def _initialize_weights(self) -> None:
@@ -169,7 +189,9 @@ class RTDETRDecoder(nn.Module):
         self.strides = tuple(strides)
 
     def forward(self, features: list[Tensor], targets: Targets | None = None) -> RTDETRRaw:
-        """Predict from maps (B, C_l, H_l, W_l), finest first; in training `targets` add denoising queries."""
+        """Predict from maps (B, C_l, H_l, W_l), finest first; in training `targets` add denoising
+        queries.
+        """
         sizes = [MapSize(*feature.shape[-2:]) for feature in features]
         image_size = (sizes[0].height * self.strides[0], sizes[0].width * self.strides[0])
         projected = [proj(feature) for proj, feature in zip(self.input_proj, features, strict=True)]
@@ -188,9 +210,16 @@ class RTDETRDecoder(nn.Module):
         count = 0 if noisy is None else noisy.labels.shape[1]
         denoising = None
         if noisy is not None:
-            denoising = Denoising(logits[:, :, :count], boxes[:, :, :count], noisy.object_index, noisy.groups)
+            denoising = Denoising(
+                logits[:, :, :count], boxes[:, :, :count], noisy.object_index, noisy.groups
+            )
         return RTDETRRaw(
-            logits[:, :, count:], boxes[:, :, count:], selected.logits, selected.boxes, denoising, image_size
+            logits[:, :, count:],
+            boxes[:, :, count:],
+            selected.logits,
+            selected.boxes,
+            denoising,
+            image_size,
         )
 
     def _select(self, memory: Tensor, sizes: Sequence[MapSize]) -> Selected:
@@ -206,14 +235,23 @@ class RTDETRDecoder(nn.Module):
         return Selected(chosen, chosen_logits, boxes)
 
     def _query_count(self, sizes: Sequence[MapSize]) -> int:
-        """Q, or the number of cells where there are fewer; a graph with dynamic sizes is for maps that have Q."""
+        """Q, or the number of cells where there are fewer; a graph with dynamic sizes is for maps
+        that have Q.
+        """
         cells = sum(size.height * size.width for size in sizes)
         return min(self.num_queries, cells) if isinstance(cells, int) else self.num_queries
 
     def _refine(
-        self, content: Tensor, boxes: Tensor, memory: Tensor, sizes: Sequence[MapSize], allowed: Tensor | None
+        self,
+        content: Tensor,
+        boxes: Tensor,
+        memory: Tensor,
+        sizes: Sequence[MapSize],
+        allowed: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Run the decoder: logits (S, B, Q, C) and boxes (S, B, Q, 4) of all stages, in eval mode of the last."""
+        """Run the decoder: logits (S, B, Q, C) and boxes (S, B, Q, 4) of all stages, in eval mode
+        of the last.
+        """
         stage_logits, stage_boxes = [], []
         before = boxes  # with the gradient of the previous layer; `boxes` has none
         for number, layer in enumerate(self.decoder.layers):
@@ -245,8 +283,8 @@ class RTDETRDecoder(nn.Module):
     def _embed(self, noisy: NoisyQueries | None, like: Tensor) -> tuple[Tensor, Tensor]:
         """Content (B, K, D) and boxes (B, K, 4) of the noisy queries.
 
-        Without any, K is 0; the empty content still hangs on the embedding, so that every parameter has a
-        gradient in every step, which DistributedDataParallel counts on.
+        Without any, K is 0; the empty content still hangs on the embedding, so that every parameter
+        has a gradient in every step, which DistributedDataParallel counts on.
         """
         weight = self.denoising_class_embed.weight
         if noisy is None:
@@ -270,7 +308,8 @@ class RTDETRDecoder(nn.Module):
 def start_boxes(sizes: Sequence[MapSize], like: Tensor) -> tuple[Tensor, Tensor]:
     """Logits of the boxes that tokens start from, (N, 4), and which of the tokens are used, (N, 1).
 
-    A token's box is centred on its cell; its side is `CELL_BOX` on the first map and doubles from map to map.
+    A token's box is centred on its cell; its side is `CELL_BOX` on the first map and doubles from
+    map to map.
     """
     per_map = []
     for level, size in enumerate(sizes):
@@ -295,18 +334,22 @@ def noisy_queries(
     box_noise: float,
     generator: torch.Generator | None = None,
 ) -> NoisyQueries | None:
-    """Copies of the objects with wrong classes and shifted corners, in groups of M right and M wrong ones.
+    """Copies of the objects with wrong classes and shifted corners, in groups of M right and M
+    wrong ones.
 
-    A right copy's corners stay within half a side of the object's, a wrong one's move further and must be
-    rejected. Random numbers come from the CPU generator, torch's global one by default: the noise is the same on
-    every device, follows the run's seed and is restored with it from a checkpoint.
+    A right copy's corners stay within half a side of the object's, a wrong one's move further and
+    must be rejected. Random numbers come from the CPU generator, torch's global one by default: the
+    noise is the same on every device, follows the run's seed and is restored with it from a
+    checkpoint.
 
     Args:
-        targets: objects of the batch; of an image with more than `count`, a random choice of `count` is taken.
+        targets: objects of the batch; of an image with more than `count`, a random choice of
+            `count` is taken.
         batch: B.
         image_size: (height, width) in pixels.
         num_classes: C.
-        count: queries of an image are about twice this, G * M being as near to it as it can be from below.
+        count: queries of an image are about twice this, G * M being as near to it as it can be from
+            below.
         label_noise: twice the probability of a random class.
         box_noise: scale of the shifts.
         generator: source of randomness, on the CPU.
@@ -335,11 +378,14 @@ def noisy_queries(
     corners = (corners + sign * amount * half * box_noise).clamp(0, 1)
     boxes = xyxy_to_cxcywh(corners).clamp(BOX_EPS, 1 - BOX_EPS)
     restored = torch.where(is_wrong, -1, table)
-    ready = (t.to(device) for t in (labels, boxes, is_real, restored))
-    return NoisyQueries(*ready, groups)
+    return NoisyQueries(
+        labels.to(device), boxes.to(device), is_real.to(device), restored.to(device), groups
+    )
 
 
-def _object_table(image_index: Tensor, batch: int, limit: int, generator: torch.Generator | None) -> Tensor:
+def _object_table(
+    image_index: Tensor, batch: int, limit: int, generator: torch.Generator | None
+) -> Tensor:
     """Indices of each image's objects, at most `limit`, (B, M), filled up with -1."""
     rows = []
     for image in range(batch):
@@ -353,8 +399,8 @@ def _object_table(image_index: Tensor, batch: int, limit: int, generator: torch.
 def _allowed(noisy: NoisyQueries, num_queries: int) -> Tensor:
     """Which query (row) may look at which (column), (K + Q, K + Q).
 
-    All look at the Q ordinary queries; noisy ones look at their own group besides, nobody else looks at them,
-    since they carry the answers.
+    All look at the Q ordinary queries; noisy ones look at their own group besides, nobody else
+    looks at them, since they carry the answers.
     """
     device, total = noisy.labels.device, noisy.labels.shape[1]
     group = torch.arange(total, device=device) // (total // noisy.groups)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from models.losses.anchor import AnchorLoss, scaled_gains
@@ -28,5 +29,5 @@ def build_criterion(head: Any, hyp: Mapping[str, Any], imgsz: tuple[int, int]) -
 
 def total_loss(criterion: Any, losses: Mapping[str, Tensor], batch_size: int) -> Tensor:
     """What is back-propagated: the sum of the terms, times the batch size where the family's recipe counts that way."""
-    total = sum(losses.values())
+    total = torch.stack(tuple(losses.values())).sum()
     return total * batch_size if criterion.times_batch else total

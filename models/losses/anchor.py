@@ -18,7 +18,9 @@ from utils.boxes import complete_iou, cxcywh_to_xyxy, xyxy_to_cxcywh
 from utils.structures import Targets
 
 
-def scaled_gains(hyp: Mapping[str, Any], num_classes: int, levels: int, imgsz: tuple[int, int]) -> dict[str, Any]:
+def scaled_gains(
+    hyp: Mapping[str, Any], num_classes: int, levels: int, imgsz: tuple[int, int]
+) -> dict[str, Any]:
     """The recipe's gains are for 80 classes, three levels and 640 pixels; bring them to this model and size."""
     side = (imgsz[0] * imgsz[1]) ** 0.5
     return {
@@ -40,7 +42,9 @@ class AnchorLoss:
         smoothing = hyp.get("label_smoothing", 0.0)
         self.positive, self.negative = 1 - 0.5 * smoothing, 0.5 * smoothing
         balance = {3: (4.0, 1.0, 0.4), 4: (4.0, 1.0, 0.25, 0.06)}
-        self.balance = tuple(hyp.get("balance") or balance.get(len(head.strides), (1.0,) * len(head.strides)))
+        self.balance = tuple(
+            hyp.get("balance") or balance.get(len(head.strides), (1.0,) * len(head.strides))
+        )
 
     def __call__(self, raw: AnchorRaw, targets: Targets) -> dict[str, Tensor]:
         """Weighted terms, each a scalar."""
@@ -51,26 +55,42 @@ class AnchorLoss:
             box, classes = box + level_box, classes + level_cls
             objectness = objectness + level_obj * self.balance[level]
         hyp = self.hyp
-        return {"box": box * hyp["box"], "obj": objectness * hyp["obj"], "cls": classes * hyp["cls"]}
+        return {
+            "box": box * hyp["box"],
+            "obj": objectness * hyp["obj"],
+            "cls": classes * hyp["cls"],
+        }
 
-    def _level(self, prediction: Tensor, targets: Targets, level: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _level(
+        self, prediction: Tensor, targets: Targets, level: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         stride = self.head.strides[level]
         height, width = prediction.shape[2:4]
         boxes = xyxy_to_cxcywh(targets.boxes.float()) / stride
         anchors = self.head.anchors[level].float()
         matches = assign_level(boxes, anchors, (height, width), self.hyp["anchor_t"])
-        chosen = prediction[targets.image_index[matches.objects], matches.anchors, matches.rows, matches.cols]
+        chosen = prediction[
+            targets.image_index[matches.objects], matches.anchors, matches.rows, matches.cols
+        ]
         wanted = torch.zeros_like(prediction[..., 4])
-        if len(chosen) == 0:  # keep every output in the graph: no parameter may go without a gradient
+        if (
+            len(chosen) == 0
+        ):  # keep every output in the graph: no parameter may go without a gradient
             nothing = prediction[..., :4].sum() * 0 + prediction[..., 5:].sum() * 0
             return nothing, self._bce(prediction[..., 4], wanted, self.hyp["obj_pw"]), nothing
         iou = self._iou(chosen, boxes, anchors, matches)
         index = (targets.image_index[matches.objects], matches.anchors, matches.rows, matches.cols)
         _put_largest(wanted, index, iou.detach().clamp(min=0))
         objectness = self._bce(prediction[..., 4], wanted, self.hyp["obj_pw"])
-        return (1 - iou).mean(), objectness, self._class_loss(chosen, targets.labels[matches.objects])
+        return (
+            (1 - iou).mean(),
+            objectness,
+            self._class_loss(chosen, targets.labels[matches.objects]),
+        )
 
-    def _iou(self, chosen: Tensor, boxes: Tensor, anchors: Tensor, matches: AnchorMatches) -> Tensor:
+    def _iou(
+        self, chosen: Tensor, boxes: Tensor, anchors: Tensor, matches: AnchorMatches
+    ) -> Tensor:
         """CIoU (P,) of predictions and their objects, both in cells relative to the matched cell."""
         cell = torch.stack((matches.cols, matches.rows), -1)
         centre = chosen[:, :2].sigmoid() * 2 - 0.5
@@ -91,7 +111,9 @@ class AnchorLoss:
         gamma = self.hyp.get("fl_gamma", 0.0)
         if gamma == 0:
             return F.binary_cross_entropy_with_logits(logits, wanted, pos_weight=weight)
-        loss = F.binary_cross_entropy_with_logits(logits, wanted, pos_weight=weight, reduction="none")
+        loss = F.binary_cross_entropy_with_logits(
+            logits, wanted, pos_weight=weight, reduction="none"
+        )
         probability = logits.sigmoid()
         agreement = wanted * probability + (1 - wanted) * (1 - probability)
         alpha = wanted * 0.25 + (1 - wanted) * 0.75
@@ -101,5 +123,5 @@ class AnchorLoss:
 def _put_largest(wanted: Tensor, index: tuple[Tensor, ...], values: Tensor) -> None:
     """Write `values` at `index`; where several objects claim one prediction the largest stays, whatever their order."""
     strides = wanted.stride()
-    flat = sum(i * s for i, s in zip(index, strides, strict=True))
+    flat = torch.stack([i * s for i, s in zip(index, strides, strict=True)]).sum(0)
     wanted.view(-1).scatter_reduce_(0, flat, values.to(wanted.dtype), "amax")

@@ -1,8 +1,11 @@
-"""RT-DETR's set loss: varifocal, L1 and GIoU for every decoder layer, the encoder and the denoising queries.
+"""RT-DETR's set loss: varifocal, L1 and GIoU for every decoder layer, the encoder and the denoising
+queries.
 
-Sources: RT-DETR (arXiv 2304.08069, eq. 3), varifocal loss (arXiv 2008.13367, eq. 2), DETR (arXiv 2005.12872).
+Sources: RT-DETR (arXiv 2304.08069, eq. 3), varifocal loss (arXiv 2008.13367, eq. 2), DETR (arXiv
+    2005.12872).
 
-Letters: S stages, B batch, Q queries, C classes, N objects, P matched pairs. Boxes are cxcywh, normalised.
+Letters: S stages, B batch, Q queries, C classes, N objects, P matched pairs. Boxes are cxcywh,
+    normalised.
 """
 
 from __future__ import annotations
@@ -34,7 +37,8 @@ class HungarianLoss:
     Args:
         head: the head whose raw predictions come in.
         hyp: weights `cls`, `l1`, `giou`; `vfl_alpha`, `vfl_gamma` and, for batches without objects,
-            `vfl_gamma_empty`; matching costs `cost_class`, `cost_l1`, `cost_giou`, `cost_alpha`, `cost_gamma`.
+            `vfl_gamma_empty`; matching costs `cost_class`, `cost_l1`, `cost_giou`, `cost_alpha`,
+            `cost_gamma`.
     """
 
     times_batch = False
@@ -44,11 +48,16 @@ class HungarianLoss:
         self.alpha, self.gamma = hyp["vfl_alpha"], hyp["vfl_gamma"]
         self.gamma_empty = hyp["vfl_gamma_empty"]
         self.assigner = HungarianAssigner(
-            hyp["cost_class"], hyp["cost_l1"], hyp["cost_giou"], hyp["cost_alpha"], hyp["cost_gamma"]
+            hyp["cost_class"],
+            hyp["cost_l1"],
+            hyp["cost_giou"],
+            hyp["cost_alpha"],
+            hyp["cost_gamma"],
         )
 
     def __call__(self, raw: RTDETRRaw, targets: Targets) -> dict[str, Tensor]:
-        """Weighted losses per object: `giou`, `cls`, `l1` of the last stage, `…_aux` of all others and the encoder
+        """Weighted losses per object: `giou`, `cls`, `l1` of the last stage, `…_aux` of all others
+        and the encoder
         together, and `…_dn` of the denoising queries over all stages (0 without any)."""
         height, width = raw.image_size
         scale = targets.boxes.new_tensor([width, height, width, height])
@@ -58,13 +67,17 @@ class HungarianLoss:
         match = self.assigner(logits, boxes, targets.image_index, targets.labels, targets.boxes)
         count = mean_object_count(targets)
         stages = self._stage_losses(logits, boxes, targets, match)
-        terms = {name: self.weights[name] * loss[-1] / count for name, loss in stages._asdict().items()}
+        terms = {
+            name: self.weights[name] * loss[-1] / count for name, loss in stages._asdict().items()
+        }
         for name, loss in stages._asdict().items():
             terms[f"{name}_aux"] = self.weights[name] * loss[:-1].sum() / count
         terms.update(self._denoising_losses(raw, targets, count))
         return terms
 
-    def _denoising_losses(self, raw: RTDETRRaw, targets: Targets, count: Tensor) -> dict[str, Tensor]:
+    def _denoising_losses(
+        self, raw: RTDETRRaw, targets: Targets, count: Tensor
+    ) -> dict[str, Tensor]:
         """Losses of queries whose objects are known: no matching."""
         if raw.denoising is None:
             return {f"{name}_dn": raw.boxes.new_zeros(()) for name in StageLosses._fields}
@@ -79,8 +92,11 @@ class HungarianLoss:
             for name, loss in stages._asdict().items()
         }
 
-    def _stage_losses(self, logits: Tensor, boxes: Tensor, targets: Targets, match: Match) -> StageLosses:
-        """Sums per stage, from logits (S, B, Q, C) and boxes (S, B, Q, 4). Without pairs the box losses are 0, but
+    def _stage_losses(
+        self, logits: Tensor, boxes: Tensor, targets: Targets, match: Match
+    ) -> StageLosses:
+        """Sums per stage, from logits (S, B, Q, C) and boxes (S, B, Q, 4). Without pairs the box
+        losses are 0, but
         still hang on the boxes, so that every parameter has a gradient."""
         place = (match.stage, match.image, match.query)
         chosen, wanted = boxes[place], targets.boxes[match.object]
@@ -102,18 +118,22 @@ class HungarianLoss:
         )
 
     def _varifocal(self, logits: Tensor, quality: Tensor, is_class: Tensor, gamma: float) -> Tensor:
-        """Elementwise varifocal loss: the target of a matched query's class is the overlap of its box.
+        """Elementwise varifocal loss: the target of a matched query's class is the overlap of its
+        box.
 
         The weight of the negatives takes gradient too, which about doubles theirs.
         """
         weight = self.alpha * logits.sigmoid() ** gamma * (1 - is_class) + quality
-        return weight * functional.binary_cross_entropy_with_logits(logits, quality, reduction="none")
+        return weight * functional.binary_cross_entropy_with_logits(
+            logits, quality, reduction="none"
+        )
 
 
 def mean_object_count(targets: Targets) -> Tensor:
     """Objects per process, at least 1: what the sums are divided by.
 
-    In distributed training the mean over all processes is taken, so that objects weigh the same wherever they are.
+    In distributed training the mean over all processes is taken, so that objects weigh the same
+    wherever they are.
     """
     count = torch.tensor(float(len(targets.labels)), device=targets.boxes.device)
     distributed = torch.distributed

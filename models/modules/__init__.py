@@ -13,7 +13,7 @@ import pkgutil
 from pathlib import Path
 from types import ModuleType
 
-from models.registry import Layer, backbone
+from models.registry import Layer, backbone, registering_modules
 
 _FILES: dict[str, ModuleType] = {}
 _BROKEN: dict[str, str] = {}
@@ -23,7 +23,14 @@ def _import_files() -> None:
     for info in pkgutil.iter_modules(__path__):
         try:
             _FILES[info.name] = importlib.import_module(f"{__name__}.{info.name}")
-        except (ImportError, SyntaxError, NameError, AttributeError, TypeError, ValueError) as error:
+        except (
+            ImportError,
+            SyntaxError,
+            NameError,
+            AttributeError,
+            TypeError,
+            ValueError,
+        ) as error:
             # One broken file of a user must not take every other model down; it is named on a failed look-up.
             _BROKEN[f"models/modules/{info.name}.py"] = f"{type(error).__name__}: {error}"
 
@@ -45,15 +52,20 @@ def import_outside(path: Path) -> None:
 
 def find_unregistered(name: str) -> Layer | None:
     """A class or function called `name` that a file of this folder defines, as a backbone."""
-    for module in _FILES.values():
-        found = layer_of(module, name)
-        if found:
-            return found
-    return None
+    found = (layer_of(module, name) for module in _unregistered_files())
+    return next((layer for layer in found if layer), None)
+
+
+def _unregistered_files() -> list[ModuleType]:
+    """Files that register nothing: their classes may be named as they are. In a file that registers, only what it
+    registers counts; its other classes are parts."""
+    return [module for module in _FILES.values() if module.__name__ not in registering_modules()]
 
 
 def layer_of(module: ModuleType, name: str) -> Layer | None:
-    """The class or function `name` that `module` itself defines (not one it imports), as a backbone."""
+    """The public class or function `name` that `module` itself defines, as a backbone."""
+    if name.startswith("_"):
+        return None
     value = vars(module).get(name)
     is_own = getattr(value, "__module__", None) == module.__name__
     if is_own and (inspect.isclass(value) or inspect.isfunction(value)):
@@ -63,7 +75,9 @@ def layer_of(module: ModuleType, name: str) -> Layer | None:
 
 def public_names() -> list[str]:
     """Names of the classes and functions that the files of this folder define."""
-    return sorted(name for module in _FILES.values() for name in vars(module) if layer_of(module, name))
+    return sorted(
+        name for module in _unregistered_files() for name in vars(module) if layer_of(module, name)
+    )
 
 
 def broken_files() -> dict[str, str]:

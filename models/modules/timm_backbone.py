@@ -19,7 +19,15 @@ from torch import Tensor, nn
 
 from models.layers import ChannelNorm
 from models.registry import Layer, LayerError, Plan, Scaling, backbone, register_fallback
-from models.timm_features import FeaturePlan, create, is_known, known_names, plan_features
+from models.timm_features import (
+    FeaturePlan,
+    create,
+    find_unused,
+    is_known,
+    known_names,
+    narrow_plan,
+    plan_features,
+)
 from models.timm_hub import cached_weights, hub_is_reachable
 from models.weights import read_weights
 from utils.errors import CheckpointError, ConfigError
@@ -73,12 +81,16 @@ class TimmBackbone(nn.Module):
     Attributes:
         channels: widths of the maps.
         strides: strides of the maps, each a power of two, rising.
-        unused: parameters of the timm model that no map depends on; they are frozen.
+        any_size: other image sizes than `imgsz` work too.
+        unused: parameters of the timm model that no selected map depends on; they are frozen.
 
     Raises:
         LayerError: timm cannot give features of this model at this size, or does not take these options.
         CheckpointError: the weights cannot be had, or do not fit.
     """
+
+    reparameterizes_inside = True
+    """`reparameterize()` covers all modules inside; theirs are not to be called again."""
 
     def __init__(
         self,
@@ -95,36 +107,55 @@ class TimmBackbone(nn.Module):
         self.model_name = model_name
         self.imgsz = (int(imgsz[0]), int(imgsz[1]))
         self.plan: FeaturePlan = plan_features(model_name, self.imgsz, options)
+        self.any_size = self.plan.any_size
         self.net = _create_with_weights(model_name, self.plan, pretrained, weights)
-        self.unused = sorted(self.plan.unused)
-        for name, parameter in self.net.named_parameters():
-            if name in self.plan.unused:
-                parameter.requires_grad_(False)
-        self._plan_outputs(pyramid_width)
+        self.unused: list[str] = []
+        self.channels, self.strides = [], []
+        self.sources: list[tuple[int, str]] = []
+        self.levels = nn.ModuleDict()
+        self._add_outputs(pyramid_width)
         self._is_reparameterized = False
 
-    def _plan_outputs(self, width: int) -> None:
-        """Which map or derived level each output is; the levels are built here."""
+    def _add_outputs(self, width: int) -> None:
+        """Which of timm's maps each output comes from, and the levels that derive those it does not have."""
         own = self.plan.kept
         is_single = len(own) == 1
-        wanted = sorted(set(VIT_STRIDES) | set(own)) if is_single else sorted({*own, *REQUIRED_STRIDES})
-        self.outputs: list[tuple[int, str]] = []
-        self.channels, self.strides = [], wanted
-        self.levels = nn.ModuleDict()
-        for stride in wanted:
-            if stride in own and not is_single:
-                self.outputs.append((own[stride], ""))
-                self.channels.append(self.plan.taps[own[stride]].channels)
-                continue
+        for stride in sorted(set(VIT_STRIDES) | set(own)) if is_single else sorted({*own, *REQUIRED_STRIDES}):
             nearest = min(own, key=lambda s: (abs(s.bit_length() - stride.bit_length()), -s))
-            key = f"stride{stride}"
-            self.levels[key] = PyramidLevel(self.plan.taps[own[nearest]].channels, width, nearest, stride)
-            self.outputs.append((own[nearest], key))
-            self.channels.append(width)
+            is_derived = is_single or stride not in own
+            key = f"stride{stride}" if is_derived else ""
+            if is_derived:
+                self.levels[key] = PyramidLevel(self.plan.taps[own[nearest]].channels, width, nearest, stride)
+            self.sources.append((nearest, key))
+            self.strides.append(stride)
+            self.channels.append(width if is_derived else self.plan.taps[own[stride]].channels)
+
+    def select_strides(self, strides: Sequence[int]) -> None:
+        """Return only the maps at `strides` from now on; what serves none of them goes, or is frozen where it cannot go."""
+        kept = [i for i, stride in enumerate(self.strides) if stride in strides]
+        self.strides, self.channels, self.sources = (
+            [values[i] for i in kept] for values in (self.strides, self.channels, self.sources)
+        )
+        for key in set(self.levels) - {key for _, key in self.sources}:
+            del self.levels[key]
+        own = sorted({stride for stride, _ in self.sources})
+        unused = find_unused(self.model_name, self.imgsz, self.plan, own)
+        if unused and len(own) < len(self.plan.kept):
+            self.plan = narrow_plan(self.plan, own)
+            state = self.net.state_dict()
+            with torch.random.fork_rng(devices=[]):
+                self.net = create(self.model_name, {**self.plan.options, "out_indices": self.plan.indices})
+            self.net.load_state_dict({key: state[key] for key in self.net.state_dict()})
+            self.net.train(self.training)
+            unused = find_unused(self.model_name, self.imgsz, self.plan, own)
+        self.unused = unused
+        for name, parameter in self.net.named_parameters():
+            if name in unused:
+                parameter.requires_grad_(False)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         height, width = x.shape[2:]
-        if not self.plan.any_size and (height, width) != self.imgsz:
+        if not self.any_size and (height, width) != self.imgsz:
             raise ConfigError(
                 f"{self.model_name} has a fixed input size - got {height}x{width}, expected the {self.imgsz[0]}x"
                 f"{self.imgsz[1]} it was built for. Give this size as --imgsz."
@@ -133,7 +164,8 @@ class TimmBackbone(nn.Module):
             self._to_common_form(tap_map, i, height, width)
             for i, tap_map in enumerate(self.net(x))
         ]
-        return [self.levels[key](taps[i]) if key else taps[i] for i, key in self.outputs]
+        maps = [taps[self.plan.kept[stride]] for stride, _ in self.sources]
+        return [self.levels[key](m) if key else m for m, (_, key) in zip(maps, self.sources, strict=True)]
 
     def _to_common_form(self, tap_map: Tensor, index: int, height: int, width: int) -> Tensor:
         tap = self.plan.taps[index]

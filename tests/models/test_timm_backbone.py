@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import socket
 
 import pytest
@@ -58,13 +59,38 @@ def test_maps_have_the_stated_channels_and_strides(case):
     assert [tuple(m.shape) for m in maps] == stride_shapes(model, 1, *SIZE)
 
 
-def test_every_parameter_that_trains_gets_a_gradient(case):
-    model = case[0].train()
-    model.zero_grad()
-    sum(m.square().mean() for m in model(torch.rand(2, 3, *SIZE))).backward()
+def test_every_parameter_that_trains_gets_a_gradient_for_the_maps_that_are_read(case):
+    model = copy.deepcopy(case[0]).train()
+    model.select_strides([8, 16])
+    assert model.strides == [8, 16]
+    maps = model(torch.rand(2, 3, *SIZE))
+    assert [tuple(m.shape) for m in maps] == stride_shapes(model, 2, *SIZE)
+    sum(m.square().mean() for m in maps).backward()
     assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
     frozen = [name for name, p in model.net.named_parameters() if not p.requires_grad]
-    assert sorted(frozen) == sorted(model.unused)
+    assert sorted(frozen) == model.unused
+
+
+def test_selecting_maps_does_not_change_them(case):
+    model = copy.deepcopy(case[0]).eval()
+    x = torch.rand(1, 3, *SIZE)
+    with torch.no_grad():
+        before = dict(zip(model.strides, model(x)))
+        state = torch.get_rng_state()
+        model.select_strides([8, 16])
+        assert torch.equal(torch.get_rng_state(), state)
+        after = dict(zip(model.eval().strides, model(x)))
+    assert sorted(after) == [8, 16]
+    assert all(torch.equal(before[stride], after[stride]) for stride in after)
+
+
+def test_stages_that_serve_no_selected_map_are_gone():
+    model = TimmBackbone("levit_128s", SIZE, pyramid_width=16)
+    before = sum(p.numel() for p in model.parameters())
+    model.select_strides([8, 16, 32])
+    assert model.unused == []
+    assert model.plan.indices == (0, 1)
+    assert sum(p.numel() for p in model.parameters()) < before / 2
 
 
 def test_folding_changes_no_output(case):
@@ -142,6 +168,7 @@ def test_a_pyramid_level_has_the_steps_of_the_paper(source, target, ups, downs):
 
 def test_parameters_that_no_map_depends_on_are_found_and_frozen():
     model = TimmBackbone("pit_ti_224", (64, 64), pyramid_width=16)
+    model.select_strides(model.strides)
     assert model.unused == ["body.norm.bias", "body.norm.weight"]
     assert not any(p.requires_grad for p in model.net.body.norm.parameters())
 
