@@ -16,7 +16,12 @@ from data.sources import Frame, open_source
 from data.transforms import letterbox
 from engine.detections import DetectionWriter
 from engine.flags import (
-    add_device_flag, add_ignored_flags, add_run_flags, add_size_flag, add_threshold_flags, say_ignored,
+    add_device_flag,
+    add_ignored_flags,
+    add_run_flags,
+    add_size_flag,
+    add_threshold_flags,
+    say_ignored,
 )  # fmt: skip
 from models.backends import Backend, load_backend
 from models.postprocess import postprocess

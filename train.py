@@ -19,7 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.flags import (
-    add_data_flag, add_device_flag, add_ignored_flags, add_model_flags, add_run_flags, add_size_flag, say_ignored,
+    add_data_flag,
+    add_device_flag,
+    add_ignored_flags,
+    add_model_flags,
+    add_run_flags,
+    add_size_flag,
+    say_ignored,
 )  # fmt: skip
 from engine.outputs import RunRecorder
 from engine.run import Run, prepare, whole_val_loader
@@ -29,12 +35,12 @@ from models.losses import total_loss
 from utils.config import ArgumentParser, increment_path, integer, number
 from utils.device import AMP_CHOICES, describe_device, memory_used, select_device
 from utils.distributed import (
+    World,
     all_gather_objects,
     broadcast_object,
     process_group,
     read_world,
     unused_parameters,
-    World,
 )
 from utils.errors import ConfigError, UserError, run_cli
 from utils.logger import get_logger

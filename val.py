@@ -18,10 +18,16 @@ from torch import Tensor
 from data.dataset import DetectionDataset, build_dataset
 from data.loader import build_loader
 from engine.flags import (
-    add_data_flag, add_device_flag, add_ignored_flags, add_run_flags, add_size_flag, add_threshold_flags, say_ignored,
+    add_data_flag,
+    add_device_flag,
+    add_ignored_flags,
+    add_run_flags,
+    add_size_flag,
+    add_threshold_flags,
+    say_ignored,
 )  # fmt: skip
-from engine.setup import open_data
 from engine.outputs import save_batch_pictures, save_metric_plots, save_text_labels
+from engine.setup import open_data
 from models.backends import Backend, load_backend
 from models.postprocess import postprocess
 from utils.config import ArgumentParser, increment_path, integer, parse_imgsz
@@ -52,6 +58,9 @@ class Thresholds(NamedTuple):
     agnostic: bool = False
 
 
+VALIDATION = Thresholds()
+
+
 class Speed(NamedTuple):
     """Milliseconds an image: preparing it on the device, the network with decoding, and NMS or top-k."""
 
@@ -75,7 +84,7 @@ def evaluate(
     evaluator: CocoEvaluator,
     *,
     device: torch.device,
-    thresholds: Thresholds = Thresholds(),
+    thresholds: Thresholds = VALIDATION,
     gather: Callable[[CocoEvaluator], None] | None = None,
     on_batch: Callable[[Batch, list[Detections]], None] | None = None,
 ) -> Evaluation:

@@ -100,7 +100,7 @@ class _State:
         return Slot(torch.empty(1, channels, *self.imgsz, device="meta"), channels, 1)
 
 
-class _Skip(Exception):
+class _SkipError(Exception):
     """The row reads a slot whose own row has failed: said once is enough."""
 
 
@@ -114,7 +114,7 @@ def build_rows(spec: ModelSpec, imgsz: tuple[int, int]) -> tuple[list[nn.Module]
     for row in spec.rows:
         try:
             _build_row(state, row)
-        except _Skip:
+        except _SkipError:
             _leave_broken(state, row)
         except CheckpointError:
             raise
@@ -234,7 +234,7 @@ def _resolve_source(state: _State, item: int | str, first: int) -> int:
             )
     slot = state.slots[index]
     if slot.reason == "broken":
-        raise _Skip
+        raise _SkipError
     if slot.reason:
         raise LayerError(f"got from {item}, which is empty: {slot.reason}.")
     return index
@@ -312,11 +312,9 @@ def _stride(state: _State, value: Any) -> int:
 
 
 def _plain_slot(state: _State, plan: Plan, output: Any) -> Slot:
-    if isinstance(output, Tensor) and isinstance(plan.channels, int) and output.ndim == 4:
-        if output.shape[1] != plan.channels:
-            raise LayerError(
-                f"gives {output.shape[1]} channels, but its rule says {plan.channels}."
-            )
+    is_map = isinstance(output, Tensor) and isinstance(plan.channels, int) and output.ndim == 4
+    if is_map and output.shape[1] != plan.channels:
+        raise LayerError(f"gives {output.shape[1]} channels, but its rule says {plan.channels}.")
     return Slot(output, plan.channels, _stride(state, output))
 
 

@@ -19,8 +19,8 @@ from models import common, csp, gelan, hg_blocks, modules, transformer  # noqa: 
 from models.build import Row, apply_activation, build_rows
 from models.graft import forget_weights, replace_backbone, row_slots
 from models.heads import ddetect, detect, rtdetr  # noqa: F401
-from models.rows import ModelSpec, parse_spec, read_model_config, resolve
 from models.reparam import reparameterize_model
+from models.rows import ModelSpec, parse_spec, read_model_config, resolve
 from models.table import format_table, measure, row_records
 from utils.checkpoint import load_checkpoint
 from utils.config import ArgumentParser, integer, parse_imgsz

@@ -19,10 +19,10 @@ YamlPath = tuple[str | int, ...]
 
 # Keys of the YOLOv5, YOLOv9 and later recipes; a family that has no use for one says so once.
 KNOWN_HYP_KEYS = frozenset(
-    "lr0 lrf momentum weight_decay warmup_epochs warmup_momentum warmup_bias_lr nbs close_mosaic "
-    "box cls cls_pw obj obj_pw iou_t anchor_t anchors fl_gamma dfl label_smoothing loss_ota "
-    "hsv_h hsv_s hsv_v degrees translate scale shear perspective flipud fliplr mosaic mixup "
-    "copy_paste paste_in".split()
+    "lr0 lrf momentum weight_decay warmup_epochs warmup_momentum warmup_bias_lr nbs "
+    "close_mosaic box cls cls_pw obj obj_pw iou_t anchor_t anchors fl_gamma dfl label_smoothing "
+    "loss_ota hsv_h hsv_s hsv_v degrees translate scale shear perspective flipud fliplr mosaic "
+    "mixup copy_paste paste_in".split()
 )
 
 

@@ -9,7 +9,13 @@ import torch
 from torch import nn
 
 from models.modules import mobilenetv4
-from models.modules.mobilenetv4 import AttentionSpec, MobileAttention, MobileNetV4, round_to_8, timm_key
+from models.modules.mobilenetv4 import (
+    AttentionSpec,
+    MobileAttention,
+    MobileNetV4,
+    round_to_8,
+    timm_key,
+)
 from models.registry import LayerError
 from models.yolo import build_model
 from utils.errors import CheckpointError, ConfigError

@@ -254,7 +254,7 @@ def test_the_script_prints_the_table_totals_and_one_json_object(
 
 
 def test_printing_draws_nothing_from_the_data_and_moves_no_statistic():
-    model = build_model("yolov5n", imgsz=(64, 64), num_classes=2)
+    model = build_model(SMALL, imgsz=(64, 64))
     before = {key: value.clone() for key, value in model.state_dict().items()}
     describe(model, (64, 64))
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
