@@ -60,8 +60,8 @@ MOST_SKIPPED = 10  # batches in a row whose loss is not finite before the run gi
 
 def train(
     options: Namespace, device: torch.device, world: World, checkpoint: dict[str, Any] | None
-) -> Metrics:
-    """Run a whole training and return the metrics of its best epoch."""
+) -> Metrics | None:
+    """Run a whole training; the main process returns the metrics of its best epoch."""
     log = get_logger(world.rank)
     folder = Path(broadcast_object(str(_run_folder(options, checkpoint))))
     log.info(f"device: {describe_device(device)}, torch {torch.__version__}")
@@ -224,26 +224,26 @@ def _save(run: Run, epoch: int) -> None:
         save(run, weights / f"epoch{epoch}.pt", epoch)
 
 
-def _conclude(run: Run, recorder: RunRecorder) -> Metrics:
-    """Reduce the checkpoints, measure the best one once more, draw the pictures."""
-    evaluation, _ = (
-        validate(run) if not (run.folder / "weights" / "best.pt").exists() else (None, None)
+def _conclude(run: Run, recorder: RunRecorder) -> Metrics | None:
+    """On the main process: reduce the checkpoints, measure the best one once more, draw the pictures."""
+    if not run.world.is_main:
+        return None
+    finish(run.folder / "weights")
+    backend = load_backend(run.folder / "weights" / "best.pt", run.device)
+    evaluation = evaluate(
+        lambda images, targets: backend(images),
+        backend.postprocess_kind,
+        whole_val_loader(run),
+        run.evaluator,
+        device=run.device,
+        on_batch=recorder.val_batch,
     )
-    if run.world.is_main:
-        finish(run.folder / "weights")
-    best = run.folder / "weights" / "best.pt"
-    if evaluation is None and best.exists() and run.world.is_main:
-        backend = load_backend(best, run.device)
-        evaluation = evaluate(
-            lambda images, targets: backend(images), backend.postprocess_kind, whole_val_loader(run),
-            run.evaluator, device=run.device, on_batch=recorder.val_batch,
-        )  # fmt: skip
-    evaluation = broadcast_object(evaluation)
-    if run.world.is_main:
-        recorder.finish(evaluation)
-        print(class_table(evaluation.metrics))
-        print(f"best epoch {run.best_epoch + 1}: mAP50 {evaluation.metrics.map50:.4f}, "
-              f"mAP50-95 {evaluation.metrics.map50_95:.4f}; results in {run.folder}")  # fmt: skip
+    recorder.finish(evaluation)
+    print(class_table(evaluation.metrics))
+    print(
+        f"best epoch {run.best_epoch + 1}: mAP50 {evaluation.metrics.map50:.4f}, "
+        f"mAP50-95 {evaluation.metrics.map50_95:.4f}; results in {run.folder}"
+    )
     return evaluation.metrics
 
 

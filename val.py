@@ -35,6 +35,7 @@ from utils.device import select_device, synchronize
 from utils.errors import ConfigError, run_cli
 from utils.logger import get_logger
 from utils.metrics import CocoEvaluator, ConfusionMatrix, Metrics
+from utils.plots import StudyPoint, plot_study
 from utils.progress import Progress
 from utils.structures import Batch, Decoded, Detections, Targets, as_float
 
@@ -350,7 +351,9 @@ def _study(options: Any, backend: Backend, device: torch.device) -> None:
         [",".join(rows[0]), *(",".join(f"{value:.6g}" for value in row.values()) for row in rows)]
     )
     (folder / "study.csv").write_text(text + "\n", encoding="utf-8")
-    get_logger().info(f"results in {folder / 'study.csv'}")
+    points = [StudyPoint(int(row["imgsz"]), row["mAP50-95"], row["ms"]) for row in rows]
+    plot_study({Path(options.weights).stem: points}, folder / "study.png")
+    get_logger().info(f"results in {folder}: study.csv, study.png")
 
 
 if __name__ == "__main__":

@@ -51,7 +51,11 @@ def check_model(name: str, max_params: float) -> dict[str, Any]:
             draft = build_model("yolo11n", backbone=[name], num_classes=3, imgsz=SIZE)
         result["params"] = sum(p.numel() for p in draft.parameters())
         is_small = result["params"] <= max_params
-        model = build_model("yolo11n", backbone=[name], num_classes=3, imgsz=SIZE) if is_small else draft
+        model = (
+            build_model("yolo11n", backbone=[name], num_classes=3, imgsz=SIZE)
+            if is_small
+            else draft
+        )
         _check_steps(model, result, "cpu" if is_small else "meta")
         result["status"] = "works" if is_small else "works on meta"
     except FAILURES as error:
@@ -75,7 +79,9 @@ def _check_steps(model: DetectionModel, result: dict[str, Any], device: str) -> 
                 raise ArithmeticError(f"an output is not finite at {size}")
     result["step"] = "backward"
     model.train()
-    outputs = [t for t in _tensors(model(torch.rand(2, 3, *SIZE, device=device))) if t.requires_grad]
+    outputs = [
+        t for t in _tensors(model(torch.rand(2, 3, *SIZE, device=device))) if t.requires_grad
+    ]
     sum((t.float().square().mean() for t in outputs), torch.zeros((), device=device)).backward()
     missing = [key for key, p in model.named_parameters() if p.requires_grad and p.grad is None]
     if missing:
@@ -88,7 +94,9 @@ def _check_steps(model: DetectionModel, result: dict[str, Any], device: str) -> 
 
 
 def _tensors(raw: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(raw) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return [
+        leaf for leaf in tree_leaves(raw) if isinstance(leaf, Tensor) and leaf.is_floating_point()
+    ]
 
 
 def timm_runs(name: str) -> bool:
@@ -113,19 +121,31 @@ def run_worker(names: list[str], memory: float, max_params: float) -> None:
 
 def run_chunk(names: list[str], args: argparse.Namespace) -> list[dict[str, Any]]:
     """Results of a child process; the model at which it died or ran out of time fails, those behind it stay open."""
-    command = [sys.executable, __file__, "--memory", str(args.memory), "--max-params", str(args.max_params)]
+    command = [
+        sys.executable,
+        __file__,
+        "--memory",
+        str(args.memory),
+        "--max-params",
+        str(args.max_params),
+    ]
     try:
         done = subprocess.run(
             [*command, "--worker", *names], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             timeout=args.timeout * len(names), check=False,
         )  # fmt: skip
-        output, why = done.stdout, f"its process ended with code {done.returncode}: {done.stderr[-200:]}"
+        output, why = (
+            done.stdout,
+            f"its process ended with code {done.returncode}: {done.stderr[-200:]}",
+        )
     except subprocess.TimeoutExpired as error:
         text = error.stdout or b""
         output, why = text.decode() if isinstance(text, bytes) else text, "took too long"
     results = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     if len(results) < len(names):
-        results.append({"name": names[len(results)], "status": "fails", "step": "process", "reason": why})
+        results.append(
+            {"name": names[len(results)], "status": "fails", "step": "process", "reason": why}
+        )
     return results
 
 
@@ -147,25 +167,41 @@ def print_report(results: dict[str, dict[str, Any]], wanted: list[str]) -> None:
     counts = Counter(result["status"] for result in found)
     possible = len(found) - counts["timm cannot"]
     working = sum(counts[status] for status in WORKS)
-    print(f"{len(found)} of {len(wanted)} models checked; timm itself can run the features of {possible}.")
+    print(
+        f"{len(found)} of {len(wanted)} models checked; timm itself can run the features of {possible}."
+    )
     print(f"work as a backbone: {working} of {possible} ({100 * working / max(possible, 1):.2f}%)")
     print(f"  of these on the meta device only, too large here: {counts['works on meta']}")
-    print(f"  with a fixed image size: {sum(r.get('any_size') is False for r in found if r['status'] in WORKS)}")
-    print(f"  with frozen parameters that no map depends on: {sum(bool(r.get('unused')) for r in found)}")
+    print(
+        f"  with a fixed image size: {sum(r.get('any_size') is False for r in found if r['status'] in WORKS)}"
+    )
+    print(
+        f"  with frozen parameters that no map depends on: {sum(bool(r.get('unused')) for r in found)}"
+    )
     for result in found:
         if result["status"] not in WORKS:
-            print(f"{result['status']:12} {result['name']:40} {result.get('step', '')}: {result['reason'][:150]}")
+            print(
+                f"{result['status']:12} {result['name']:40} {result.get('step', '')}: {result['reason'][:150]}"
+            )
 
 
 def parse_args() -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", default=["*"], help="names or patterns")
-    parser.add_argument("--out", type=Path, default=Path("runs/timm_coverage.jsonl"), help="file of results")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/timm_coverage.jsonl"), help="file of results"
+    )
     parser.add_argument("--chunk", type=int, default=8, help="models of a child process")
-    parser.add_argument("--memory", type=float, default=12, help="address space of a child process in GiB")
+    parser.add_argument(
+        "--memory", type=float, default=12, help="address space of a child process in GiB"
+    )
     parser.add_argument("--timeout", type=float, default=300, help="seconds a model")
-    parser.add_argument("--max-params", type=float, default=3e8, help="larger models are run on the meta device")
+    parser.add_argument(
+        "--max-params", type=float, default=3e8, help="larger models are run on the meta device"
+    )
     parser.add_argument("--report", action="store_true", help="print the results and stop")
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -177,7 +213,9 @@ def main() -> None:
     if args.worker:
         run_worker(args.worker, args.memory, args.max_params)
         return
-    wanted = [n for n in known_names() if any(fnmatch.fnmatch(n, pattern) for pattern in args.models)]
+    wanted = [
+        n for n in known_names() if any(fnmatch.fnmatch(n, pattern) for pattern in args.models)
+    ]
     results = read_results(args.out)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     while not args.report and (todo := [name for name in wanted if name not in results]):
@@ -186,7 +224,10 @@ def main() -> None:
             file.writelines(json.dumps(result) + "\n" for result in new)
         results.update({result["name"]: result for result in new})
         last = new[-1]
-        print(f"{len(wanted) - len(todo) + len(new)}/{len(wanted)} {last['name']}: {last['status']}", flush=True)
+        print(
+            f"{len(wanted) - len(todo) + len(new)}/{len(wanted)} {last['name']}: {last['status']}",
+            flush=True,
+        )
     print_report(results, wanted)
 
 

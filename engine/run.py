@@ -93,7 +93,7 @@ def prepare(options: Any, folder: Path, device: torch.device, world: World) -> R
         ConfigError, DatasetError, CheckpointError: what a user can mend, before anything is trained.
     """
     data = open_data(options)
-    names = ("item",) if options.single_cls else data.names
+    names = ("object",) if options.single_cls and len(data.names) > 1 else data.names
     model = build_from_flags(options, names)
     imgsz = parse_imgsz(options.imgsz, model.max_stride)
     hyp = _recipe(options, model)

@@ -42,10 +42,16 @@ def row_slots(rows: Sequence[Row]) -> list[RowSlots]:
     slots: list[RowSlots] = []
     for row in rows:
         first = slots[-1].first + len(slots[-1].strides) if slots else 0
-        filled = sorted(s for s in row.map_slots if s is not None) if row.map_slots is not None else [row.index]
+        filled = (
+            sorted(s for s in row.map_slots if s is not None)
+            if row.map_slots is not None
+            else [row.index]
+        )
         stride_of = dict(zip(filled, row.strides))
         strides = tuple(stride_of.get(slot) for slot in range(first, row.index + 1))
-        is_image = row.map_slots is None and strides == (1,) and bool(row.shape) and row.shape[0][0] == 3
+        is_image = (
+            row.map_slots is None and strides == (1,) and bool(row.shape) and row.shape[0][0] == 3
+        )
         slots.append(RowSlots(first, strides, row.map_slots is not None, is_image))
     return slots
 
@@ -100,10 +106,23 @@ class _Writer:
     """Rewrites the `from` of rows that stay; collects the names that this makes necessary."""
 
     def __init__(
-        self, rows: Sequence[Sequence[Any]], slots: Sequence[RowSlots], before: int, after: int, in_backbone: int
+        self,
+        rows: Sequence[Sequence[Any]],
+        slots: Sequence[RowSlots],
+        before: int,
+        after: int,
+        in_backbone: int,
     ) -> None:
-        self.rows, self.slots, self.before, self.after, self.in_backbone = rows, slots, before, after, in_backbone
-        self.row_of_slot = {slot.first + k: i for i, slot in enumerate(slots) for k in range(len(slot.strides))}
+        self.rows, self.slots, self.before, self.after, self.in_backbone = (
+            rows,
+            slots,
+            before,
+            after,
+            in_backbone,
+        )
+        self.row_of_slot = {
+            slot.first + k: i for i, slot in enumerate(slots) for k in range(len(slot.strides))
+        }
         self.labels: dict[int, str] = {}
         self.taken = {row[4] for row in rows if len(row) > 4}
 
@@ -123,7 +142,9 @@ class _Writer:
             return item if i < self.before else slot
         if target < self.after:
             return self._level(slot, target, i)
-        is_stable = isinstance(item, str) and item in self.taken or isinstance(item, int) and item < 0
+        is_stable = (
+            isinstance(item, str) and item in self.taken or isinstance(item, int) and item < 0
+        )
         return item if is_stable else self._label(target)
 
     def _slot(self, item: int | str, i: int) -> int | None:
@@ -154,7 +175,11 @@ class _Writer:
         stride = self.slots[target].strides[slot - self.slots[target].first]
         level = f"P{(stride or 0).bit_length() - 1}"
         if not stride or stride < 2 or stride & (stride - 1) or level in self.taken:
-            why = f"a row of the config is called {level}" if level in self.taken else f"its stride is {stride}"
+            why = (
+                f"a row of the config is called {level}"
+                if level in self.taken
+                else f"its stride is {stride}"
+            )
             raise ConfigError(
                 f"--backbone: row {self.slots[i].first} ({self.rows[i][2]}) reads row {slot}, which goes, and nothing "
                 f"can take its place - {why}. Write a YAML for this pair."

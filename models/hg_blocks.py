@@ -1,12 +1,11 @@
-"""Blocks of RT-DETR's convolutional parts: the HGNetv2 stem and block, and the re-parameterizable
-neck block.
+"""Blocks of RT-DETR's convolutional parts: HGNetv2's stem and block, and the neck's fusion block.
 
-HGNetv2 was published with PP-HGNet (PaddleClas, Apache-2.0) and taken over by RT-DETR (arXiv
-2304.08069); the neck block is RT-DETR's CSPRepLayer, made of RepVGG convolutions (arXiv
-2101.03697).
+HGNetv2 was published with PP-HGNet (PaddleClas, Apache-2.0) and taken over by RT-DETR
+(arXiv 2304.08069); the fusion block is RT-DETR's CSPRepLayer, made of RepVGG convolutions
+(arXiv 2101.03697).
 
-Letters: B batch, C channels, H height, W width. Attribute names are those of the published state
-    dicts.
+Letters: B batch, C channels, H height, W width.
+Attribute names are those of the published state dicts.
 """
 
 from __future__ import annotations
@@ -41,10 +40,9 @@ def _block_rule(in_channels: Sequence[Any], args: Sequence[Any], scaling: Scalin
 
 @register(_stem_rule)
 class HGStem(nn.Module):
-    """HGNetv2's stem: a strided convolution, two parallel downsampling paths, another strided
-    convolution.
+    """HGNetv2's stem: two strided convolutions, between them a max pool beside two 2x2 convolutions.
 
-    The paths are padded at the bottom and the right only, so their 2x2 windows keep the size.
+    These are padded at the bottom and the right only, so their 2x2 windows keep the size.
 
     Input (B, C, H, W), output (B, out, H / 4, W / 4).
     """
@@ -80,8 +78,7 @@ class LightConv(nn.Module):
 
 @register(_block_rule)
 class HGBlock(nn.Module):
-    """HGNetv2's block: a chain of convolutions whose every stage is kept, squeezed and expanded
-    again.
+    """HGNetv2's block: a chain of convolutions, all its maps squeezed and expanded.
 
     Args:
         in_channels: channels of the input.
@@ -126,9 +123,7 @@ class HGBlock(nn.Module):
 
 @register(convolution)
 class RepConv(nn.Module):
-    """A 3x3 and a 1x1 convolution in parallel, which `reparameterize` folds into one 3x3 (arXiv
-    2101.03697).
-    """
+    """A 3x3 and a 1x1 convolution in parallel, foldable into one 3x3 (arXiv 2101.03697)."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -145,9 +140,7 @@ class RepConv(nn.Module):
 
     @torch.no_grad()
     def reparameterize(self) -> None:
-        """Replace both branches, with their BatchNorms, by the one convolution equal to them in
-        eval mode.
-        """
+        """Replace both branches by the one convolution that equals them in eval mode."""
         if self.conv1 is None or self.conv2 is None:
             return
         kernel, bias = _folded(self.conv1)
@@ -161,8 +154,7 @@ class RepConv(nn.Module):
 
 
 def _folded(branch: Conv) -> tuple[Tensor, Tensor]:
-    """Kernel and bias of the convolution that equals `branch` (convolution and BatchNorm) in eval
-    mode.
+    """Kernel and bias of the one convolution that equals `branch` in eval mode.
 
     `fuse` may have folded the BatchNorm already; what then stands in its place changes nothing.
     """

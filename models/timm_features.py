@@ -78,8 +78,8 @@ def is_known(name: str) -> bool:
     return bool(timm.is_model(bare_name(name)))
 
 
-def create(name: str, options: dict[str, Any]) -> nn.Module:
-    """`timm.create_model` with `features_only`."""
+def create(name: str, options: dict[str, Any]) -> Any:
+    """`timm.create_model` with `features_only`: a module with a `feature_info`."""
     import timm
 
     return timm.create_model(bare_name(name), features_only=True, **options)
@@ -111,7 +111,12 @@ def _candidates(name: str, imgsz: tuple[int, int]) -> Iterator[dict[str, Any]]:
     import timm
 
     config = timm.get_pretrained_cfg(bare_name(name))
-    sizes: list[dict[str, Any]] = [{"dynamic_img_size": True}, {"strict_img_size": False}, {"img_size": imgsz}, {}]
+    sizes: list[dict[str, Any]] = [
+        {"dynamic_img_size": True},
+        {"strict_img_size": False},
+        {"img_size": imgsz},
+        {},
+    ]
     if not getattr(config, "fixed_input_size", False):
         sizes = [sizes[-1], *sizes[:-1]]
     if _has_odd_patch(name):
@@ -134,14 +139,18 @@ def _try_plan(name: str, imgsz: tuple[int, int], options: dict[str, Any]) -> Fea
     try:
         net = create(name, {**options, "out_indices": indices})
         maps = _run(net, imgsz)
-    except REFUSALS:  # some models cannot give every stage that they list, but their own choice works
+    except (
+        REFUSALS
+    ):  # some models cannot give every stage that they list, but their own choice works
         indices = tuple(int(i) for i in info.out_indices)
         net = create(name, {**options, "out_indices": indices})
         maps = _run(net, imgsz)
     is_channels_last = str(getattr(net, "output_fmt", "NCHW")).endswith("NHWC")
     strides = [power_of_two(float(r)) for r in net.feature_info.reduction()]
     taps = tuple(_tap(m, s, imgsz, is_channels_last) for m, s in zip(maps, strides, strict=True))
-    kept = {tap.stride: i for i, tap in enumerate(taps) if tap.stride > 1}  # of two with one stride the later
+    kept = {
+        tap.stride: i for i, tap in enumerate(taps) if tap.stride > 1
+    }  # of two with one stride the later
     any_size = _works(net, (imgsz[0] + 32, imgsz[1] + 64))
     return FeaturePlan(options, indices, taps, kept, is_channels_last, any_size)
 
@@ -156,7 +165,9 @@ def narrow_plan(plan: FeaturePlan, strides: Sequence[int]) -> FeaturePlan:
     )
 
 
-def find_unused(name: str, imgsz: tuple[int, int], plan: FeaturePlan, strides: Sequence[int]) -> list[str]:
+def find_unused(
+    name: str, imgsz: tuple[int, int], plan: FeaturePlan, strides: Sequence[int]
+) -> list[str]:
     """Names of parameters of the timm model that none of the maps at `strides` depends on.
 
     Found by a backward pass in training mode on the meta device.
@@ -195,7 +206,9 @@ def _works(net: nn.Module, imgsz: tuple[int, int]) -> bool:
 
 def _tap(tap_map: Tensor, stride: int, imgsz: tuple[int, int], is_channels_last: bool) -> Tap:
     if tap_map.ndim != 4:
-        raise ValueError(f"a feature has shape {tuple(tap_map.shape)}, expected a map with height and width")
+        raise ValueError(
+            f"a feature has shape {tuple(tap_map.shape)}, expected a map with height and width"
+        )
     channels, height, width = tap_map.shape[1:]
     if is_channels_last:
         height, width, channels = tap_map.shape[1:]

@@ -1,11 +1,10 @@
-"""RT-DETR's transformer parts: the encoder layer AIFI, multi-scale deformable attention, the
-decoder layer.
+"""RT-DETR's transformer parts: encoder layer AIFI, multi-scale deformable attention, decoder layer.
 
 Sources: RT-DETR (Zhao et al., arXiv 2304.08069), Deformable DETR (Zhu et al., arXiv 2010.04159),
-    DETR (arXiv 2005.12872).
+DETR (Carion et al., arXiv 2005.12872).
 
-Letters: B batch, D width, M heads, H and W size of a map, N tokens of all maps, Q queries, L levels
-    (maps), P sampling points.
+Letters: B batch, D width, M heads, H and W size of a map, N tokens of all maps, Q queries,
+L levels (maps), P sampling points.
 
 Sizes are always read from the tensors at hand, so an exported graph takes any batch and size. What
 half precision cannot hold (softmax, normalisation, sampling locations) is computed in float32.
@@ -102,9 +101,8 @@ class SelfAttention(nn.Module):
         Returns:
             (B, N, D).
         """
-        width = (
-            self.out_proj.in_features
-        )  # not from the tensor: a traced split would follow its shape
+        # Not the tensor's own size: a traced split would follow its shape.
+        width = self.out_proj.in_features
         query_key_weight, value_weight = self.in_proj_weight.split((2 * width, width))
         query_key_bias, value_bias = self.in_proj_bias.split((2 * width, width))
         query, key = functional.linear(x + position, query_key_weight, query_key_bias).chunk(2, -1)
@@ -118,8 +116,7 @@ class SelfAttention(nn.Module):
 
 
 def sine_position(size: MapSize, width: int, like: Tensor, temperature: float = 10_000.0) -> Tensor:
-    """Sines and cosines of each cell's row and column, (1, H * W, D), rows of the map one after
-    another.
+    """Sines and cosines of each cell's row and column, (1, H * W, D), the map read row by row.
 
     The published weights were trained with the row in the first half.
 

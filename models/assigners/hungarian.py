@@ -1,8 +1,9 @@
-"""Set matching: each object gets the one query that costs least, all objects together (DETR, arXiv
-2005.12872, eq. 1).
+"""Set matching: each object gets one query, at the least cost for all objects together.
 
-Letters: S stages matched independently, B batch, Q queries, C classes, N objects of the batch, n
-    objects of an image.
+Source: DETR (arXiv 2005.12872, eq. 1).
+
+Letters: S stages matched independently, B batch, Q queries, C classes, N objects of the batch,
+n objects of an image, P matched pairs.
 """
 
 from __future__ import annotations
@@ -16,9 +17,7 @@ from torch import Tensor
 from utils.boxes import cxcywh_to_xyxy, generalized_iou
 
 PROBABILITY_EPS = 1e-8
-WORST_COST = (
-    1e6  # in place of a cost that is no number: such a pair is matched only if nothing else is left
-)
+WORST_COST = 1e6  # of a pair whose cost is no number: matched only if nothing else is left
 
 
 class Match(NamedTuple):
@@ -86,41 +85,35 @@ class HungarianAssigner:
             labels: class of each object, (N,).
             object_boxes: cxcywh, normalised, (N, 4).
         """
-        per_image = [
-            (image_index == image).nonzero().squeeze(1) for image in range(logits.shape[1])
-        ]
+        image_index = image_index.cpu()
+        per_image = [(image_index == i).nonzero().squeeze(1) for i in range(logits.shape[1])]
         costs = [
             self.costs(logits[:, image], boxes[:, image], labels[objects], object_boxes[objects])
             for image, objects in enumerate(per_image)
         ]
-        merged = (
-            torch.cat(costs, -1).cpu() if costs else logits.new_zeros(0)
-        )  # one transfer for all
+        counts = [len(objects) for objects in per_image]
+        on_cpu = torch.cat(costs, -1).cpu().split(counts, -1)  # one transfer for all
         pairs = [
-            _solve(cost, image, objects.cpu())
-            for image, (cost, objects) in enumerate(
-                zip(
-                    merged.split([len(objects) for objects in per_image], -1),
-                    per_image,
-                    strict=True,
-                )
-            )
+            _solve(cost, image, objects)
+            for image, (cost, objects) in enumerate(zip(on_cpu, per_image, strict=True))
         ]
         stage, image, query, chosen = torch.cat(pairs, 1).to(logits.device)
         return Match(stage, image, query, chosen)
 
     def costs(self, logits: Tensor, boxes: Tensor, labels: Tensor, object_boxes: Tensor) -> Tensor:
-        """Cost of each query for each object, (..., Q, n), from (..., Q, C), (..., Q, 4), (n,) and
-        (n, 4).
+        """Cost of each query for each object, (..., Q, n).
+
+        Args:
+            logits: (..., Q, C).
+            boxes: cxcywh, (..., Q, 4).
+            labels: (n,).
+            object_boxes: cxcywh, (n, 4).
         """
         probability = logits.float().sigmoid()[..., labels]
         boxes, object_boxes = boxes.float(), object_boxes.float()
-        present = (
-            self.alpha * (1 - probability) ** self.gamma * -(probability + PROBABILITY_EPS).log()
-        )
-        absent = (
-            (1 - self.alpha) * probability**self.gamma * -(1 - probability + PROBABILITY_EPS).log()
-        )
+        wrong = 1 - probability
+        present = -self.alpha * wrong**self.gamma * (probability + PROBABILITY_EPS).log()
+        absent = (self.alpha - 1) * probability**self.gamma * (wrong + PROBABILITY_EPS).log()
         distance = torch.cdist(boxes, object_boxes.expand(*boxes.shape[:-2], -1, -1), p=1)
         overlap = generalized_iou(
             cxcywh_to_xyxy(boxes)[..., :, None, :], cxcywh_to_xyxy(object_boxes)[..., None, :, :]
@@ -142,9 +135,7 @@ def solve_assignment(cost: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _solve(costs: Tensor, image: int, objects: Tensor) -> Tensor:
-    """Pairs of one image as rows (stage, image, query, object) of a (4, P) tensor, from costs (S,
-    Q, n).
-    """
+    """Pairs of one image, rows stage, image, query, object of (4, P), from costs (S, Q, n)."""
     found = [objects.new_zeros(4, 0)]
     for stage, cost in enumerate(costs):
         queries, columns = solve_assignment(cost)

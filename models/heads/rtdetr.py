@@ -1,14 +1,11 @@
-"""RT-DETR's decoder head: the best encoder tokens become queries, decoder layers refine them into a
-set of boxes.
+"""RT-DETR's head: the best encoder tokens become queries, decoder layers refine them into a set.
 
-Sources: RT-DETR (arXiv 2304.08069); contrastive denoising from DINO (arXiv 2203.03605, section
-    3.3); gradients of a
-box reach the layer before it ("look forward twice", the same paper).
+Sources: RT-DETR (arXiv 2304.08069); from DINO (arXiv 2203.03605, sections 3.3 and 3.5) contrastive
+denoising and "look forward twice": the gradient of a box reaches the layer before it.
 
-Letters: B batch, C classes, D width, L levels, N tokens of all maps, Q queries, K denoising
-    queries, S decoder stages,
-G denoising groups, M most objects of an image. Boxes are cxcywh, normalised to [0, 1] by the image
-size.
+Letters: B batch, C classes, D width, L levels, N tokens of all maps, Q queries, K denoising queries,
+S decoder stages, G denoising groups, M most objects of an image.
+Boxes are cxcywh, normalised to [0, 1] by the image size.
 """
 
 from __future__ import annotations
@@ -189,8 +186,9 @@ class RTDETRDecoder(nn.Module):
         self.strides = tuple(strides)
 
     def forward(self, features: list[Tensor], targets: Targets | None = None) -> RTDETRRaw:
-        """Predict from maps (B, C_l, H_l, W_l), finest first; in training `targets` add denoising
-        queries.
+        """Predict from one map (B, C_l, H_l, W_l) a level, finest first.
+
+        In training, `targets` add denoising queries.
         """
         sizes = [MapSize(*feature.shape[-2:]) for feature in features]
         image_size = (sizes[0].height * self.strides[0], sizes[0].width * self.strides[0])
@@ -235,8 +233,9 @@ class RTDETRDecoder(nn.Module):
         return Selected(chosen, chosen_logits, boxes)
 
     def _query_count(self, sizes: Sequence[MapSize]) -> int:
-        """Q, or the number of cells where there are fewer; a graph with dynamic sizes is for maps
-        that have Q.
+        """Q, or the number of cells where there are fewer.
+
+        A graph exported with dynamic sizes is for maps that have Q cells or more.
         """
         cells = sum(size.height * size.width for size in sizes)
         return min(self.num_queries, cells) if isinstance(cells, int) else self.num_queries
@@ -249,9 +248,7 @@ class RTDETRDecoder(nn.Module):
         sizes: Sequence[MapSize],
         allowed: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Run the decoder: logits (S, B, Q, C) and boxes (S, B, Q, 4) of all stages, in eval mode
-        of the last.
-        """
+        """Logits (S, B, Q, C) and boxes (S, B, Q, 4) of all stages; in eval mode of the last."""
         stage_logits, stage_boxes = [], []
         before = boxes  # with the gradient of the previous layer; `boxes` has none
         for number, layer in enumerate(self.decoder.layers):
@@ -334,8 +331,7 @@ def noisy_queries(
     box_noise: float,
     generator: torch.Generator | None = None,
 ) -> NoisyQueries | None:
-    """Copies of the objects with wrong classes and shifted corners, in groups of M right and M
-    wrong ones.
+    """Copies of the objects with noisy classes and corners, in groups of M right and M wrong ones.
 
     A right copy's corners stay within half a side of the object's, a wrong one's move further and
     must be rejected. Random numbers come from the CPU generator, torch's global one by default: the
@@ -348,8 +344,7 @@ def noisy_queries(
         batch: B.
         image_size: (height, width) in pixels.
         num_classes: C.
-        count: queries of an image are about twice this, G * M being as near to it as it can be from
-            below.
+        count: upper limit of G * M, reached as nearly as whole groups allow.
         label_noise: twice the probability of a random class.
         box_noise: scale of the shifts.
         generator: source of randomness, on the CPU.

@@ -1,11 +1,10 @@
-"""RT-DETR's set loss: varifocal, L1 and GIoU for every decoder layer, the encoder and the denoising
-queries.
+"""RT-DETR's set loss: varifocal, L1 and GIoU for every decoder layer, the encoder and denoising.
 
-Sources: RT-DETR (arXiv 2304.08069, eq. 3), varifocal loss (arXiv 2008.13367, eq. 2), DETR (arXiv
-    2005.12872).
+Sources: RT-DETR (arXiv 2304.08069, eq. 3), varifocal loss (arXiv 2008.13367, eq. 2),
+DETR (arXiv 2005.12872).
 
-Letters: S stages, B batch, Q queries, C classes, N objects, P matched pairs. Boxes are cxcywh,
-    normalised.
+Letters: S stages, B batch, Q queries, C classes, N objects, P matched pairs.
+Boxes are cxcywh, normalised.
 """
 
 from __future__ import annotations
@@ -56,9 +55,12 @@ class HungarianLoss:
         )
 
     def __call__(self, raw: RTDETRRaw, targets: Targets) -> dict[str, Tensor]:
-        """Weighted losses per object: `giou`, `cls`, `l1` of the last stage, `…_aux` of all others
-        and the encoder
-        together, and `…_dn` of the denoising queries over all stages (0 without any)."""
+        """Weighted losses per object.
+
+        `giou`, `cls` and `l1` are those of the last stage, `giou_aux` and so on the sums over all
+        other stages and the encoder, `giou_dn` and so on the sums over the denoising queries of
+        all stages (0 without any).
+        """
         height, width = raw.image_size
         scale = targets.boxes.new_tensor([width, height, width, height])
         targets = targets._replace(boxes=xyxy_to_cxcywh(targets.boxes.float() / scale))
@@ -95,9 +97,11 @@ class HungarianLoss:
     def _stage_losses(
         self, logits: Tensor, boxes: Tensor, targets: Targets, match: Match
     ) -> StageLosses:
-        """Sums per stage, from logits (S, B, Q, C) and boxes (S, B, Q, 4). Without pairs the box
-        losses are 0, but
-        still hang on the boxes, so that every parameter has a gradient."""
+        """Sums per stage, from logits (S, B, Q, C) and boxes (S, B, Q, 4).
+
+        Without pairs the box losses are 0, but still hang on the boxes, so that every parameter
+        has a gradient.
+        """
         place = (match.stage, match.image, match.query)
         chosen, wanted = boxes[place], targets.boxes[match.object]
         corners, wanted_corners = cxcywh_to_xyxy(chosen), cxcywh_to_xyxy(wanted)
@@ -118,8 +122,7 @@ class HungarianLoss:
         )
 
     def _varifocal(self, logits: Tensor, quality: Tensor, is_class: Tensor, gamma: float) -> Tensor:
-        """Elementwise varifocal loss: the target of a matched query's class is the overlap of its
-        box.
+        """Elementwise varifocal loss; the target of a matched query's class is its box's overlap.
 
         The weight of the negatives takes gradient too, which about doubles theirs.
         """

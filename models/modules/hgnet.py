@@ -1,5 +1,4 @@
-"""HGNetv2, the backbone of RT-DETR-L and -X, on its own (PaddleClas PP-HGNetV2, Apache-2.0; arXiv
-2304.08069).
+"""HGNetv2, the backbone of RT-DETR-L and -X, on its own (PaddleClas; arXiv 2304.08069).
 
 A stem at stride 4, then four stages of `HGBlock`s; stages 2-4 begin with a strided depthwise
 convolution. State keys are `stem.…`, `stages.<n>.<m>.…`.
@@ -79,9 +78,7 @@ class HGNetV2(nn.Module):
 
 
 def _stage(in_channels: int, stage: Stage, *, is_first: bool) -> nn.Sequential:
-    """The blocks of one stage; only blocks whose input is as wide as their output have a
-    shortcut.
-    """
+    """The blocks of one stage; all but the first have a shortcut."""
     layers: list[nn.Module] = []
     if not is_first:
         layers.append(DWConv(in_channels, in_channels, 3, 2, activation=False))

@@ -140,7 +140,9 @@ def conv_norm(
     activation: type[nn.Module] | None = None,
 ) -> nn.Sequential:
     """Convolution without bias, BatchNorm, and the activation if there is one."""
-    conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False)
+    conv = nn.Conv2d(
+        in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False
+    )
     layers = OrderedDict[str, nn.Module](conv=conv, bn=nn.BatchNorm2d(out_channels))
     if activation is not None:
         layers["act"] = activation()
@@ -165,7 +167,9 @@ def _layer_scale(channels: int, start: float | None) -> nn.Module:
 class FusedBottleneck(nn.Module):
     """Expanding kxk convolution, linear 1x1 projection; residual where shapes agree."""
 
-    def __init__(self, in_channels: int, out_channels: int, spec: FusedSpec, activation: type[nn.Module]) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, spec: FusedSpec, activation: type[nn.Module]
+    ) -> None:
         super().__init__()
         hidden = round_to_8(in_channels * spec.expansion)
         self.expand = conv_norm(in_channels, hidden, 3, spec.stride, activation=activation)
@@ -181,7 +185,12 @@ class UniversalBottleneck(nn.Module):
     """Depthwise (optional), 1x1 expansion, depthwise (optional), linear 1x1 projection (section 3 of the paper)."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, spec: UibSpec, activation: type[nn.Module], scale: float | None
+        self,
+        in_channels: int,
+        out_channels: int,
+        spec: UibSpec,
+        activation: type[nn.Module],
+        scale: float | None,
     ) -> None:
         super().__init__()
         hidden = round_to_8(in_channels * spec.expansion)
@@ -228,7 +237,9 @@ class MobileAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
-        query = self.query(y).unflatten(1, (self.heads, -1)).flatten(3).transpose(2, 3)  # (B, N, HW, D)
+        query = (
+            self.query(y).unflatten(1, (self.heads, -1)).flatten(3).transpose(2, 3)
+        )  # (B, N, HW, D)
         key, value = (
             project(y).flatten(2).transpose(1, 2).unsqueeze(1).expand(-1, self.heads, -1, -1)
             for project in (self.key, self.value)
@@ -238,17 +249,23 @@ class MobileAttention(nn.Module):
         return x + self.layer_scale(self.project(joined))
 
 
-def _build_layer(specs: tuple[Spec, ...], width: int, factor: float, variant: Variant) -> tuple[nn.Sequential, int]:
+def _build_layer(
+    specs: tuple[Spec, ...], width: int, factor: float, variant: Variant
+) -> tuple[nn.Sequential, int]:
     """The blocks of a layer for `width` channels coming in, and the width that goes out."""
     blocks: list[nn.Module] = []
     for spec in specs:
         out = width if isinstance(spec, AttentionSpec) else int(spec.out * factor)
         if isinstance(spec, ConvSpec):
-            blocks.append(conv_norm(width, out, spec.kernel, spec.stride, activation=variant.activation))
+            blocks.append(
+                conv_norm(width, out, spec.kernel, spec.stride, activation=variant.activation)
+            )
         elif isinstance(spec, FusedSpec):
             blocks.append(FusedBottleneck(width, out, spec, variant.activation))
         elif isinstance(spec, UibSpec):
-            blocks.append(UniversalBottleneck(width, out, spec, variant.activation, variant.layer_scale))
+            blocks.append(
+                UniversalBottleneck(width, out, spec, variant.activation, variant.layer_scale)
+            )
         else:
             blocks.append(MobileAttention(width, spec, variant.layer_scale))
         width = out
@@ -274,7 +291,9 @@ class MobileNetV4(nn.Module):
         is_number = isinstance(factor, (int, float)) and not isinstance(factor, bool)
         if not is_number or not math.isfinite(factor) or int(self.variant.stem * factor) < 1:
             least = 1 / self.variant.stem
-            raise LayerError(f"got factor {factor!r}, expected a number of at least {least:.3g}, such as 0.5")
+            raise LayerError(
+                f"got factor {factor!r}, expected a number of at least {least:.3g}, such as 0.5"
+            )
         width = int(self.variant.stem * factor)
         self.stem = conv_norm(3, width, 3, 2, activation=self.variant.activation)
         self.layers = nn.ModuleList()
@@ -287,18 +306,30 @@ class MobileNetV4(nn.Module):
         self._initialize()
         if weights:
             if factor != 1:
-                raise LayerError(f"got weights beside factor {factor}, expected factor 1, the width they are made for")
+                raise LayerError(
+                    f"got weights beside factor {factor}, expected factor 1, the width they are made for"
+                )
             self.load_timm_state(read_weights(weights).state, weights)
 
     def _initialize(self) -> None:
         """Convolutions by fan-out, attention's by Xavier."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
+                fan_out = (
+                    module.kernel_size[0]
+                    * module.kernel_size[1]
+                    * module.out_channels
+                    // module.groups
+                )
                 nn.init.normal_(module.weight, 0, math.sqrt(2 / fan_out))
         for module in self.modules():
             if isinstance(module, MobileAttention):
-                for part in (module.query, module.project, *module.key.modules(), *module.value.modules()):
+                for part in (
+                    module.query,
+                    module.project,
+                    *module.key.modules(),
+                    *module.value.modules(),
+                ):
                     if isinstance(part, nn.Conv2d):
                         nn.init.xavier_uniform_(part.weight)
 
@@ -352,7 +383,7 @@ def timm_key(key: str, model: MobileNetV4) -> str:
     match = re.fullmatch(r"layers\.(\d+)\.(\d+)\.(.+)", key)
     assert match is not None
     layer, index, rest = int(match[1]), int(match[2]), match[3]
-    block = model.layers[layer][index]
+    block = model.get_submodule(f"layers.{layer}.{index}")
     parts = _TIMM_PARTS.get(type(block), {"bn": "bn1"})
     for ours, theirs in parts.items():
         if rest.startswith(f"{ours}."):

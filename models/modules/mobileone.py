@@ -24,7 +24,9 @@ def conv_norm(
 ) -> nn.Sequential:
     """Convolution without bias and BatchNorm; the size is kept at stride 1."""
     padding = dilation * (kernel_size - 1) // 2
-    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias=False)
+    conv = nn.Conv2d(
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias=False
+    )
     return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(out_channels)))
 
 
@@ -72,7 +74,9 @@ class MobileOneBlock(nn.Module):
             conv_norm(*shape, kernel_size, stride, dilation, groups) for _ in range(num_branches)
         )
         self.scale = conv_norm(*shape, 1, stride, 1, groups) if kernel_size > 1 else None
-        self.skip = nn.BatchNorm2d(out_channels) if in_channels == out_channels and stride == 1 else None
+        self.skip = (
+            nn.BatchNorm2d(out_channels) if in_channels == out_channels and stride == 1 else None
+        )
         self.conv: nn.Conv2d | None = None
         self.se: nn.Module = SqueezeExcite(out_channels) if use_se else nn.Identity()
 
@@ -93,7 +97,8 @@ class MobileOneBlock(nn.Module):
         """Fold all branches into one convolution with bias (section 3.2 of the paper); in place, idempotent."""
         if self.branches is None:
             return
-        first: nn.Conv2d = self.branches[0].conv
+        first = self.branches[0].conv
+        assert isinstance(first, nn.Conv2d)
         folded = nn.utils.skip_init(
             nn.Conv2d, first.in_channels, first.out_channels, first.kernel_size, first.stride, first.padding,
             first.dilation, first.groups, bias=True, device=first.weight.device, dtype=first.weight.dtype,
@@ -129,7 +134,9 @@ def _norm_as_affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 def _stage_rule(in_channels: Sequence[Any], args: Sequence[Any], scaling: Scaling) -> Plan:
     """`[out, blocks, ...]` becomes `(in, scaled out, blocks, ...)`; the stage repeats by its own argument."""
     if scaling.repeats != 1:
-        raise LayerError(f"got repeats {scaling.repeats}, expected 1; the second argument says how many blocks there are")
+        raise LayerError(
+            f"got repeats {scaling.repeats}, expected 1; the second argument says how many blocks there are"
+        )
     return convolution(in_channels, args, scaling)
 
 
@@ -153,7 +160,9 @@ class MobileOne(nn.Sequential):
         num_se: int = 0,
     ) -> None:
         if num_blocks < 1 or not 0 <= num_se <= num_blocks:
-            raise LayerError(f"got {num_blocks} blocks, {num_se} with SE, expected at least 1 and no more SE than blocks")
+            raise LayerError(
+                f"got {num_blocks} blocks, {num_se} with SE, expected at least 1 and no more SE than blocks"
+            )
         blocks: list[nn.Module] = []
         for i in range(num_blocks):
             width = in_channels if i == 0 else out_channels

@@ -46,7 +46,9 @@ class PyramidLevel(nn.Sequential):
     Section 3 of the paper of the simple feature pyramid; a step up halves the width.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, from_stride: int, to_stride: int) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, from_stride: int, to_stride: int
+    ) -> None:
         layers: list[nn.Module] = []
         width = in_channels
         while from_stride > to_stride:
@@ -103,14 +105,17 @@ class TimmBackbone(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(pretrained, bool):
-            raise LayerError(f"got pretrained {pretrained!r}, expected true or false; a file is given as weights: path")
+            raise LayerError(
+                f"got pretrained {pretrained!r}, expected true or false; a file is given as weights: path"
+            )
         self.model_name = model_name
         self.imgsz = (int(imgsz[0]), int(imgsz[1]))
         self.plan: FeaturePlan = plan_features(model_name, self.imgsz, options)
         self.any_size = self.plan.any_size
-        self.net = _create_with_weights(model_name, self.plan, pretrained, weights)
+        self.net: nn.Module = _create_with_weights(model_name, self.plan, pretrained, weights)
         self.unused: list[str] = []
-        self.channels, self.strides = [], []
+        self.channels: list[int] = []
+        self.strides: list[int] = []
         self.sources: list[tuple[int, str]] = []
         self.levels = nn.ModuleDict()
         self._add_outputs(pyramid_width)
@@ -120,12 +125,16 @@ class TimmBackbone(nn.Module):
         """Which of timm's maps each output comes from, and the levels that derive those it does not have."""
         own = self.plan.kept
         is_single = len(own) == 1
-        for stride in sorted(set(VIT_STRIDES) | set(own)) if is_single else sorted({*own, *REQUIRED_STRIDES}):
+        for stride in (
+            sorted(set(VIT_STRIDES) | set(own)) if is_single else sorted({*own, *REQUIRED_STRIDES})
+        ):
             nearest = min(own, key=lambda s: (abs(s.bit_length() - stride.bit_length()), -s))
             is_derived = is_single or stride not in own
             key = f"stride{stride}" if is_derived else ""
             if is_derived:
-                self.levels[key] = PyramidLevel(self.plan.taps[own[nearest]].channels, width, nearest, stride)
+                self.levels[key] = PyramidLevel(
+                    self.plan.taps[own[nearest]].channels, width, nearest, stride
+                )
             self.sources.append((nearest, key))
             self.strides.append(stride)
             self.channels.append(width if is_derived else self.plan.taps[own[stride]].channels)
@@ -133,9 +142,9 @@ class TimmBackbone(nn.Module):
     def select_strides(self, strides: Sequence[int]) -> None:
         """Return only the maps at `strides` from now on; what serves none of them goes, or is frozen where it cannot go."""
         kept = [i for i, stride in enumerate(self.strides) if stride in strides]
-        self.strides, self.channels, self.sources = (
-            [values[i] for i in kept] for values in (self.strides, self.channels, self.sources)
-        )
+        self.strides = [self.strides[i] for i in kept]
+        self.channels = [self.channels[i] for i in kept]
+        self.sources = [self.sources[i] for i in kept]
         for key in set(self.levels) - {key for _, key in self.sources}:
             del self.levels[key]
         own = sorted({stride for stride, _ in self.sources})
@@ -144,7 +153,9 @@ class TimmBackbone(nn.Module):
             self.plan = narrow_plan(self.plan, own)
             state = self.net.state_dict()
             with torch.random.fork_rng(devices=[]):
-                self.net = create(self.model_name, {**self.plan.options, "out_indices": self.plan.indices})
+                self.net = create(
+                    self.model_name, {**self.plan.options, "out_indices": self.plan.indices}
+                )
             self.net.load_state_dict({key: state[key] for key in self.net.state_dict()})
             self.net.train(self.training)
             unused = find_unused(self.model_name, self.imgsz, self.plan, own)
@@ -161,11 +172,13 @@ class TimmBackbone(nn.Module):
                 f"{self.imgsz[1]} it was built for. Give this size as --imgsz."
             )
         taps = [
-            self._to_common_form(tap_map, i, height, width)
-            for i, tap_map in enumerate(self.net(x))
+            self._to_common_form(tap_map, i, height, width) for i, tap_map in enumerate(self.net(x))
         ]
         maps = [taps[self.plan.kept[stride]] for stride, _ in self.sources]
-        return [self.levels[key](m) if key else m for m, (_, key) in zip(maps, self.sources, strict=True)]
+        return [
+            self.levels[key](m) if key else m
+            for m, (_, key) in zip(maps, self.sources, strict=True)
+        ]
 
     def _to_common_form(self, tap_map: Tensor, index: int, height: int, width: int) -> Tensor:
         tap = self.plan.taps[index]
@@ -185,20 +198,28 @@ class TimmBackbone(nn.Module):
             self._is_reparameterized = True
 
 
-def _create_with_weights(model_name: str, plan: FeaturePlan, pretrained: bool, weights: str | None) -> nn.Module:
+def _create_with_weights(
+    model_name: str, plan: FeaturePlan, pretrained: bool, weights: str | None
+) -> nn.Module:
     options = {**plan.options, "out_indices": plan.indices}
     if weights:
         state = read_weights(weights).state
-        net = _load(weights, model_name, {**options, "pretrained_cfg_overlay": {"state_dict": state}})
+        net = _load(
+            weights, model_name, {**options, "pretrained_cfg_overlay": {"state_dict": state}}
+        )
         _require_transfer(net, state, weights, model_name)
         return net
     if pretrained:
         source = f"timm's weights of {model_name}"
         cached = cached_weights(model_name)
         if cached:
-            return _load(source, model_name, {**options, "pretrained_cfg_overlay": {"file": cached}})
+            return _load(
+                source, model_name, {**options, "pretrained_cfg_overlay": {"file": cached}}
+            )
         if not hub_is_reachable():
-            raise CheckpointError(f"{source}: are not in the cache, and the hub cannot be reached. {OFFLINE_ADVICE}")
+            raise CheckpointError(
+                f"{source}: are not in the cache, and the hub cannot be reached. {OFFLINE_ADVICE}"
+            )
         return _load(source, model_name, options)
     return create(model_name, options)
 
@@ -218,7 +239,9 @@ def _fingerprint(tensor: Tensor) -> tuple[int, float]:
     return tensor.numel(), float(f"{tensor.double().sum().item():.5g}")
 
 
-def _require_transfer(net: nn.Module, state: dict[str, Tensor], source: str, model_name: str) -> None:
+def _require_transfer(
+    net: nn.Module, state: dict[str, Tensor], source: str, model_name: str
+) -> None:
     """timm loads a backbone without insisting on any name, so look whether its tensors really come from the file."""
     given = {_fingerprint(tensor) for tensor in state.values() if tensor.ndim > 1}
     kernels = [p for p in net.parameters() if p.ndim > 1]

@@ -69,7 +69,10 @@ def test_the_image_row_stays_first_and_keeps_its_index():
 
 
 def test_a_stem_that_widens_the_image_without_downsampling_goes():
-    config = {"backbone": [[-1, 1, "Conv", [32, 3, 1]], [-1, 1, "Conv", [8, 3, 2]]], "head": [[-1, 1, "Conv", [8]]]}
+    config = {
+        "backbone": [[-1, 1, "Conv", [32, 3, 1]], [-1, 1, "Conv", [8, 3, 2]]],
+        "head": [[-1, 1, "Conv", [8]]],
+    }
     new = replace_backbone(config, "x", {}, plain(1, 2, 2))
     assert new["backbone"] == [[-1, 1, "x", []]]
     assert new["head"] == [["P1", 1, "Conv", [8]]]
@@ -80,7 +83,11 @@ def test_what_stands_behind_a_backbone_row_stays_and_its_five_slots_are_known():
         "backbone": [[-1, 1, "EMO_1M", [False]], [-1, 1, "SPPF", [64, 5], "context"]],
         "head": [[[-1, 3, "P3", "P5", "context", 5], 1, "Concat", [1]]],
     }
-    slots = [RowSlots(0, (2, 4, 8, 16, 32), is_backbone=True), RowSlots(5, (32,)), RowSlots(6, (32,))]
+    slots = [
+        RowSlots(0, (2, 4, 8, 16, 32), is_backbone=True),
+        RowSlots(5, (32,)),
+        RowSlots(6, (32,)),
+    ]
     new = replace_backbone(config, "x", {}, slots)
     assert new["backbone"] == [[-1, 1, "x", []], ["P5", 1, "SPPF", [64, 5], "context"]]
     assert new["head"] == [[[-1, "P4", "P3", "P5", "context", "context"], 1, "Concat", [1]]]
@@ -122,7 +129,20 @@ def test_configs_of_one_family_become_one_model(names):
     assert all(other == shapes[0] for other in shapes[1:])
 
 
-@pytest.mark.parametrize("name", ["yolov5n", "gelan-t", "gelan-e", "yolov9-t", "yolov9-c", "yolov9-e", "yolo11n", "rtdetr-l", "rtdetr-r18"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "yolov5n",
+        "gelan-t",
+        "gelan-e",
+        "yolov9-t",
+        "yolov9-c",
+        "yolov9-e",
+        "yolo11n",
+        "rtdetr-l",
+        "rtdetr-r18",
+    ],
+)
 def test_every_head_takes_another_backbone(name):
     with torch.device("meta"):
         model = build_model(name, backbone=["EMO_1M", "weights=false"], imgsz=SIZE)
@@ -137,15 +157,25 @@ def test_a_backbone_grafted_onto_its_own_kind_of_config_changes_nothing():
         grafted = build_model("yolov5n", backbone=["EMO_1M", "weights=false"], imgsz=SIZE)
         written = build_model("yolov5n-emo", imgsz=SIZE)
     assert [row.shape for row in grafted.rows] == [row.shape for row in written.rows]
-    assert {k: v.shape for k, v in grafted.state_dict().items()} == {k: v.shape for k, v in written.state_dict().items()}
+    assert {k: v.shape for k, v in grafted.state_dict().items()} == {
+        k: v.shape for k, v in written.state_dict().items()
+    }
 
 
 def test_a_grafted_model_trains_the_auxiliary_branch_of_yolov9():
-    model = build_model("yolov9-t", backbone=["MobileNetV4ConvSmall", "factor=0.25"], num_classes=2, imgsz=SIZE).train()
+    model = build_model(
+        "yolov9-t", backbone=["MobileNetV4ConvSmall", "factor=0.25"], num_classes=2, imgsz=SIZE
+    ).train()
     raw = model(torch.rand(2, 3, 64, 96))
-    tensors = [t for t in torch.utils._pytree.tree_leaves(raw) if isinstance(t, torch.Tensor) and t.requires_grad]
+    tensors = [
+        t
+        for t in torch.utils._pytree.tree_leaves(raw)
+        if isinstance(t, torch.Tensor) and t.requires_grad
+    ]
     sum(t.float().square().mean() for t in tensors).backward()
-    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+    assert [
+        name for name, p in model.named_parameters() if p.requires_grad and p.grad is None
+    ] == []
 
 
 def test_the_rewritten_config_survives_being_saved(tmp_path):
@@ -162,7 +192,11 @@ def test_a_missing_stride_is_one_line_that_says_which_there_are():
     config = {
         "nc": 2,
         "scales": {"n": [1, 1, 64]},
-        "backbone": [[-1, 1, "Conv", [16, 3, 2]], [-1, 1, "Conv", [32, 3, 2]], [-1, 1, "Conv", [64, 3, 2]]],
+        "backbone": [
+            [-1, 1, "Conv", [16, 3, 2]],
+            [-1, 1, "Conv", [32, 3, 2]],
+            [-1, 1, "Conv", [64, 3, 2]],
+        ],
         "head": [[[0, 1, 2], 1, "Detect", ["nc"]]],
     }
     assert build_model(config, imgsz=SIZE).strides == (2, 4, 8)
@@ -170,7 +204,10 @@ def test_a_missing_stride_is_one_line_that_says_which_there_are():
     with pytest.raises(ConfigError) as caught:
         build_model(config, backbone=["MobileNetV4ConvSmall"], imgsz=SIZE)
     (line,) = str(caught.value).splitlines()
-    assert "head[0] Detect: got from" in line and "which is empty: the backbone has no stride 2" in line
+    assert (
+        "head[0] Detect: got from" in line
+        and "which is empty: the backbone has no stride 2" in line
+    )
     assert "P2 (stride 4), P3 (stride 8)" in line
 
 

@@ -50,7 +50,9 @@ def make(variant: str, *args, **kwargs) -> MobileNetV4:
 def test_the_published_number_of_parameters_at_every_factor(variant, factor, expected):
     with torch.device("meta"):
         model = make(variant, factor)
-    without_scale = sum(p.numel() for name, p in model.named_parameters() if "layer_scale" not in name)
+    without_scale = sum(
+        p.numel() for name, p in model.named_parameters() if "layer_scale" not in name
+    )
     assert without_scale == expected
 
 
@@ -87,7 +89,9 @@ def timm_features(variant: str) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("variant", ["ConvSmall", "ConvMedium", "ConvLarge", "HybridMedium", "HybridLarge"])
+@pytest.mark.parametrize(
+    "variant", ["ConvSmall", "ConvMedium", "ConvLarge", "HybridMedium", "HybridLarge"]
+)
 def test_factor_1_equals_timm_given_its_weights(variant):
     theirs = timm_features(variant)
     state = theirs.state_dict()
@@ -121,7 +125,9 @@ def test_weights_of_timm_load_from_a_file(tmp_path):
     torch.save(full.state_dict(), path)
     model = make("ConvSmall", 1, weights=str(path))
     assert torch.equal(model.stem.conv.weight, full.conv_stem.weight)
-    assert torch.equal(model.layers[3][5].project.conv.weight, full.blocks[3][5].pw_proj.conv.weight)
+    assert torch.equal(
+        model.layers[3][5].project.conv.weight, full.blocks[3][5].pw_proj.conv.weight
+    )
     with pytest.raises(LayerError, match="factor 0.5"):
         make("ConvSmall", 0.5, weights=str(path))
     with pytest.raises(CheckpointError, match="does not fit MobileNetV4ConvMedium"):
@@ -139,7 +145,11 @@ def test_maps_have_the_stated_strides_and_every_parameter_a_gradient(variant, ba
         (batch, c, height // s, width // s) for c, s in zip(model.channels, model.strides)
     ]
     sum(m.square().mean() for m in maps).backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+    assert [
+        name
+        for name, p in model.named_parameters()
+        if p.grad is None or not p.grad.isfinite().all()
+    ] == []
 
 
 def test_images_of_a_batch_do_not_mix_and_channels_last_changes_nothing():
@@ -151,7 +161,9 @@ def test_images_of_a_batch_do_not_mix_and_channels_last_changes_nothing():
     with torch.no_grad():
         together = model(images)
         apart = [model(images[i : i + 1]) for i in range(3)]
-        other_layout = model.to(memory_format=torch.channels_last)(images.to(memory_format=torch.channels_last))
+        other_layout = model.to(memory_format=torch.channels_last)(
+            images.to(memory_format=torch.channels_last)
+        )
     for level in range(4):
         single = torch.cat([maps[level] for maps in apart])
         assert torch.allclose(together[level], single, atol=1e-5)
@@ -172,7 +184,9 @@ def test_attention_is_the_textbook_formula():
                 for place in range(6):
                     q = query[b, 3 * head : 3 * head + 3].flatten(1)[:, place]
                     weights = (q @ key[b].flatten(1) / 3**0.5).softmax(0)
-                    expected[b, 3 * head : 3 * head + 3, place // 3, place % 3] = value[b].flatten(1) @ weights
+                    expected[b, 3 * head : 3 * head + 3, place // 3, place % 3] = (
+                        value[b].flatten(1) @ weights
+                    )
         assert torch.allclose(attention(x), x + attention.project(expected), atol=1e-5)
 
 
@@ -181,9 +195,13 @@ def test_building_is_reproducible_and_moves_no_statistics():
     first = make("HybridMedium", 0.25)
     torch.manual_seed(5)
     second = make("HybridMedium", 0.25)
-    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values())
+    )
     norms = [m for m in first.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert norms and all(int(m.num_batches_tracked) == 0 and not m.running_mean.any() for m in norms)
+    assert norms and all(
+        int(m.num_batches_tracked) == 0 and not m.running_mean.any() for m in norms
+    )
 
 
 @pytest.mark.parametrize("factor", [0, -0.5, 0.01, float("nan"), float("inf"), True, "half"])
@@ -199,10 +217,14 @@ def test_a_factor_of_0_in_a_yaml_names_the_row():
         "head": [["P3", 1, "Conv", [8]], [[-1], 1, "Detect", ["nc"]]],
         "scales": {"n": [1, 1, 64]},
     }
-    with pytest.raises(ConfigError, match=r"backbone\[0\] MobileNetV4ConvSmall: .*got factor 0, expected"):
+    with pytest.raises(
+        ConfigError, match=r"backbone\[0\] MobileNetV4ConvSmall: .*got factor 0, expected"
+    ):
         build_model(config, imgsz=(64, 64))
 
 
-@pytest.mark.parametrize(("value", "expected"), [(1, 8), (8.8, 8), (11, 16), (20, 24), (96, 96), (27, 32), (99, 96)])
+@pytest.mark.parametrize(
+    ("value", "expected"), [(1, 8), (8.8, 8), (11, 16), (20, 24), (96, 96), (27, 32), (99, 96)]
+)
 def test_expansions_round_to_a_multiple_of_8(value, expected):
     assert round_to_8(value) == expected

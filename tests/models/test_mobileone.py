@@ -36,7 +36,9 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
 
 
 @pytest.mark.parametrize(("in_channels", "args", "trained", "folded"), STAGES)
-def test_a_stage_has_the_published_parameters_before_and_after_folding(in_channels, args, trained, folded):
+def test_a_stage_has_the_published_parameters_before_and_after_folding(
+    in_channels, args, trained, folded
+):
     stage = MobileOne(in_channels, *args)
     assert count(stage) == trained
     for module in stage.modules():
@@ -138,7 +140,9 @@ class MobileOneS0(nn.Module):
         super().__init__()
         self.stem = MobileOneBlock(3, 48, 3, 2, num_branches=1)
         widths, depths = (48, 48, 128, 256, 1024), (2, 8, 10, 1)
-        self.stages = nn.ModuleList(MobileOne(i, o, n) for i, o, n in zip(widths, widths[1:], depths))
+        self.stages = nn.ModuleList(
+            MobileOne(i, o, n) for i, o, n in zip(widths, widths[1:], depths)
+        )
 
     def forward(self, x: Tensor) -> list[Tensor]:
         maps = [self.stem(x)]
@@ -163,8 +167,14 @@ def test_s0_from_our_blocks_equals_timm_given_its_weights():
     theirs = randomise(timm.create_model("mobileone_s0", features_only=True)).eval()
     for tensor in theirs.parameters():
         if tensor.ndim == 4:  # keep the signal of a deep random network within float32
-            tensor.data.normal_(0, (0.4 / tensor[0].numel()) ** 0.5, generator=torch.Generator().manual_seed(tensor.numel()))
-    source = {key.replace("stages_", "stages."): value for key, value in theirs.state_dict().items()}
+            tensor.data.normal_(
+                0,
+                (0.4 / tensor[0].numel()) ** 0.5,
+                generator=torch.Generator().manual_seed(tensor.numel()),
+            )
+    source = {
+        key.replace("stages_", "stages."): value for key, value in theirs.state_dict().items()
+    }
     ours = MobileOneS0().eval()
     ours.load_state_dict({key: source[timm_key(key)] for key in ours.state_dict()})
     assert len(ours.state_dict()) == len(source)

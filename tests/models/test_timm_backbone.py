@@ -25,7 +25,10 @@ from utils.errors import CheckpointError, ConfigError
 timm = pytest.importorskip("timm")
 SIZE = (64, 96)
 
-SWIN = ("swin_tiny_patch4_window7_224", {"depths": (1, 1, 1, 1), "embed_dim": 16, "num_heads": (1, 1, 2, 2)})
+SWIN = (
+    "swin_tiny_patch4_window7_224",
+    {"depths": (1, 1, 1, 1), "embed_dim": 16, "num_heads": (1, 1, 2, 2)},
+)
 
 # name, options, strides of its maps, which of them are derived
 MODELS = [
@@ -39,8 +42,12 @@ MODELS = [
 ]
 
 
-def stride_shapes(model: TimmBackbone, batch: int, height: int, width: int) -> list[tuple[int, ...]]:
-    return [(batch, c, -(-height // s), -(-width // s)) for c, s in zip(model.channels, model.strides)]
+def stride_shapes(
+    model: TimmBackbone, batch: int, height: int, width: int
+) -> list[tuple[int, ...]]:
+    return [
+        (batch, c, -(-height // s), -(-width // s)) for c, s in zip(model.channels, model.strides)
+    ]
 
 
 @pytest.fixture(scope="module", params=MODELS, ids=lambda row: row[0])
@@ -66,7 +73,9 @@ def test_every_parameter_that_trains_gets_a_gradient_for_the_maps_that_are_read(
     maps = model(torch.rand(2, 3, *SIZE))
     assert [tuple(m.shape) for m in maps] == stride_shapes(model, 2, *SIZE)
     sum(m.square().mean() for m in maps).backward()
-    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+    assert [
+        name for name, p in model.named_parameters() if p.requires_grad and p.grad is None
+    ] == []
     frozen = [name for name, p in model.net.named_parameters() if not p.requires_grad]
     assert sorted(frozen) == model.unused
 
@@ -116,13 +125,20 @@ def test_another_size_than_the_built_one_works_where_timm_allows_it(name, option
 def test_weights_of_a_size_free_model_do_not_depend_on_the_built_size():
     for name, options in (("test_vit", {}), SWIN):
         with torch.device("meta"):
-            small, large = TimmBackbone(name, (64, 64), **options), TimmBackbone(name, (320, 416), **options)
-        assert {k: v.shape for k, v in small.state_dict().items()} == {k: v.shape for k, v in large.state_dict().items()}
+            small, large = (
+                TimmBackbone(name, (64, 64), **options),
+                TimmBackbone(name, (320, 416), **options),
+            )
+        assert {k: v.shape for k, v in small.state_dict().items()} == {
+            k: v.shape for k, v in large.state_dict().items()
+        }
 
 
 def test_a_model_of_fixed_size_is_built_for_the_size_in_use_and_says_so():
     model = TimmBackbone("levit_128s", (64, 96), pyramid_width=16).eval()
-    with pytest.raises(ConfigError, match="levit_128s has a fixed input size - got 96x96, expected the 64x96"):
+    with pytest.raises(
+        ConfigError, match="levit_128s has a fixed input size - got 96x96, expected the 64x96"
+    ):
         model(torch.rand(1, 3, 96, 96))
 
 
@@ -143,19 +159,26 @@ def test_a_patch_of_14_becomes_16():
 
 
 def test_strides_that_are_no_power_of_two_are_resized_to_one():
-    model = TimmBackbone("pit_b_224", (128, 128), pyramid_width=16, depth=[1, 1, 1]).eval()  # reductions 7, 14, 28
+    model = TimmBackbone(
+        "pit_b_224", (128, 128), pyramid_width=16, depth=[1, 1, 1]
+    ).eval()  # reductions 7, 14, 28
     with torch.no_grad():
         maps = model(torch.rand(1, 3, 128, 128))
     assert model.strides == [8, 16, 32]
     assert [m.shape[2] for m in maps] == [16, 8, 4]
 
 
-@pytest.mark.parametrize(("value", "expected"), [(2, 2), (7, 8), (14, 16), (16, 16), (12, 16), (28, 32), (64, 64)])
+@pytest.mark.parametrize(
+    ("value", "expected"), [(2, 2), (7, 8), (14, 16), (16, 16), (12, 16), (28, 32), (64, 64)]
+)
 def test_power_of_two(value, expected):
     assert power_of_two(value) == expected
 
 
-@pytest.mark.parametrize(("source", "target", "ups", "downs"), [(16, 4, 2, 0), (16, 8, 1, 0), (16, 16, 0, 0), (16, 32, 0, 1), (32, 4, 3, 0), (8, 32, 0, 2)])
+@pytest.mark.parametrize(
+    ("source", "target", "ups", "downs"),
+    [(16, 4, 2, 0), (16, 8, 1, 0), (16, 16, 0, 0), (16, 32, 0, 1), (32, 4, 3, 0), (8, 32, 0, 2)],
+)
 def test_a_pyramid_level_has_the_steps_of_the_paper(source, target, ups, downs):
     level = PyramidLevel(64, 24, source, target)
     kinds = [type(m) for m in level]
@@ -178,8 +201,13 @@ def test_building_draws_random_numbers_for_initialisation_only():
     first = TimmBackbone("test_vit", (64, 64))
     after_first = torch.rand(1)
     torch.manual_seed(3)
-    reference = timm.create_model("test_vit", features_only=True, out_indices=first.plan.indices, dynamic_img_size=True)
-    assert all(torch.equal(a, b) for a, b in zip(first.net.state_dict().values(), reference.state_dict().values()))
+    reference = timm.create_model(
+        "test_vit", features_only=True, out_indices=first.plan.indices, dynamic_img_size=True
+    )
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(first.net.state_dict().values(), reference.state_dict().values())
+    )
     torch.manual_seed(3)
     TimmBackbone("test_vit", (64, 64))
     assert torch.equal(torch.rand(1), after_first)
@@ -188,7 +216,9 @@ def test_building_draws_random_numbers_for_initialisation_only():
 def test_no_statistic_moves_while_building():
     model = TimmBackbone("test_resnet", (64, 64))
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert norms and all(int(m.num_batches_tracked) == 0 and not m.running_mean.any() for m in norms)
+    assert norms and all(
+        int(m.num_batches_tracked) == 0 and not m.running_mean.any() for m in norms
+    )
 
 
 def test_weights_of_timm_load_from_a_file(tmp_path):
@@ -224,7 +254,9 @@ def test_pretrained_offline_says_what_to_do_at_once(monkeypatch):
     monkeypatch.setattr(timm_hub, "getproxies", dict)
     monkeypatch.setattr("models.modules.timm_backbone.cached_weights", lambda name: None)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    with pytest.raises(CheckpointError, match="not in the cache, and the hub cannot be reached.*weights: path"):
+    with pytest.raises(
+        CheckpointError, match="not in the cache, and the hub cannot be reached.*weights: path"
+    ):
         TimmBackbone("test_resnet", (64, 64), pretrained=True)
 
 
@@ -233,14 +265,23 @@ def test_pretrained_comes_from_the_cache_without_asking_the_network(monkeypatch,
     path = tmp_path / "cached.pth"
     torch.save(full.state_dict(), path)
     monkeypatch.setattr("models.modules.timm_backbone.cached_weights", lambda name: str(path))
-    monkeypatch.setattr("models.modules.timm_backbone.hub_is_reachable", lambda: pytest.fail("asked the network"))
+    monkeypatch.setattr(
+        "models.modules.timm_backbone.hub_is_reachable", lambda: pytest.fail("asked the network")
+    )
     model = TimmBackbone("test_resnet", (64, 64), pretrained=True)
     ours: dict[str, Tensor] = model.net.state_dict()
-    assert torch.equal(ours["conv1.weight"] if "conv1.weight" in ours else ours["conv1.0.weight"], next(iter(full.parameters())))
+    assert torch.equal(
+        ours["conv1.weight"] if "conv1.weight" in ours else ours["conv1.0.weight"],
+        next(iter(full.parameters())),
+    )
 
 
 def test_names_with_prefix_and_tag_are_known():
-    assert is_timm_model("resnet18") and is_timm_model("timm/resnet18") and is_timm_model("resnet18.a1_in1k")
+    assert (
+        is_timm_model("resnet18")
+        and is_timm_model("timm/resnet18")
+        and is_timm_model("resnet18.a1_in1k")
+    )
     assert not is_timm_model("resnet18x") and not is_timm_model("Cnov")
     assert "convnext_tiny" in timm_names()
     assert find_timm_layer("nothing_of_the_kind") is None
@@ -278,5 +319,7 @@ def test_mistakes_in_a_yaml_name_row_and_reason(row, message):
 
 
 def test_a_size_that_timm_refuses_is_one_line():
-    with pytest.raises(LayerError, match="timm cannot give features of 'nest_tiny' at 64x96 - .*square"):
+    with pytest.raises(
+        LayerError, match="timm cannot give features of 'nest_tiny' at 64x96 - .*square"
+    ):
         TimmBackbone("nest_tiny", SIZE)

@@ -1,0 +1,255 @@
+"""Every model YAML: its size, its shapes, its gradients, its folded form, its state-dict keys."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+from typing import Any
+
+import golden_weights
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models.losses import build_criterion, total_loss
+from models.reparam import reparameterize_model
+from models.rows import DETECT_FOLDER
+from models.table import count_params
+from models.yolo import DetectionModel, build_model
+from utils.config import load_yaml
+from utils.structures import Targets
+
+HYPS = DETECT_FOLDER.parents[1] / "data" / "hyps"
+PRINTED = Path(__file__).parent / "printed"
+CLASSES = 3
+
+# Parameters at 80 classes, as published or computed from the published code.
+PARAMETERS = {
+    "yolov5n": 1_872_157,
+    "yolov5s": 7_235_389,
+    "yolov5m": 21_190_557,
+    "yolov5l": 46_563_709,
+    "yolov5x": 86_749_405,
+    "gelan-t": 2_442_640,
+    "gelan-s": 7_226_208,
+    "gelan-m": 20_124_000,
+    "gelan-c": 25_498_752,
+    "gelan-e": 58_114_432,
+    "yolov9-t": 3_717_680,
+    "yolov9-s": 9_804_512,
+    "yolov9-m": 32_878_432,
+    "yolov9-c": 51_182_080,
+    "yolov9-e": 69_529_664,
+    "yolo11n": 2_624_080,
+    "yolo11s": 9_458_752,
+    "yolo11m": 20_114_688,
+    "yolo11l": 25_372_160,
+    "yolo11x": 56_966_176,
+    "rtdetr-l": 32_970_476,
+    "rtdetr-x": 67_467_852,
+    "yolo11-mobilenetv4": 2_206_648,
+}
+# The couplings as their write-ups print them: file, classes, parameters. In the first file a
+# classifier of 169,000 parameters that nothing uses is left out.
+COUPLINGS = [
+    ("000_rtdetr-l-EMO", 1, 22_694_235),
+    ("001_yolov9-c-mobileone", 1, 45_970_870),
+    ("002_yolov5n-EMO", 80, 2_144_365),
+    ("003_yolov5n-revcol", 80, 31_223_613),
+    ("004_yolo11-MobileNetV4", 5, 2_173_383),
+]
+# Number of entries and checksum of keys and shapes of the state dict at 3 classes. A change here
+# means that saved weights no longer load.
+LAYOUTS = {
+    "gelan-c": (937, 596413039),
+    "gelan-e": (1811, 2641637542),
+    "gelan-m": (907, 3643131462),
+    "gelan-s": (1339, 47854303),
+    "gelan-t": (1339, 1797500979),
+    "rtdetr-l": (941, 1802996413),
+    "rtdetr-l-emo": (704, 893260380),
+    "rtdetr-r18": (515, 3191420051),
+    "rtdetr-r50": (779, 1349073452),
+    "rtdetr-x": (1241, 3218247795),
+    "yolo11-mobilenetv4": (577, 3831930657),
+    "yolo11l": (1015, 301615493),
+    "yolo11m": (649, 114051494),
+    "yolo11n": (499, 1335604897),
+    "yolo11s": (499, 359419877),
+    "yolo11x": (1015, 4073878211),
+    "yolov5l": (613, 1132443394),
+    "yolov5m": (481, 335968868),
+    "yolov5n": (349, 4141545131),
+    "yolov5n-emo": (378, 3388071525),
+    "yolov5n-revcol": (627, 2536559250),
+    "yolov5s": (349, 1075157377),
+    "yolov5x": (745, 4284503978),
+    "yolov9-c": (1460, 966570985),
+    "yolov9-c-mobileone": (2359, 1334942393),
+    "yolov9-e": (2172, 1087397310),
+    "yolov9-m": (1412, 1898070699),
+    "yolov9-s": (1772, 3938271127),
+    "yolov9-t": (1772, 2206782244),
+}
+
+SMALL = [
+    "yolov5n",
+    "yolov5n-emo",
+    "gelan-t",
+    "yolov9-t",
+    "yolo11n",
+    "yolo11-mobilenetv4",
+    "rtdetr-r18",
+]
+EVERY = sorted(
+    {p.stem for p in DETECT_FOLDER.glob("*.yaml")} - {"yolo11"} | {f"yolo11{s}" for s in "nsmlx"}
+)
+CONFIGS = [
+    pytest.param(name, marks=() if name in SMALL else pytest.mark.slow, id=name) for name in EVERY
+]
+
+
+def size_for(name: str) -> tuple[int, int]:
+    """Not square; RT-DETR ranks 300 candidates, so it needs as many cells."""
+    return (128, 160) if name.startswith("rtdetr") else (64, 96)
+
+
+@pytest.fixture(scope="module")
+def built() -> dict[str, DetectionModel]:
+    return {}
+
+
+@pytest.fixture
+def model(request: pytest.FixtureRequest, built: dict[str, DetectionModel]) -> DetectionModel:
+    """The model of the test's config with fixed weights, built once."""
+    name = request.getfixturevalue("name")
+    if name not in built:
+        built.clear()
+        torch.manual_seed(0)
+        new = build_model(name, num_classes=CLASSES, imgsz=size_for(name))
+        built[name] = golden_weights.fill(new)
+    built[name].zero_grad(set_to_none=True)
+    return built[name]
+
+
+def test_no_config_is_left_out():
+    assert set(PARAMETERS) <= set(EVERY)
+    assert set(SMALL) <= set(EVERY)
+    assert len(EVERY) > 25
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_published_config_has_exactly_its_published_size(name: str):
+    with torch.device("meta"):
+        model = build_model(name)
+    assert count_params(model) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize(("name", "classes", "expected"), COUPLINGS)
+def test_a_printed_coupling_has_exactly_its_printed_size(name: str, classes: int, expected: int):
+    with torch.device("meta"):
+        model = build_model(PRINTED / f"{name}.yaml", num_classes=classes)
+    assert count_params(model) == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [("1M", 2_144_365), ("2M", 3_156_093), ("5M", 5_872_741), ("6M", 6_926_533)],
+)
+def test_each_size_of_emo_under_yolov5_has_exactly_its_size(size: str, expected: int):
+    config = load_yaml(PRINTED / "002_yolov5n-EMO.yaml")
+    first = config["backbone"][0]
+    config["backbone"][0] = [*first[:2], f"EMO_{size}", *first[3:]]
+    with torch.device("meta"):
+        assert count_params(build_model(config)) == expected
+
+
+def layout(model: nn.Module) -> tuple[int, int]:
+    lines = [f"{key} {tuple(value.shape)}" for key, value in model.state_dict().items()]
+    return len(lines), zlib.crc32("\n".join(sorted(lines)).encode())
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_keys_and_shapes_stay_what_they_were(name: str):
+    with torch.device("meta"):
+        model = build_model(name, num_classes=CLASSES)
+    keys = list(model.state_dict())
+    assert all(key.split(".")[0] == "model" and key.split(".")[1].isdigit() for key in keys)
+    assert layout(model) == LAYOUTS[name]
+
+
+def anchor_points(model: DetectionModel, size: tuple[int, int]) -> int:
+    per_cell = getattr(model.head, "num_anchors", 1)
+    return per_cell * sum(size[0] // s * (size[1] // s) for s in model.strides)
+
+
+def leaves(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for item in value for t in leaves(item)] if isinstance(value, tuple) else []
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_predictions_have_their_shapes_in_training_and_in_use(name: str, model: DetectionModel):
+    assert model.strides == (8, 16, 32)
+    for height, width in (size_for(name), size_for(name)[::-1]):
+        model.eval()
+        with torch.no_grad():
+            raw = model(torch.rand(1, 3, height, width))
+            boxes, scores = model.decode(raw)
+        count = 300 if name.startswith("rtdetr") else anchor_points(model, (height, width))
+        assert boxes.shape == (1, count, 4) and scores.shape == (1, count, CLASSES)
+        assert boxes.isfinite().all() and 0 <= scores.min() and scores.max() <= 1
+    with torch.no_grad():
+        assert type(model.train()(torch.rand(2, 3, *size_for(name)))) is type(raw)
+
+
+def targets_of(kind: str, size: tuple[int, int]) -> Targets:
+    """Three objects in each image, in the first alone, or none."""
+    if kind == "none":
+        return Targets.empty()
+    images = 2 if kind == "both" else 1
+    index = torch.arange(images).repeat_interleave(3)
+    low = torch.tensor([[4.0, 6.0], [20.0, 12.0], [30.0, 30.0]]).repeat(images, 1)
+    side = torch.tensor([[12.0, 10.0], [30.0, 40.0], [50.0, 30.0]]).repeat(images, 1)
+    return Targets(index, torch.arange(3).repeat(images), torch.cat((low, low + side), 1))
+
+
+@pytest.mark.parametrize("kind", ["both", "one", "none"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_familys_loss_is_finite_and_reaches_every_parameter(
+    name: str, kind: str, model: DetectionModel
+):
+    size = size_for(name)
+    hyp = load_yaml(HYPS / f"{model.head.family}.yaml")
+    criterion = build_criterion(model.head, hyp, size)
+    targets = targets_of(kind, size)
+    raw = model.train()(golden_weights.image(*size, batch=2), targets)
+    losses = criterion(raw, targets)
+    total = total_loss(criterion, losses, 2)
+    assert all(value.shape == () and value.isfinite() for value in losses.values())
+    total.backward()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    without = [n for n, p in trained.items() if p.grad is None]
+    assert without == []
+    assert [n for n, p in trained.items() if not p.grad.isfinite().all()] == []
+    if kind == "both":
+        assert sum(bool(p.grad.any()) for p in trained.values()) > 0.95 * len(trained)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_folded_form_predicts_the_same(name: str, model: DetectionModel):
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    model.eval()
+    deployed = reparameterize_model(model)
+    image = golden_weights.image(*size_for(name)).double()
+    with torch.no_grad():
+        expected = model.double().decode(model(image))
+        found = deployed.double().decode(deployed(image))
+    model.float()
+    for a, b in zip(expected, found, strict=True):
+        assert (a - b).abs().max() <= 1e-4 * a.abs().max()
+    assert count_params(deployed) < count_params(model)
+    left = [n for n, m in deployed.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(left) <= len([m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]) // 2
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
