@@ -24,6 +24,7 @@ import yaml
 from torch import Tensor
 
 from models.layouts import read_detections, read_layout
+from models.program_file import read_program
 from models.reparam import fuse as fuse_model
 from models.yolo import DetectionModel, build_model, load_model
 from utils.errors import CheckpointError, ConfigError
@@ -354,12 +355,8 @@ def _load_torchscript(path: Path, device: torch.device) -> Backend:
 
 
 def _load_exported(path: Path, device: torch.device) -> Backend:
-    extra = {METADATA_FILE: ""}
-    try:
-        program = torch.export.load(str(path), extra_files=extra)
-    except (RuntimeError, ValueError, OSError, KeyError) as error:
-        raise _damaged(path, error) from error
-    info = parse_metadata(_as_metadata(extra[METADATA_FILE], path), str(path))
+    program, text = read_program(path, METADATA_FILE)
+    info = parse_metadata(_as_metadata(text, path), str(path))
     network = program.module().to(device)
     return Backend(info, lambda images: (network(images.float()),), device)
 

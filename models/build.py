@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from models import modules
 from models.meta import run_on_meta
-from models.registry import Layer, LayerError, Plan, Scaling, all_names, backbone, find_anywhere
+from models.registry import Layer, LayerError, Plan, Scaling, all_names, backbone, find, find_anywhere
 from models.rows import ModelSpec, RowSpec
 from utils.errors import CheckpointError, ConfigError, nearest
 
@@ -144,15 +144,30 @@ def _select_maps(state: _State) -> None:
 
 
 def _leave_broken(state: _State, row: RowSpec) -> None:
-    layer = _find_layer(row.module)
-    count = PYRAMID_SLOTS if layer and layer.rule is backbone else 1
-    state.slots.extend(Slot(None, None, 0, "broken") for _ in range(count))
+    """Fill the slots of a row that failed, so that rows which read them are not reported as well."""
+    slots = PYRAMID_SLOTS if _gives_maps(row) else 1
+    state.slots.extend(Slot(None, None, 0, "broken") for _ in range(slots))
+    last = len(state.slots) - 1
+    if row.section == "backbone":
+        for level in range(1, PYRAMID_SLOTS + 1):
+            state.pyramid.setdefault(f"P{level}", last)
     if row.name:
-        state.named[row.name] = len(state.slots) - 1
+        state.named[row.name] = last
+
+
+def _gives_maps(row: RowSpec) -> bool:
+    """Whether a row that failed is a backbone; an unknown name in the first row is taken for one."""
+    layer = _find_layer(row.module)
+    if layer is None:
+        return row.section == "backbone" and row.number == 0
+    try:
+        return layer.rule([3], row.args, Scaling()).channels is None
+    except LayerError:
+        return False
 
 
 def _find_layer(name: str) -> Layer | None:
-    return find_anywhere(name) or modules.find_unregistered(name)
+    return find(name) or modules.find_unregistered(name) or find_anywhere(name)
 
 
 def _unknown(name: str) -> LayerError:

