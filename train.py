@@ -40,6 +40,7 @@ from utils.distributed import (
     broadcast_object,
     process_group,
     read_world,
+    share_buffers,
     unused_parameters,
 )
 from utils.errors import ConfigError, UserError, run_cli
@@ -55,6 +56,7 @@ IGNORED = {
     "bucket": "", "quad": False, "local_rank": -1, "entity": None, "upload_dataset": None, "bbox_interval": -1,
     "artifact_alias": None, "evolve": None, "evolve_population": None, "resume_evolve": None, "min_items": None,
 }  # fmt: skip
+EPOCHS = 100
 MOST_SKIPPED = 10  # batches in a row whose loss is not finite before the run gives up
 
 
@@ -79,7 +81,7 @@ def train(
         if evaluation and evaluation.metrics.fitness >= run.best_fitness:
             run.best_fitness, run.best_epoch = evaluation.metrics.fitness, epoch
         recorder.epoch(epoch, losses, val_losses, evaluation, time.time() - start)
-        stopped = options.patience > 0 and epoch - run.best_epoch >= options.patience
+        stopped = evaluation is not None and 0 < options.patience <= epoch - run.best_epoch
         if world.is_main and (not options.nosave or is_last or stopped):
             _save(run, epoch)
         if stopped:
@@ -116,7 +118,7 @@ def train_one_epoch(run: Run, epoch: int, recorder: RunRecorder) -> dict[str, fl
         with torch.autocast(run.device.type, dtype=run.autocast, enabled=run.autocast is not None):
             raw = run.wrapped(images, targets)
         losses = run.criterion(raw, targets)
-        total = total_loss(run.criterion, losses, len(images)) * run.world.size
+        total = total_loss(run.criterion, losses, len(images) * run.world.size)
         if not _is_finite(run, total, losses, epoch, step):
             continue
         run.scaler.scale(total).backward()
@@ -173,6 +175,7 @@ def validate(run: Run) -> tuple[Evaluation, dict[str, float]]:
         batches += 1
         return model.decode(raw)
 
+    share_buffers(model)
     bar = Progress(run.val_loader, len(run.val_loader), "val", enabled=run.world.is_main)
     evaluation = evaluate(
         predict,
@@ -266,7 +269,9 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     parser.add_argument(
         "--hyp", default=None, help="recipe YAML over the family's own in data/hyps"
     )
-    parser.add_argument("--epochs", type=integer(1), default=100, help="passes over the data")
+    parser.add_argument(
+        "--epochs", type=integer(1), help=f"passes over the data, {EPOCHS} if left out"
+    )
     parser.add_argument(
         "--batch-size",
         type=integer(1, allowed=(-1,)),
@@ -353,20 +358,18 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     return options
 
 
-def _resume(
-    options: Namespace, arguments: Sequence[str] | None
-) -> tuple[Namespace, dict[str, Any]]:
+def _resume(options: Namespace) -> tuple[Namespace, dict[str, Any]]:
     """The flags of the interrupted run, with `--epochs` raised if a larger number is given."""
     path = find_resumable(options.resume, options.project)
     checkpoint = load_resumable(path)
     merged = Namespace(
         **{**vars(options), **checkpoint["opt"], "resume": str(path), "device": options.device}
     )
-    if options.epochs != 100 and options.epochs < merged.epochs:
+    if options.epochs is not None and options.epochs < merged.epochs:
         raise ConfigError(
             f"--epochs: got {options.epochs}, but the run was started for {merged.epochs}; it may only be raised."
         )
-    merged.epochs = max(merged.epochs, options.epochs if options.epochs != 100 else 0)
+    merged.epochs = options.epochs or merged.epochs
     merged.config = checkpoint["config"]
     get_logger().info(f"resume: {path}, epoch {checkpoint['epoch'] + 2} of {merged.epochs}")
     return merged, checkpoint
@@ -376,7 +379,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train from the command line."""
     options, checkpoint = parse_options(arguments), None
     if options.resume:
-        options, checkpoint = _resume(options, arguments)
+        options, checkpoint = _resume(options)
+    options.epochs = options.epochs or EPOCHS
     world = read_world()
     device = select_device(options.device, world.local_rank if world.is_distributed else None)
     seed_everything(options.seed)

@@ -123,7 +123,13 @@ class DetectionWriter:
                 max(y1, 0) : min(max(y2, y1 + 1), height), max(x1, 0) : min(max(x2, x1 + 1), width)
             ]
             if crop.size:
-                save_image(self.folder / "crops" / self.names[label] / f"{stem}_{number}.jpg", crop)
+                save_image(
+                    self.folder
+                    / "crops"
+                    / _safe_name(self.names[label], "class")
+                    / f"{stem}_{number}.jpg",
+                    crop,
+                )
 
     def _save(self, frame: Frame, stem: str, picture: np.ndarray) -> None:
         if not frame.video:
@@ -134,7 +140,7 @@ class DetectionWriter:
             return
         if self.video is None or self.video[0] != frame.path:
             self._close_video()
-            name = self.folder / f"{_safe_stem(frame.path)}.mp4"
+            name = self.folder / f"{_safe_name(Path(frame.path).stem, 'video')}.mp4"
             fps = max(frame.video.fps / self.options.vid_stride, 1)
             size = (picture.shape[1], picture.shape[0])
             self.video = (
@@ -149,9 +155,10 @@ class DetectionWriter:
             self.video = None
 
 
-def _safe_stem(path: str) -> str:
-    stem = Path(path).stem or "video"
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in stem)
+def _safe_name(text: str, otherwise: str) -> str:
+    """`text` as the name of a file or folder: letters, digits and `- _ . space`, never `..`."""
+    safe = "".join(c if c.isalnum() or c in "-_. " else "_" for c in text).strip(". ")
+    return safe or otherwise
 
 
 def _show(title: str, picture: np.ndarray) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from utils.config import ArgumentParser, integer, report_ignored_flags
+from utils.config import ArgumentParser, integer, number, report_ignored_flags
 
 
 def add_size_flag(parser: ArgumentParser, default: int | None = 640) -> None:
@@ -36,10 +36,10 @@ def add_run_flags(parser: ArgumentParser, project: str) -> None:
 def add_threshold_flags(parser: ArgumentParser, conf: float, iou: float, max_det: int) -> None:
     """Confidence, NMS overlap and number of detections."""
     parser.add_argument(
-        "--conf-thres", type=float, default=conf, help="lowest score of a detection"
+        "--conf-thres", type=number(0, 1), default=conf, help="lowest score of a detection"
     )
     parser.add_argument(
-        "--iou-thres", type=float, default=iou, help="largest overlap that NMS leaves"
+        "--iou-thres", type=number(0, 1), default=iou, help="largest overlap that NMS leaves"
     )
     parser.add_argument(
         "--max-det", type=integer(1), default=max_det, help="detections an image at most"

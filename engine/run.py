@@ -97,6 +97,8 @@ def prepare(options: Any, folder: Path, device: torch.device, world: World) -> R
     model = build_from_flags(options, names)
     imgsz = parse_imgsz(options.imgsz, model.max_stride)
     hyp = _recipe(options, model)
+    for key in getattr(model.head, "recipe_attributes", ()):
+        setattr(model.head, key, hyp[key])
     model.to(device, memory_format=torch.channels_last)
     frozen = freeze(model, options.freeze) if options.freeze else []
     batch_size = options.batch_size

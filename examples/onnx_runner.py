@@ -1,9 +1,7 @@
-"""Find objects with an exported ONNX file: `python onnx_runner.py best.onnx picture.jpg [more.jpg
-...]`.
+"""Objects in pictures by an exported ONNX file: `python onnx_runner.py best.onnx a.jpg [b.jpg ...]`.
 
-Needs numpy, opencv-python and onnxruntime, nothing of this project: copy the file into yours. It
-takes every layout that export.py writes and prints `class score x1 y1 x2 y2` in pixels of the
-picture.
+Needs numpy, opencv-python and onnxruntime, nothing of this project: copy the file into yours. Takes
+every layout export.py writes; prints `path class score x1 y1 x2 y2` in pixels of the picture.
 """
 
 import ast
@@ -28,8 +26,7 @@ def load(path):
 
 
 def prepare(image, size):
-    """BGR picture -> (1, 3, H, W) in [0, 1], and scales and offsets to go back: resized, centred
-    on grey."""
+    """BGR picture -> (1, 3, H, W) in [0, 1], centred on grey; scales and offsets to go back."""
     height, width = image.shape[:2]
     scale = min(size[0] / height, size[1] / width)
     new = [min(max(round(side * scale), 1), most) for side, most in zip((height, width), size)]
@@ -87,15 +84,10 @@ def detect(network, about, image, conf_thres=0.25, iou_thres=0.45, max_det=1000)
         boxes, scores = decode(output, about["layout"], about["size"])
         likely = scores.max(1) > conf_thres
         boxes, labels, scores = boxes[likely], scores[likely].argmax(1), scores[likely].max(1)
-        order = np.argsort(-scores, kind="stable")
-        kept = (
-            suppress(boxes, scores, labels, iou_thres) if about["postprocess"] == "nms" else order
-        )
-        boxes, scores, labels = (
-            boxes[kept[:max_det]],
-            scores[kept[:max_det]],
-            labels[kept[:max_det]],
-        )
+        kept = np.argsort(-scores, kind="stable")
+        if about["postprocess"] == "nms":
+            kept = suppress(boxes, scores, labels, iou_thres)
+        boxes, scores, labels = (values[kept[:max_det]] for values in (boxes, scores, labels))
     height, width = image.shape[:2]
     return ((boxes - offset) / scale).clip(0, [width, height] * 2), scores, labels
 

@@ -18,7 +18,15 @@ from torch import Tensor, nn
 
 from models import modules
 from models.meta import run_on_meta
-from models.registry import Layer, LayerError, Plan, Scaling, all_names, backbone, find, find_anywhere
+from models.registry import (
+    Layer,
+    LayerError,
+    Plan,
+    Scaling,
+    all_names,
+    find,
+    find_anywhere,
+)
 from models.rows import ModelSpec, RowSpec
 from utils.errors import CheckpointError, ConfigError, nearest
 

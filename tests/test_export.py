@@ -97,7 +97,10 @@ def test_other_forms_give_the_same_at_another_batch_and_size(form: str, tmp_path
     assert (backend.names, backend.dynamic) == (("cat", "it's", "dog"), True)
 
 
-@pytest.mark.parametrize("changes", [{"simplify": True}, {"dynamo": True}, {"dynamic": "batch"}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"simplify": True}, {"dynamic": "batch"}, pytest.param({"dynamo": True}, marks=pytest.mark.slow)],
+)
 def test_onnx_options_keep_the_numbers(changes: dict[str, Any], tmp_path: Path):
     pytest.importorskip("onnxslim" if "simplify" in changes else "onnxscript")
     write("anchors", "onnx", replace(DYNAMIC, **changes), tmp_path)
@@ -214,7 +217,7 @@ def test_an_artifact_that_differs_is_an_error_that_prints_both(tmp_path: Path):
     path = write("channels", "onnx", DYNAMIC, tmp_path)
     other = tiny_model("channels")
     with torch.no_grad():
-        other.head.cv2[0][-1].bias += 1
+        other.head.cv2[0][-1].bias[0] += 3  # all bins alike would change nothing
     fuse(other)
     with pytest.raises(ExportMismatchError, match=r"got box value \S+, PyTorch gives \S+;.*1e-04"):
         verify(path, other, DYNAMIC)
@@ -310,5 +313,3 @@ def test_the_script_writes_what_it_is_asked_for(run_script, tmp_path: Path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(tmp_path / "best_yoke.onnx")]
     assert "without effect" in done.stderr and "max |difference|" in done.stderr
-    wrong = run_script("export.py", "--weights", tmp_path / "best_yoke.pt", "--include", "onxx")
-    assert wrong.returncode == 2 and wrong.stderr.splitlines()[-1].startswith("error: --include")

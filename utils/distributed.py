@@ -79,6 +79,8 @@ def process_group(
         yield
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # what gathers Python objects uses the current device
     dist.init_process_group(
         backend, rank=world.rank, world_size=world.size, timeout=timedelta(minutes=timeout_minutes)
     )
@@ -119,6 +121,13 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     total = values.detach().clone()
     dist.all_reduce(total)
     return total / dist.get_world_size()
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give every process the buffers (BatchNorm statistics) that rank 0 has."""
+    if is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

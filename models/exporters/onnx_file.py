@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from models.exporters.end2end import append_postprocess
+from models.exporters.end2end import TAPS, append_postprocess
 from models.exporters.network import (
     ExportNetwork,
     ExportOptions,
@@ -42,7 +42,8 @@ def export_onnx(model: DetectionModel, options: ExportOptions, weights: Path) ->
         raise ConfigError("--include onnx needs onnx. pip install onnx onnxruntime") from error
     path = beside(weights, options, ".onnx")
     network = build_network(model, options)
-    proto = trace_onnx(network, options, path)
+    sizes = _output_sizes(network, options)
+    proto = trace_onnx(network, options, list(sizes), path)
     if options.simplify:
         proto = _simplify(proto)
     if options.half:
@@ -50,7 +51,7 @@ def export_onnx(model: DetectionModel, options: ExportOptions, weights: Path) ->
     if options.end2end:
         opset = next(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx"))
         proto = append_postprocess(proto, model.head.postprocess, options, opset)
-    _name_axes(proto, options, model)
+    _name_axes(proto, options, model, sizes)
     del proto.metadata_props[:]
     onnx.helper.set_model_props(proto, metadata(model, options, weights.stem))
     onnx.save(proto, str(path))
@@ -58,14 +59,15 @@ def export_onnx(model: DetectionModel, options: ExportOptions, weights: Path) ->
     return path
 
 
-def trace_onnx(network: ExportNetwork, options: ExportOptions, path: Path) -> Any:
+def trace_onnx(
+    network: ExportNetwork, options: ExportOptions, outputs: list[str], path: Path
+) -> Any:
     """The ONNX model of `network`, written to `path` on the way."""
     import onnx
 
     images = example(options)
     chooses = "dynamo" in inspect.signature(torch.onnx.export).parameters
     legacy: dict[str, Any] = {"dynamo": False} if chooses else {}
-    outputs = _output_names(network, images)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecation of the exporter, constants that were checked
         if options.dynamo:
@@ -114,13 +116,15 @@ def dynamic_shapes(options: ExportOptions, stride: int) -> Any:
     return (shape,)
 
 
-def _output_names(network: ExportNetwork, images: torch.Tensor) -> list[str]:
-    if network.form == "decoded":
-        return ["boxes", "scores"]
-    if network.form == "layout":
-        return ["output0"]
+def _output_sizes(network: ExportNetwork, options: ExportOptions) -> dict[str, tuple[int, ...]]:
+    """Names of the outputs, and their shapes for the traced input."""
     with torch.no_grad():
-        return [f"output{i}" for i in range(len(network(images)))]
+        result = network(example(options))
+    tensors = [result] if isinstance(result, torch.Tensor) else list(result)
+    names = [f"output{i}" for i in range(len(tensors))]
+    if network.form == "decoded":
+        names = list(TAPS)
+    return {name: tuple(t.shape) for name, t in zip(names, tensors)}
 
 
 def _dynamic_axes(options: ExportOptions, outputs: list[str]) -> dict[str, dict[int, str]]:
@@ -130,23 +134,28 @@ def _dynamic_axes(options: ExportOptions, outputs: list[str]) -> dict[str, dict[
     return {INPUT: axes} | {name: {0: AXIS_NAMES[0]} for name in outputs}
 
 
-def _name_axes(proto: Any, options: ExportOptions, model: DetectionModel) -> None:
-    """Give the axes of input and outputs the names that runners look for, or their sizes."""
+def _name_axes(
+    proto: Any, options: ExportOptions, model: DetectionModel, sizes: dict[str, tuple[int, ...]]
+) -> None:
+    """Give the axes of input and outputs the names that runners look for, or their `sizes`."""
     image = proto.graph.input[0].type.tensor_type.shape.dim
     for axis, size in ((0, options.batch), (2, options.imgsz[0]), (3, options.imgsz[1])):
         if options.dynamic == "all" or (options.dynamic and axis == 0):
             image[axis].dim_param = AXIS_NAMES[axis]
         else:
             image[axis].dim_value = size
-    anchors = ANCHOR_AXES.get(options.layout(model))
+    layout = options.layout(model)
     for output in proto.graph.output:
         shape = output.type.tensor_type.shape.dim
         if options.dynamic:
             shape[0].dim_param = AXIS_NAMES[0]
-        elif not shape[0].HasField("dim_value"):
-            shape[0].dim_value = options.batch
-        if options.dynamic == "all" and anchors is not None:
-            shape[anchors].dim_param = "anchors"
+        if layout == "raw" or output.name not in sizes:
+            continue
+        for axis, size in enumerate(sizes[output.name]):
+            if axis == ANCHOR_AXES.get(layout) and options.dynamic == "all":
+                shape[axis].dim_param = "anchors"
+            elif axis or not options.dynamic:
+                shape[axis].dim_value = size
 
 
 def _simplify(proto: Any) -> Any:
@@ -172,8 +181,33 @@ def _to_half(proto: Any) -> Any:
         proto, keep_io_types=True, op_block_list=[*DEFAULT_OP_BLOCK_LIST, *FLOAT32_OPERATORS],
         node_block_list=[node.name for node in proto.graph.node if is_decoding(node)],
     )  # fmt: skip
+    _drop_round_trips(converted.graph)
     _sort_nodes(converted.graph)
     return converted
+
+
+def _drop_round_trips(graph: Any) -> None:
+    """Connect float32 nodes directly where the conversion sends values between them through float16."""
+    import onnx
+
+    casts = {n.output[0]: n for n in graph.node if n.op_type == "Cast"}
+    types = {name: node.attribute[0].i for name, node in casts.items()}
+    shorter: dict[str, str] = {}
+    for name, node in casts.items():
+        inner = node.input[0]
+        made = casts.get(inner)
+        is_trip = made is not None and types[name] == onnx.TensorProto.FLOAT
+        if made is not None and is_trip and made.name.endswith("_cast_to_fp16_node"):
+            shorter[name] = made.input[0]
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            node.input[place] = shorter.get(name, name)
+    outputs = {value.name for value in graph.output}
+    kept = [n for n in graph.node if n.output[0] not in shorter or n.output[0] in outputs]
+    read = {name for node in kept for name in node.input} | outputs
+    kept = [n for n in kept if n.op_type != "Cast" or n.output[0] in read]
+    del graph.node[:]
+    graph.node.extend(kept)
 
 
 def _sort_nodes(graph: Any) -> None:

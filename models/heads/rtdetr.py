@@ -129,6 +129,7 @@ class RTDETRDecoder(nn.Module):
     family = "rtdetr"
     loss = "hungarian"
     postprocess = "topk"
+    recipe_attributes = ("num_denoising", "label_noise", "box_noise")  # taken from the recipe
 
     def __init__(
         self,

@@ -62,7 +62,35 @@ COUPLINGS = [
 # Number of entries of the state dict at 80 classes, and checksum of its keys and shapes: those of the
 # published weights where there are any. A change here means that saved weights no longer load.
 LAYOUTS = {
-    **{},
+    "gelan-c": (937, 2077421967),
+    "gelan-e": (1811, 3300430920),
+    "gelan-m": (907, 1625901645),
+    "gelan-s": (1339, 1492220364),
+    "gelan-t": (1339, 3660253211),
+    "rtdetr-l": (941, 3207778061),
+    "rtdetr-l-emo": (704, 3940263300),
+    "rtdetr-r18": (515, 1949193567),
+    "rtdetr-r50": (779, 1227970487),
+    "rtdetr-x": (1241, 2727300659),
+    "yolo11-mobilenetv4": (577, 4013414504),
+    "yolo11l": (1015, 1457717405),
+    "yolo11m": (649, 3594224974),
+    "yolo11n": (499, 712860852),
+    "yolo11s": (499, 1094133924),
+    "yolo11x": (1015, 3192493461),
+    "yolov5l": (613, 3497766885),
+    "yolov5m": (481, 2984717274),
+    "yolov5n": (349, 3333041226),
+    "yolov5n-emo": (378, 1176511325),
+    "yolov5n-revcol": (627, 789777504),
+    "yolov5s": (349, 788338660),
+    "yolov5x": (745, 4112462089),
+    "yolov9-c": (1460, 78323096),
+    "yolov9-c-mobileone": (2359, 619286147),
+    "yolov9-e": (2172, 4040386476),
+    "yolov9-m": (1412, 119385405),
+    "yolov9-s": (1772, 2798962660),
+    "yolov9-t": (1772, 2091675558),
 }
 
 SMALL = [

@@ -77,6 +77,7 @@ def test_the_printed_detector_has_the_published_total(num_classes, total):
 def timm_features(variant: str) -> nn.Module:
     """timm's trunk with statistics and layer scales away from where they start, so that they count."""
     timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
     model = timm.create_model(TIMM_NAMES[variant], features_only=True).eval()
     generator = torch.Generator().manual_seed(7)
     for name, tensor in model.state_dict().items():
@@ -93,18 +94,18 @@ def timm_features(variant: str) -> nn.Module:
     "variant", ["ConvSmall", "ConvMedium", "ConvLarge", "HybridMedium", "HybridLarge"]
 )
 def test_factor_1_equals_timm_given_its_weights(variant):
-    theirs = timm_features(variant)
+    theirs = timm_features(variant).double()  # float32 rounding alone reaches 2e-4 at values of 10
     state = theirs.state_dict()
-    ours = make(variant, 1).eval()
+    ours = make(variant, 1).double().eval()
     ours.load_timm_state(state, "timm")
     trunk = {key for key in state if not key.startswith("blocks.4.")}
     assert {timm_key(key, ours) for key in ours.state_dict()} == trunk
-    image = torch.rand(2, 3, 96, 160, generator=torch.Generator().manual_seed(3))
+    image = torch.rand(2, 3, 96, 160, generator=torch.Generator().manual_seed(3)).double()
     with torch.no_grad():
         for mine, other in zip(ours(image), timm_layers(theirs, image), strict=True):
             assert mine.shape == other.shape
             assert other.std() > 1e-2
-            assert (mine - other).abs().max() < 1e-4
+            assert (mine - other).abs().max() < 1e-9
 
 
 def timm_layers(model: nn.Module, image: torch.Tensor) -> list[torch.Tensor]:

@@ -332,7 +332,7 @@ class _Deployed(nn.Module):
     "sampling", ["grid_sample", pytest.param("gather", marks=pytest.mark.slow)]
 )
 def test_exported_program_takes_any_batch_and_size(sampling: str) -> None:
-    model = _Deployed(small_model().eval())
+    model = _Deployed(small_model()).eval()
     set_sampling(model, sampling)
     sizes = {0: torch.export.Dim("b"), 2: 32 * torch.export.Dim("h"), 3: 32 * torch.export.Dim("w")}
     with torch.no_grad():
@@ -346,7 +346,7 @@ def test_exported_program_takes_any_batch_and_size(sampling: str) -> None:
 
 
 def test_traced_model_takes_any_batch_and_size() -> None:
-    model = _Deployed(small_model().eval())
+    model = _Deployed(small_model()).eval()
     with torch.no_grad():
         traced = torch.jit.trace(model, (torch.rand(2, 3, 96, 128),), check_trace=False)
         images = torch.rand(3, 3, 128, 64)
@@ -360,7 +360,7 @@ def test_traced_model_takes_any_batch_and_size() -> None:
 def test_onnx_file_takes_any_batch_and_size(tmp_path, sampling: str, dynamo: bool) -> None:
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    model, path = _Deployed(small_model().eval()), str(tmp_path / "model.onnx")
+    model, path = _Deployed(small_model()).eval(), str(tmp_path / "model.onnx")
     set_sampling(model, sampling)
     sizes = {0: torch.export.Dim("b"), 2: 32 * torch.export.Dim("h"), 3: 32 * torch.export.Dim("w")}
     how = (
