@@ -11,11 +11,14 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from engine.calibration import calibration_images, load_split, measure
 from engine.flags import add_ignored_flags, add_model_flags, add_size_flag, say_ignored
+from models.backends import load_backend, model_backend
 from models.exporters.network import ExportOptions
 from models.exporters.onnx_file import export_onnx
 from models.exporters.openvino_folder import export_openvino
@@ -242,12 +245,38 @@ def models_of(options: Any) -> list[tuple[DetectionModel, Path]]:
     return [(model, Path(Path(options.cfg).stem))]
 
 
+def with_calibration(options: ExportOptions, data: str, model: DetectionModel) -> ExportOptions:
+    """The options with images of the training split, if integers are wanted."""
+    if not options.int8:
+        return options
+    dataset = load_split(data, "train", options.imgsz, model.names)
+    return replace(options, calibration=partial(calibration_images, dataset, options.batch))
+
+
+def report_loss(
+    artifacts: Sequence[Artifact], model: DetectionModel, options: ExportOptions, data: str
+) -> None:
+    """Say what integers cost: mAP of the network and of each artifact on the validation split."""
+    dataset = load_split(data, "val", options.imgsz, model.names)
+    before = measure(model_backend(copy.deepcopy(model), options.device), dataset)
+    for artifact in artifacts:
+        after = measure(load_backend(artifact.path, options.device), dataset)
+        get_logger().info(
+            f"{artifact.path}: mAP50-95 {before.map50_95:.4f} -> {after.map50_95:.4f}, "
+            f"mAP50 {before.map50:.4f} -> {after.map50:.4f}"
+        )
+
+
 def main() -> None:
     """Run from the shell."""
-    options = parse_options()
-    say_ignored(options, IGNORED)
-    for model, weights in models_of(options):
-        for artifact in export(model, options.include, export_options(options, model), weights):
+    flags = parse_options()
+    say_ignored(flags, IGNORED)
+    for model, weights in models_of(flags):
+        options = with_calibration(export_options(flags, model), flags.data, model)
+        artifacts = export(model, flags.include, options, weights)
+        if options.int8 and not options.raw:
+            report_loss(artifacts, model, options, flags.data)
+        for artifact in artifacts:
             print(artifact.path)
 
 

@@ -18,22 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.flags import (
-    add_data_flag,
-    add_device_flag,
-    add_ignored_flags,
-    add_model_flags,
-    add_run_flags,
-    add_size_flag,
-    say_ignored,
-)  # fmt: skip
 from engine.outputs import RunRecorder
 from engine.run import Run, prepare, whole_val_loader
 from engine.state import find_resumable, finish, load_resumable, restore, save
+from engine.training_flags import EPOCHS, parse_training_options
 from models.backends import load_backend
 from models.losses import total_loss
-from utils.config import ArgumentParser, increment_path, integer, number
-from utils.device import AMP_CHOICES, describe_device, memory_used, select_device
+from utils.config import increment_path
+from utils.device import describe_device, memory_used, select_device
 from utils.distributed import (
     World,
     all_gather_objects,
@@ -52,11 +44,6 @@ from utils.seed import seed_everything
 from utils.structures import Decoded, Targets, as_float
 from val import Evaluation, Thresholds, class_table, evaluate
 
-IGNORED = {
-    "bucket": "", "quad": False, "local_rank": -1, "entity": None, "upload_dataset": None, "bbox_interval": -1,
-    "artifact_alias": None, "evolve": None, "evolve_population": None, "resume_evolve": None, "min_items": None,
-}  # fmt: skip
-EPOCHS = 100
 MOST_SKIPPED = 10  # batches in a row whose loss is not finite before the run gives up
 
 
@@ -256,108 +243,6 @@ def _run_folder(options: Namespace, checkpoint: dict[str, Any] | None) -> Path:
     return increment_path(options.project, options.name, options.exist_ok)
 
 
-def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
-    """Read the command line."""
-    parser = ArgumentParser(
-        description="Train a detector.",
-        epilog="Example: python train.py --cfg yolov5n-emo.yaml --data data/shapes.yaml --imgsz 320",
-    )
-    add_model_flags(parser)
-    parser.add_argument("--weights", default="", help="weights to start from; empty: from scratch")
-    parser.add_argument("--backbone-weights", default="", help="weights of the backbone only")
-    add_data_flag(parser)
-    parser.add_argument(
-        "--hyp", default=None, help="recipe YAML over the family's own in data/hyps"
-    )
-    parser.add_argument(
-        "--epochs", type=integer(1), help=f"passes over the data, {EPOCHS} if left out"
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=integer(1, allowed=(-1,)),
-        default=16,
-        help="images a step, over all processes; -1: what fits",
-    )
-    add_size_flag(parser)
-    parser.add_argument(
-        "--rect", action="store_true", help="batches of the images' own shape, without mosaic"
-    )
-    parser.add_argument(
-        "--resume",
-        nargs="?",
-        const=True,
-        default=False,
-        help="go on with the newest, or the given, last.pt",
-    )
-    parser.add_argument("--nosave", action="store_true", help="save the last checkpoint only")
-    parser.add_argument("--noval", action="store_true", help="validate the last epoch only")
-    parser.add_argument("--noautoanchor", action="store_true", help="keep the anchors of the YAML")
-    parser.add_argument("--noplots", action="store_true", help="write no pictures")
-    parser.add_argument(
-        "--cache",
-        nargs="?",
-        const="ram",
-        default=None,
-        choices=("ram", "disk"),
-        help="keep images in memory or as arrays on disk",
-    )
-    parser.add_argument(
-        "--image-weights", action="store_true", help="draw images with rare classes more often"
-    )
-    add_device_flag(parser)
-    parser.add_argument("--multi-scale", action="store_true", help="vary the image size by half")
-    parser.add_argument("--single-cls", action="store_true", help="treat all classes as one")
-    parser.add_argument(
-        "--optimizer",
-        default=None,
-        choices=("SGD", "Adam", "AdamW"),
-        help="instead of the recipe's",
-    )
-    parser.add_argument("--sync-bn", action="store_true", help="BatchNorm over all processes")
-    parser.add_argument(
-        "--workers",
-        type=integer(0),
-        default=8,
-        help="processes that load images, at most one a core",
-    )
-    add_run_flags(parser, "runs/train")
-    parser.add_argument(
-        "--cos-lr", action="store_true", help="cosine instead of the recipe's schedule"
-    )
-    parser.add_argument("--flat-cos-lr", action="store_true", help="flat, then cosine")
-    parser.add_argument("--fixed-lr", action="store_true", help="constant after the warm-up")
-    parser.add_argument(
-        "--label-smoothing", type=number(0, 1), default=0.0, help="part taken off certainty"
-    )
-    parser.add_argument(
-        "--patience",
-        type=integer(0),
-        default=100,
-        help="epochs without a better one before stopping; 0: never",
-    )
-    parser.add_argument(
-        "--freeze",
-        nargs="+",
-        default=[],
-        help="10: rows below 10; 0 3: those rows; or names: backbone, C3, model.0.*",
-    )
-    parser.add_argument(
-        "--save-period", type=int, default=-1, help="also save every so many epochs"
-    )
-    parser.add_argument(
-        "--close-mosaic", type=integer(0), default=None, help="last epochs without mosaic and mixup"
-    )
-    parser.add_argument("--seed", type=integer(0), default=0, help="of everything random")
-    parser.add_argument("--amp", default="auto", choices=AMP_CHOICES, help="mixed precision")
-    add_ignored_flags(parser, IGNORED)
-    options = parser.parse_args(arguments)
-    say_ignored(options, IGNORED)
-    options.config = None
-    if options.freeze == ["0"]:  # the customary default: nothing is frozen
-        options.freeze = []
-    return options
-
-
 def _resume(options: Namespace) -> tuple[Namespace, dict[str, Any]]:
     """The flags of the interrupted run, with `--epochs` raised if a larger number is given."""
     path = find_resumable(options.resume, options.project)
@@ -377,7 +262,7 @@ def _resume(options: Namespace) -> tuple[Namespace, dict[str, Any]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train from the command line."""
-    options, checkpoint = parse_options(arguments), None
+    options, checkpoint = parse_training_options(arguments), None
     if options.resume:
         options, checkpoint = _resume(options)
     options.epochs = options.epochs or EPOCHS

@@ -71,18 +71,17 @@ class DetectionWriter:
             _show(frame.path, picture)
 
     def _stem(self, frame: Frame) -> str:
-        """A file name for this frame; two images of one name in different folders do not overwrite each other."""
-        name = (
-            Path(frame.path).stem
-            if not frame.video
-            else f"{Path(frame.path).stem}_{frame.index + 1}"
+        """A file name for this frame."""
+        name = Path(frame.path).stem
+        return self._free(
+            f"{name}_{frame.index + 1}" if frame.video else name, f"{frame.path}:{frame.index}"
         )
-        key, number = name, 2
-        while (
-            self.taken.setdefault(key, f"{frame.path}:{frame.index}")
-            != f"{frame.path}:{frame.index}"
-        ):
-            key, number = f"{name}_{number}", number + 1
+
+    def _free(self, name: str, owner: str, suffix: str = "") -> str:
+        """A name for what comes from `owner`; two of one name do not overwrite each other."""
+        key, number = name + suffix, 2
+        while self.taken.setdefault(key, owner) != owner:
+            key, number = f"{name}_{number}{suffix}", number + 1
         return key
 
     def _remember(self, frame: Frame, found: Detections) -> None:
@@ -140,7 +139,8 @@ class DetectionWriter:
             return
         if self.video is None or self.video[0] != frame.path:
             self._close_video()
-            name = self.folder / f"{_safe_name(Path(frame.path).stem, 'video')}.mp4"
+            stem = _safe_name(Path(frame.path).stem, "video")
+            name = self.folder / self._free(stem, frame.path, ".mp4")
             fps = max(frame.video.fps / self.options.vid_stride, 1)
             size = (picture.shape[1], picture.shape[0])
             self.video = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from models.graft import forget_weights
 from models.transfer import transfer
 from models.weights import load_backbone_weights, read_weights
 from models.yolo import DetectionModel, build_model
@@ -25,13 +26,13 @@ def build_from_flags(options: Any, names: tuple[str, ...]) -> DetectionModel:
         ConfigError, CheckpointError: what a user can mend.
     """
     weights = read_weights(options.weights) if options.weights and not options.resume else None
-    cfg: Any = options.config or options.cfg
+    cfg: Any = forget_weights(options.config) if options.config else options.cfg
     if not cfg and weights is not None:
         if weights.config is None:
             raise CheckpointError(
                 f"{options.weights}: carries no model YAML that is known here. Give it with --cfg."
             )
-        cfg = weights.config
+        cfg = forget_weights(weights.config)
     is_resumed = options.config is not None
     model = build_model(
         cfg or DEFAULT_CFG, num_classes=len(names), names=names, scale=None if is_resumed else options.scale,

@@ -11,7 +11,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from models.registry import (
     find_anywhere,
 )
 from models.rows import ModelSpec, RowSpec
+from models.wiring import Row, Slot
 from utils.errors import CheckpointError, ConfigError, nearest
 
 BUILD_ERRORS = (
@@ -44,49 +45,6 @@ BUILD_ERRORS = (
 IMAGE = -1
 PYRAMID_SLOTS = 5
 LONGEST_REASON = 300  # characters of a library's own message inside ours
-
-
-class Row(NamedTuple):
-    """A built row: how it is wired, and what the table prints.
-
-    Attributes:
-        index: its slot (the last one, for a backbone).
-        inputs: slots it reads, -1 being the image.
-        takes_list: whether the module is called with a list.
-        map_slots: for a backbone, the slot of each map it returns (None: dropped); else None.
-        release: slots that no later row reads.
-        source: `from` as written.
-        repeats: after the depth factor.
-        module: layer name as the table prints it.
-        args: constructor arguments as the table prints them.
-        shape: output shape(s) at the built size, without batch.
-        strides: stride of each output.
-        section: "backbone" or "head".
-        place: where the row stands in its file.
-    """
-
-    index: int  # type: ignore[assignment]
-    inputs: tuple[int, ...]
-    takes_list: bool
-    map_slots: tuple[int | None, ...] | None
-    release: tuple[int, ...]
-    source: Any
-    repeats: int
-    module: str
-    args: str
-    shape: tuple[tuple[int, ...], ...]
-    strides: tuple[int, ...]
-    section: str
-    place: str
-
-
-class Slot(NamedTuple):
-    """What stands at an index: meta output and its channels and stride, or nothing (`reason` says why)."""
-
-    value: Any
-    channels: int | list[int] | None
-    stride: int
-    reason: str = ""
 
 
 @dataclass

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from models import modules
-from models.build import Row
 from models.registry import backbone as backbone_rule
 from models.registry import find
+from models.wiring import Row
 from utils.errors import ConfigError
 
 CONTEXT_MODULES = ("SPP", "SPPF", "SPPELAN", "C2PSA", "PSA", "AIFI")
@@ -203,10 +203,15 @@ def forget_weights(config: Mapping[str, Any]) -> dict[str, Any]:
     For building a model whose weights come from elsewhere (a checkpoint, a resumed run): nothing is read or downloaded
     for it. `pretrained` and `weights` arguments, given by name or by position, become false.
     """
-    return {**config, "backbone": [_without_weights(row) for row in config["backbone"]]}
+    rows = config.get("backbone")
+    if not isinstance(rows, Sequence):
+        return dict(config)  # a mistake, which the parser will tell
+    return {**config, "backbone": [_without_weights(row) for row in rows]}
 
 
-def _without_weights(row: Sequence[Any]) -> list[Any]:
+def _without_weights(row: Any) -> Any:
+    if not isinstance(row, Sequence) or len(row) < 4:
+        return row
     args = row[3]
     positional = list(args) if isinstance(args, list) else []
     keywords = dict(args) if isinstance(args, Mapping) else {}

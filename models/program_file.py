@@ -49,9 +49,18 @@ def read_program(path: Path, extra: str) -> tuple[Any, str]:
         if not fault:
             files = {extra: ""}
             return torch.export.load(str(path), extra_files=files), files[extra]
-    except (zipfile.BadZipFile, RuntimeError, ValueError, OSError, KeyError, AssertionError) as error:
+    except (
+        zipfile.BadZipFile,
+        RuntimeError,
+        ValueError,
+        OSError,
+        KeyError,
+        AssertionError,
+    ) as error:
         fault = " ".join(str(error).split())[:200] or type(error).__name__
-    raise CheckpointError(f"{path}: cannot be loaded - {fault}. Expected a file that export.py wrote.")
+    raise CheckpointError(
+        f"{path}: cannot be loaded - {fault}. Expected a file that export.py wrote."
+    )
 
 
 def _fault(archive: zipfile.ZipFile) -> str:
@@ -77,7 +86,8 @@ def _fault(archive: zipfile.ZipFile) -> str:
 
 def _has_objects(config: Any) -> bool:
     return any(
-        entry.get("use_pickle") or not re.fullmatch(r"(weight|tensor)_\d+", str(entry.get("path_name")))
+        entry.get("use_pickle")
+        or not re.fullmatch(r"(weight|tensor)_\d+", str(entry.get("path_name")))
         for entry in config["config"].values()
     )
 

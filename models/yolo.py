@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from models import common, csp, gelan, hg_blocks, modules, transformer  # noqa: F401  (they register layers)
-from models.build import Row, apply_activation, build_rows
+from models.build import apply_activation, build_rows
 from models.graft import forget_weights, replace_backbone, row_slots
 from models.heads import ddetect, detect, rtdetr  # noqa: F401
 from models.reparam import reparameterize_model
 from models.rows import ModelSpec, parse_spec, read_model_config, resolve
 from models.table import format_table, measure, row_records
+from models.wiring import Row
 from utils.checkpoint import load_checkpoint
 from utils.config import ArgumentParser, integer, parse_imgsz
 from utils.errors import CheckpointError, ConfigError, nearest, run_cli
@@ -230,7 +231,7 @@ def _activation(spec: ModelSpec) -> Callable[[], nn.Module]:
 def model_from_checkpoint(checkpoint: Mapping[str, Any]) -> DetectionModel:
     """Rebuild the model of one of our checkpoints (EMA weights if it has them)."""
     model = build_model(
-        checkpoint["config"],
+        forget_weights(checkpoint["config"]),
         names=checkpoint["names"],
         imgsz=tuple(checkpoint.get("imgsz", (640, 640))),
     )

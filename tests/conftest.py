@@ -18,6 +18,24 @@ if str(ROOT) not in sys.path:
 
 NAMES = ("square", "disc")
 SIDE = 96
+# A detector of 12 thousand parameters: three levels of a narrow trunk under YOLOv5's head.
+TINY_MODEL = """
+nc: 2
+anchors:
+  - [10,10, 20,20]
+  - [24,24, 30,30]
+backbone:
+  - [-1, 1, Conv, [8, 3, 2]]
+  - [-1, 1, Conv, [16, 3, 2]]
+  - [-1, 1, Conv, [16, 3, 2], p3]
+  - [-1, 1, C3, [24]]
+  - [-1, 1, Conv, [24, 3, 2], p4]
+head:
+  - [-1, 1, nn.Upsample, [None, 2, nearest]]
+  - [[-1, p3], 1, Concat, [1]]
+  - [-1, 1, Conv, [16, 1], out3]
+  - [[out3, p4], 1, Detect, [nc, anchors]]
+"""
 Script = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -63,6 +81,14 @@ def small_data(tmp_path: Path) -> Path:
 def shared_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, drawn once; for tests that only read it."""
     return draw_data(tmp_path_factory.mktemp("shared"))
+
+
+@pytest.fixture
+def tiny_cfg(tmp_path: Path) -> Path:
+    """YAML of a very small detector."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY_MODEL)
+    return path
 
 
 def start_script(*words: object, cwd: Path, **environment: str) -> subprocess.Popen[str]:

@@ -56,7 +56,9 @@ def axes(value: Any) -> list[str | int]:
 def test_onnx_gives_the_same_at_other_batches_and_sizes(layout: str, tmp_path: Path):
     path, model = write(layout, "onnx", DYNAMIC, tmp_path), tiny_model(layout)
     graph = onnx.load(str(path)).graph
-    assert [v.name for v in graph.input] == ["images"] and [v.name for v in graph.output] == ["output0"]
+    assert [v.name for v in graph.input] == ["images"] and [v.name for v in graph.output] == [
+        "output0"
+    ]
     assert axes(graph.input[0]) == ["batch", 3, "height", "width"]
     assert axes(graph.output[0]) == SHAPES[layout]
     backend = load_backend(path, threads=1)
@@ -99,7 +101,11 @@ def test_other_forms_give_the_same_at_another_batch_and_size(form: str, tmp_path
 
 @pytest.mark.parametrize(
     "changes",
-    [{"simplify": True}, {"dynamic": "batch"}, pytest.param({"dynamo": True}, marks=pytest.mark.slow)],
+    [
+        {"simplify": True},
+        {"dynamic": "batch"},
+        pytest.param({"dynamo": True}, marks=pytest.mark.slow),
+    ],
 )
 def test_onnx_options_keep_the_numbers(changes: dict[str, Any], tmp_path: Path):
     pytest.importorskip("onnxslim" if "simplify" in changes else "onnxscript")
@@ -181,7 +187,9 @@ def test_end2end_composes_with_dynamic(layout: str, tmp_path: Path):
             near = replace(options, conf_thres=options.conf_thres)
             kind = model.head.postprocess
             assert len(detections.scores) == 20
-            assert selection_fault(detections, decoded.boxes[i], decoded.scores[i], kind, near) == ""
+            assert (
+                selection_fault(detections, decoded.boxes[i], decoded.scores[i], kind, near) == ""
+            )
 
 
 # Boxes 0 and 1 overlap by 2/3, box 2 stands apart.
@@ -274,7 +282,13 @@ def test_the_example_finds_the_boxes_that_detect_finds(layout: str, tmp_path: Pa
     path = write("anchors" if layout == "end2end" else layout, "onnx", options, tmp_path)
     image = (blobs(1, (80, 150), seed=6)[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
     flags = SimpleNamespace(
-        imgsz=IMGSZ, rect=False, conf_thres=0.25, iou_thres=0.45, max_det=1000, classes=None, agnostic_nms=False
+        imgsz=IMGSZ,
+        rect=False,
+        conf_thres=0.25,
+        iou_thres=0.45,
+        max_det=1000,
+        classes=None,
+        agnostic_nms=False,
     )
     expected = detect_frame(
         load_backend(path), SimpleNamespace(image=image), flags, torch.device("cpu")
@@ -313,3 +327,32 @@ def test_the_script_writes_what_it_is_asked_for(run_script, tmp_path: Path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(tmp_path / "best_yoke.onnx")]
     assert "without effect" in done.stderr and "max |difference|" in done.stderr
+
+
+def test_int8_keeps_head_and_decoding_in_float_and_tells_the_map(
+    tmp_path: Path, shared_data: Path, caplog: pytest.LogCaptureFixture
+):
+    model = tiny_model("channels")
+    model.names = ("square", "disc", "cat")
+    data = tmp_path / "three.yaml"
+    text = shared_data.read_text().replace("disc]", "disc, cat]")
+    data.write_text(f"path: {shared_data.parent}\n{text}")
+    options = export.with_calibration(ExportOptions(imgsz=IMGSZ, int8=True), str(data), model)
+    artifacts = export.export(model, ["onnx"], options, tmp_path / "best.pt")
+    assert artifacts[0].path.name == "best_int8.onnx"
+    graph = onnx.load(str(artifacts[0].path)).graph
+    makers = {name: node for node in graph.node for name in node.output}
+    is_integer = {
+        "model.5" in node.name: makers[node.input[1]].op_type == "DequantizeLinear"
+        for node in graph.node
+        if node.op_type == "Conv" and node.input[1] in makers
+    }
+    in_head = [n for n in graph.node if n.op_type == "Conv" and "/network/model.5/" in n.name]
+    assert is_integer == {False: True} and in_head
+    export.report_loss(artifacts, model, options, str(data))
+    assert "mAP50-95" in caplog.text and "->" in caplog.text
+
+
+def test_int8_needs_data():
+    with pytest.raises(ConfigError, match="--data"):
+        export.with_calibration(ExportOptions(int8=True), "", tiny_model("anchors"))

@@ -62,9 +62,9 @@ def fit_anchors(
         centres = np.vstack((centres, sizes[rng.integers(len(sizes))]))
     best, best_fitness = centres, _fitness(sizes, centres, threshold)
     for _ in range(generations):
-        change = np.where(rng.random(best.shape) < 0.9, rng.normal(1, 0.1, best.shape), 1).clip(
-            0.3, 3
-        )
+        step = 0.1 * rng.random()  # small steps too: after k-means large ones seldom help
+        moves = rng.normal(1, step, best.shape).clip(0.3, 3)
+        change = np.where(rng.random(best.shape) < 0.9, moves, 1)
         candidate = (best * change).clip(min=2)
         fitness = _fitness(sizes, candidate, threshold)
         if fitness > best_fitness:

@@ -40,7 +40,7 @@ class ExportOptions:
         raw: no decoding.
         conf_thres, iou_thres, max_det: of the postprocessing inside an end2end graph.
         device: where the network is traced.
-        calibration: images (B, 3, H, W) that int8 ranges are measured on.
+        calibration: gives float images (B, 3, H, W) that int8 ranges are measured on.
     """
 
     imgsz: tuple[int, int] = (640, 640)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from models.exporters.end2end import TAPS, append_postprocess
+from models.exporters.int8 import quantise
 from models.exporters.network import (
     ExportNetwork,
     ExportOptions,
@@ -48,6 +49,8 @@ def export_onnx(model: DetectionModel, options: ExportOptions, weights: Path) ->
         proto = _simplify(proto)
     if options.half:
         proto = _to_half(proto)
+    if options.int8:
+        proto = quantise(proto, options, len(model.model) - 1)
     if options.end2end:
         opset = next(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx"))
         proto = append_postprocess(proto, model.head.postprocess, options, opset)

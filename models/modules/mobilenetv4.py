@@ -9,7 +9,6 @@ Letters: B batch, C channels, H height, W width, N heads, D key (and value) widt
 from __future__ import annotations
 
 import math
-import re
 from collections import OrderedDict
 from typing import NamedTuple
 
@@ -73,14 +72,8 @@ def _repeat(count: int, *specs: Spec) -> tuple[Spec, ...]:
     return specs * count
 
 
-_MEDIUM_HEAD: Layers = (
-    (FusedSpec(48, 4, 2),),
-    (UibSpec(80, 3, 5, 4, 2), UibSpec(80, 3, 3, 2)),
-)
-_LARGE_HEAD: Layers = (
-    (FusedSpec(48, 4, 2),),
-    (UibSpec(96, 3, 5, 4, 2), UibSpec(96, 3, 3, 4)),
-)
+_MEDIUM_HEAD: Layers = ((FusedSpec(48, 4, 2),), (UibSpec(80, 3, 5, 4, 2), UibSpec(80, 3, 3, 2)))
+_LARGE_HEAD: Layers = ((FusedSpec(48, 4, 2),), (UibSpec(96, 3, 5, 4, 2), UibSpec(96, 3, 3, 4)))
 _LARGE_3 = (UibSpec(192, 3, 5, 4, 2), *_repeat(3, UibSpec(192, 3, 3, 4)), UibSpec(192, 3, 5, 4))
 _LARGE_4 = (
     UibSpec(512, 5, 5, 4, 2), *_repeat(3, UibSpec(512, 5, 5, 4)), UibSpec(512, 5, 0, 4), UibSpec(512, 5, 3, 4),
@@ -160,10 +153,6 @@ class LayerScale(nn.Module):
         return x * self.gamma[:, None, None]
 
 
-def _layer_scale(channels: int, start: float | None) -> nn.Module:
-    return nn.Identity() if start is None else LayerScale(channels, start)
-
-
 class FusedBottleneck(nn.Module):
     """Expanding kxk convolution, linear 1x1 projection; residual where shapes agree."""
 
@@ -203,7 +192,7 @@ class UniversalBottleneck(nn.Module):
         if spec.middle:
             self.middle = conv_norm(hidden, hidden, spec.middle, middle_stride, hidden, activation)
         self.project = conv_norm(hidden, out_channels, 1)
-        self.layer_scale = _layer_scale(out_channels, scale)
+        self.layer_scale = nn.Identity() if scale is None else LayerScale(out_channels, scale)
         self.has_residual = spec.stride == 1 and in_channels == out_channels
 
     def forward(self, x: Tensor) -> Tensor:
@@ -225,7 +214,7 @@ class MobileAttention(nn.Module):
         self.key = self._projection(channels, spec)
         self.value = self._projection(channels, spec)
         self.project = nn.Conv2d(spec.heads * spec.dim, channels, 1, bias=False)
-        self.layer_scale = _layer_scale(channels, scale)
+        self.layer_scale = nn.Identity() if scale is None else LayerScale(channels, scale)
 
     @staticmethod
     def _projection(channels: int, spec: AttentionSpec) -> nn.Sequential:
@@ -312,26 +301,19 @@ class MobileNetV4(nn.Module):
             self.load_timm_state(read_weights(weights).state, weights)
 
     def _initialize(self) -> None:
-        """Convolutions by fan-out, attention's by Xavier."""
+        """Convolutions by fan-out, those of attention by Xavier."""
+        in_attention = {
+            m
+            for block in self.modules()
+            if isinstance(block, MobileAttention)
+            for m in block.modules()
+        }
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                fan_out = (
-                    module.kernel_size[0]
-                    * module.kernel_size[1]
-                    * module.out_channels
-                    // module.groups
-                )
+            if isinstance(module, nn.Conv2d) and module in in_attention:
+                nn.init.xavier_uniform_(module.weight)
+            elif isinstance(module, nn.Conv2d):
+                fan_out = module.weight[0, 0].numel() * module.out_channels // module.groups
                 nn.init.normal_(module.weight, 0, math.sqrt(2 / fan_out))
-        for module in self.modules():
-            if isinstance(module, MobileAttention):
-                for part in (
-                    module.query,
-                    module.project,
-                    *module.key.modules(),
-                    *module.value.modules(),
-                ):
-                    if isinstance(part, nn.Conv2d):
-                        nn.init.xavier_uniform_(part.weight)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         maps: list[Tensor] = []
@@ -347,22 +329,15 @@ class MobileNetV4(nn.Module):
         Raises:
             CheckpointError: `source` lacks a tensor of the trunk, or has one of another shape.
         """
-        given = {key: state.get(timm_key(key, self)) for key in self.state_dict()}
-        bad = [
-            f"{timm_key(key, self)} (got {_shape(given[key])}, expected {_shape(value)})"
-            for key, value in self.state_dict().items()
-            if _shape(given[key]) != _shape(value)
-        ]
+        own = self.state_dict()
+        given = {key: state.get(timm_key(key, self)) for key in own}
+        bad = [timm_key(k, self) for k, v in given.items() if v is None or v.shape != own[k].shape]
         if bad:
             raise CheckpointError(
-                f"{source}: does not fit {type(self).__name__} - {'; '.join(bad[:3])}, {len(bad)} in all. "
-                "Give timm's weights of this very model."
+                f"{source}: does not fit {type(self).__name__} - missing or of another shape: "
+                f"{', '.join(bad[:3])}, {len(bad)} in all. Give timm's weights of this very model."
             )
         self.load_state_dict(given)
-
-
-def _shape(value: Tensor | None) -> tuple[int, ...] | None:
-    return None if value is None else tuple(value.shape)
 
 
 _TIMM_PARTS = {
@@ -380,9 +355,7 @@ def timm_key(key: str, model: MobileNetV4) -> str:
     """The name that our tensor `key` has in timm's model."""
     if key.startswith("stem."):
         return key.replace("stem.conv.", "conv_stem.").replace("stem.bn.", "bn1.")
-    match = re.fullmatch(r"layers\.(\d+)\.(\d+)\.(.+)", key)
-    assert match is not None
-    layer, index, rest = int(match[1]), int(match[2]), match[3]
+    _, layer, index, rest = key.split(".", 3)
     block = model.get_submodule(f"layers.{layer}.{index}")
     parts = _TIMM_PARTS.get(type(block), {"bn": "bn1"})
     for ours, theirs in parts.items():

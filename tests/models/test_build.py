@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import modules, registry
-from models.build import Row, build_rows
+from models.build import build_rows
 from models.registry import backbone, register
 from models.rows import parse_spec, read_model_config
+from models.wiring import Row
 from models.yolo import DetectionModel, build_model
 from utils.errors import ConfigError
 

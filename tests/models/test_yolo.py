@@ -126,6 +126,15 @@ def test_of_a_checkpoint_with_an_average_the_average_is_used():
     assert all(bool((value == 1).all()) for value in again.state_dict().values())
 
 
+def test_a_checkpoint_needs_no_file_that_its_config_once_named(tmp_path: Path):
+    """Weights for the start are read once; the checkpoint has its own."""
+    config = {**SMALL, "backbone": [[-1, 1, "EMO_1M", [False]]], "head": [SMALL["head"][-1]]}
+    state = checkpoint_of(build_model(config, imgsz=(64, 64)))
+    state["config"] = {**config, "backbone": [[-1, 1, "EMO_1M", ["gone.pth"]]]}
+    save_checkpoint(tmp_path / "a.pt", state)
+    assert load_model(tmp_path / "a.pt").rows[0].module == "EMO_1M"
+
+
 def test_weights_that_do_not_fit_their_config_are_one_line():
     model = build_model(SMALL, imgsz=(64, 64))
     wrong = {**checkpoint_of(model), "config": {**SMALL, "nc": 5}}

@@ -1,0 +1,128 @@
+"""The flags of train.py, in groups: what is trained, on what, how, and what is kept."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Sequence
+
+from engine.flags import (
+    add_data_flag,
+    add_device_flag,
+    add_ignored_flags,
+    add_model_flags,
+    add_run_flags,
+    add_size_flag,
+    say_ignored,
+)
+from utils.config import ArgumentParser, integer, number
+from utils.device import AMP_CHOICES
+
+EPOCHS = 100
+IGNORED = {
+    "bucket": "", "quad": False, "local_rank": -1, "entity": None, "upload_dataset": None, "bbox_interval": -1,
+    "artifact_alias": None, "evolve": None, "evolve_population": None, "resume_evolve": None, "min_items": None,
+}  # fmt: skip
+
+
+def parse_training_options(arguments: Sequence[str] | None = None) -> Namespace:
+    """Read the command line of train.py."""
+    parser = ArgumentParser(
+        description="Train a detector.",
+        epilog="Example: python train.py --cfg yolov5n-emo.yaml --data data/shapes.yaml --imgsz 320",
+    )
+    _add_model_group(parser)
+    _add_data_group(parser)
+    _add_optimisation_group(parser)
+    _add_output_group(parser)
+    add_ignored_flags(parser, IGNORED)
+    options = parser.parse_args(arguments)
+    say_ignored(options, IGNORED)
+    options.config = None
+    if options.freeze == ["0"]:  # the customary default: nothing is frozen
+        options.freeze = []
+    return options
+
+
+def _add_model_group(parser: ArgumentParser) -> None:
+    add_model_flags(parser)
+    add = parser.add_argument
+    add("--weights", default="", help="weights to start from; empty: from scratch")
+    add("--backbone-weights", default="", help="weights of the backbone only")
+    add(
+        "--freeze",
+        nargs="+",
+        default=[],
+        help="10: rows below 10; 0 3: those rows; or names: backbone, C3, model.0.*",
+    )
+    add("--noautoanchor", action="store_true", help="keep the anchors of the YAML")
+    add("--sync-bn", action="store_true", help="BatchNorm over all processes")
+
+
+def _add_data_group(parser: ArgumentParser) -> None:
+    add_data_flag(parser)
+    add_size_flag(parser)
+    add = parser.add_argument
+    batch_size = integer(1, allowed=(-1,))
+    add(
+        "--batch-size",
+        type=batch_size,
+        default=16,
+        help="images a step, over all processes; -1: what fits",
+    )
+    add("--rect", action="store_true", help="batches of the images' own shape, without mosaic")
+    add("--multi-scale", action="store_true", help="vary the image size by half")
+    add("--single-cls", action="store_true", help="treat all classes as one")
+    add("--image-weights", action="store_true", help="draw images with rare classes more often")
+    add(
+        "--close-mosaic", type=integer(0), default=None, help="last epochs without mosaic and mixup"
+    )
+    cache = ("ram", "disk")
+    add(
+        "--cache",
+        nargs="?",
+        const="ram",
+        choices=cache,
+        help="keep images in memory or as arrays on disk",
+    )
+    add(
+        "--workers",
+        type=integer(0),
+        default=8,
+        help="processes that load images, at most one a core",
+    )
+
+
+def _add_optimisation_group(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--hyp", default=None, help="recipe YAML over the family's own in data/hyps")
+    add("--epochs", type=integer(1), help=f"passes over the data, {EPOCHS} if left out")
+    add("--optimizer", choices=("SGD", "Adam", "AdamW"), help="instead of the recipe's")
+    add("--cos-lr", action="store_true", help="cosine instead of the recipe's schedule")
+    add("--flat-cos-lr", action="store_true", help="flat, then cosine")
+    add("--fixed-lr", action="store_true", help="constant after the warm-up")
+    add("--label-smoothing", type=number(0, 1), default=0.0, help="part taken off certainty")
+    add(
+        "--patience",
+        type=integer(0),
+        default=100,
+        help="epochs without a better one before stopping; 0: never",
+    )
+    add("--amp", default="auto", choices=AMP_CHOICES, help="mixed precision")
+    add("--seed", type=integer(0), default=0, help="of everything random")
+    add_device_flag(parser)
+
+
+def _add_output_group(parser: ArgumentParser) -> None:
+    add_run_flags(parser, "runs/train")
+    add = parser.add_argument
+    add(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=False,
+        help="go on with the newest, or the given, last.pt",
+    )
+    add("--nosave", action="store_true", help="save the last checkpoint only")
+    add("--noval", action="store_true", help="validate the last epoch only")
+    add("--noplots", action="store_true", help="write no pictures")
+    add("--save-period", type=int, default=-1, help="also save every so many epochs")

@@ -1,0 +1,158 @@
+"""From flags to parts: recipes, freezing, anchors, batch size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from engine.setup import automatic_batch_size, check_anchors, freeze, recipe
+from models.yolo import DetectionModel, build_model
+from utils.errors import ConfigError
+
+SMALL: dict[str, Any] = {
+    "nc": 2,
+    "anchors": [[10, 10, 20, 20], [40, 40, 80, 80]],
+    "backbone": [
+        [-1, 1, "Conv", [8, 3, 2]],
+        [-1, 1, "Conv", [8, 3, 2]],
+        [-1, 1, "C3", [8]],
+    ],
+    "head": [
+        [-1, 1, "Conv", [16, 3, 2]],
+        [[2, 3], 1, "Detect", ["nc", "anchors"]],
+    ],
+}
+
+
+def small() -> DetectionModel:
+    torch.manual_seed(0)
+    return build_model(SMALL, imgsz=(64, 64))
+
+
+def test_a_recipe_is_the_familys_with_the_users_and_the_flags_over_it(tmp_path: Path):
+    own = tmp_path / "mine.yaml"
+    own.write_text("lr0: 0.5\nbox: 1\n")
+    hyp = recipe("yolov5", str(own), {"optimizer": "Adam", "schedule": None})
+    assert (hyp["lr0"], hyp["box"], hyp["optimizer"]) == (0.5, 1.0, "Adam")
+    assert (hyp["momentum"], hyp["schedule"]) == (0.937, "linear")  # the family's own
+
+
+def test_which_recipe_is_used_is_said(capsys: pytest.CaptureFixture[str]):
+    recipe("rtdetr", None, {})
+    assert "data/hyps/rtdetr.yaml, the rtdetr family's own" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["yolov5", "yolov9", "yolo11", "rtdetr"])
+def test_every_family_has_a_recipe_with_what_the_loop_needs(family: str):
+    hyp = recipe(family, None, {})
+    needed = "optimizer lr0 lrf schedule momentum weight_decay warmup_epochs warmup_bias_lr nbs"
+    assert set(f"{needed} warmup_momentum clip_norm ema_decay ema_tau".split()) <= set(hyp)
+
+
+def test_an_unknown_key_of_a_recipe_is_told_with_its_line(tmp_path: Path):
+    own = tmp_path / "mine.yaml"
+    own.write_text("lr0: 0.1\nmomentun: 0.9\n")
+    with pytest.raises(ConfigError, match=r"mine.yaml:2: unknown key 'momentun'.*'momentum'"):
+        recipe("yolov5", str(own), {})
+
+
+@pytest.mark.parametrize(
+    ("wanted", "rows", "parameters"),
+    [
+        (["2"], [0, 1], "model.0. model.1."),  # one number: every row below it
+        (["0", "2"], [0, 2], "model.0. model.2."),  # several: those rows
+        (["backbone"], [0, 1, 2], "model.0. model.1. model.2."),
+        (["head"], [3, 4], "model.3. model.4."),
+        (["C3"], [2], "model.2."),
+        (["Conv"], [0, 1, 3], "model.0. model.1. model.3."),
+        (["model.2.cv1"], [], "model.2.cv1."),
+        (["model.2.*"], [2], "model.2."),
+        (["C3", "3"], [2, 3], "model.2. model.3."),
+    ],
+)
+def test_rows_are_frozen_by_index_or_name(wanted: list[str], rows: list[int], parameters: str):
+    model = small()
+    frozen = freeze(model, wanted)
+    assert [i for i, row in enumerate(model.model) if row in frozen] == rows
+    still = {name for name, p in model.named_parameters() if not p.requires_grad}
+    prefixes = tuple(parameters.split())
+    assert still == {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
+    norms = {n for n, m in model.named_modules() if isinstance(m, torch.nn.BatchNorm2d)}
+    kept = {n for n, m in model.named_modules() for f in frozen if m in set(f.modules())}
+    assert {n for n in norms if f"{n}.".startswith(prefixes)} <= kept  # statistics stay too
+
+
+def test_indices_are_those_of_the_table_where_a_backbone_takes_five():
+    config = {
+        **SMALL,
+        "backbone": [[-1, 1, "EMO_1M", [False]], [-1, 1, "Conv", [8]]],
+        "head": [[[3, 4], 1, "Detect", ["nc", "anchors"]]],
+    }
+    model = build_model(config, imgsz=(64, 64))
+    assert freeze(model, ["5"]) == [model.model[0]]
+    assert freeze(model, ["6"]) == [model.model[0], model.model[1]]
+    assert freeze(model, ["5", "5"]) == [model.model[1]]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (["99"], "got 98, expected indices from 0 to 4"),
+        (["0", "7"], "got 7, expected indices from 0 to 4"),
+        (["bakbone"], "Did you mean 'backbone'?"),
+        (["model.9.*"], "got 'model.9.*', expected an index, backbone, head"),
+    ],
+)
+def test_what_cannot_be_frozen_is_refused(wanted: list[str], message: str):
+    with pytest.raises(ConfigError) as caught:
+        freeze(small(), wanted)
+    assert message in str(caught.value)
+
+
+def anchors_in_pixels(model: DetectionModel) -> np.ndarray:
+    strides = torch.tensor(model.strides).view(-1, 1, 1)
+    return (model.head.anchors * strides).numpy()
+
+
+def test_anchors_that_fit_are_kept(capsys: pytest.CaptureFixture[str]):
+    model = small()
+    before = anchors_in_pixels(model)
+    # within 4 times of 12 x 12 are 10, 20 and 40; of 70 x 60 they are 20, 40 and 80
+    check_anchors(model, np.array([[12.0, 12.0], [70.0, 60.0]]), 4.0, 0)
+    assert np.array_equal(anchors_in_pixels(model), before)
+    assert "anchors: 3.00 an object, best possible recall 1.0000" in capsys.readouterr().err
+
+
+def long_boxes() -> np.ndarray:
+    """Flat objects that no anchor of the config is near."""
+    rng = np.random.default_rng(0)
+    return np.stack((rng.uniform(150, 400, 200), rng.uniform(8, 16, 200)), 1)
+
+
+def test_anchors_that_do_not_fit_are_fitted_small_ones_to_the_fine_level():
+    model = small()
+    check_anchors(model, long_boxes(), 4.0, 0)
+    pixels = anchors_in_pixels(model)
+    assert pixels.shape == (2, 2, 2)
+    assert (pixels[..., 0] > 4 * pixels[..., 1]).all()
+    areas = pixels.prod(-1).flatten()
+    assert (np.diff(areas) >= 0).all()
+    assert model.head.anchors.dtype == torch.float32
+
+
+def test_without_objects_or_with_too_few_the_anchors_stay(capsys: pytest.CaptureFixture[str]):
+    model = small()
+    before = anchors_in_pixels(model)
+    check_anchors(model, np.zeros((0, 2)), 4.0, 0)
+    check_anchors(model, np.array([[400.0, 5.0]]), 4.0, 0)
+    assert np.array_equal(anchors_in_pixels(model), before)
+    assert "anchors: kept - got 1 distinct object sizes" in capsys.readouterr().err
+
+
+def test_without_a_gpu_an_automatic_batch_is_16(capsys: pytest.CaptureFixture[str]):
+    assert automatic_batch_size(small(), (64, 64), torch.device("cpu")) == 16
+    assert "no GPU to measure" in capsys.readouterr().err

@@ -1,0 +1,267 @@
+"""The training loop itself: one page, looked at step by step."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import train
+from engine.outputs import RunRecorder
+from engine.run import Run, prepare
+from engine.training_flags import parse_training_options
+from utils.distributed import World
+from utils.errors import ConfigError, UserError
+from utils.structures import Targets
+
+
+def arguments(cfg: Path, data: Path, folder: Path, *words: str) -> list[str]:
+    """Flags for a small and quick training."""
+    given = ["--cfg", cfg, "--data", data, "--imgsz", 64, "--batch-size", 4, "--workers", 0]
+    given += ["--device", "cpu", "--noplots", "--project", folder, "--epochs", 2]
+    return [*(str(word) for word in given), *words]
+
+
+@pytest.fixture
+def run(tiny_cfg: Path, shared_data: Path, tmp_path: Path) -> Run:
+    torch.manual_seed(0)
+    options = parse_training_options(arguments(tiny_cfg, shared_data, tmp_path))
+    return prepare(options, tmp_path / "exp", torch.device("cpu"), World())
+
+
+def test_the_optimiser_steps_as_often_as_the_accumulation_says(run: Run, monkeypatch):
+    steps: list[int] = []
+    step = train.optimizer_step
+
+    def count(run: Run) -> None:
+        steps.append(1)
+        step(run)
+
+    monkeypatch.setattr(train, "optimizer_step", count)
+    run.accumulate = 2
+    run.warmup = type(run.warmup)(0, 0.1, 0.8)
+    for epoch in range(3):  # two batches an epoch: the step may fall across the border
+        train.train_one_epoch(run, epoch, RunRecorder(run))
+    assert (len(steps), run.ema.updates, run.last_step) == (3, 3, 5)
+
+
+def test_a_step_forgets_the_gradients_and_moves_the_average(run: Run):
+    before = {k: v.clone() for k, v in run.ema.model.state_dict().items()}
+    for parameter in run.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for group in run.optimizer.param_groups:
+        group["lr"] = 0.1
+    train.optimizer_step(run)
+    assert all(parameter.grad is None for parameter in run.model.parameters())
+    after = run.ema.model.state_dict()
+    assert any(not torch.equal(before[key], after[key]) for key in before)
+
+
+def test_gradients_are_clipped_to_the_recipes_norm(run: Run, monkeypatch):
+    norms: list[float] = []
+    run.hyp = {**run.hyp, "clip_norm": 0.5}
+    step = run.optimizer.step
+
+    def look(*args: Any, **kwargs: Any) -> Any:
+        gradients = [p.grad.flatten() for p in run.model.parameters()]
+        norms.append(torch.cat(gradients).norm().item())
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(run.optimizer, "step", look)
+    for parameter in run.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    train.optimizer_step(run)
+    assert norms == pytest.approx([0.5], rel=1e-4)
+
+
+def spoil(run: Run, monkeypatch, when: set[int]) -> list[int]:
+    """Make the losses of the given calls infinite; returns the growing list of calls."""
+    calls: list[int] = []
+    criterion = run.criterion
+
+    def spoiled(raw: Any, targets: Targets) -> dict[str, Tensor]:
+        losses = criterion(raw, targets)
+        calls.append(len(calls))
+        factor = float("inf") if calls[-1] in when else 1.0
+        return {name: value * factor for name, value in losses.items()}
+
+    wrapper = type("Spoiled", (), {"__call__": staticmethod(spoiled), "times_batch": True})()
+    monkeypatch.setattr(run, "criterion", wrapper)
+    return calls
+
+
+def test_a_loss_that_is_not_finite_is_told_and_left_out(run: Run, monkeypatch, capsys):
+    spoil(run, monkeypatch, {0})
+    train.train_one_epoch(run, 0, RunRecorder(run))
+    told = capsys.readouterr().err
+    assert "epoch 1 step 1: loss is not finite (box inf, obj inf, cls inf)" in told
+    assert "step 2: loss is not finite" not in told
+    assert all(bool(p.isfinite().all()) for p in run.model.parameters())
+    assert run.skipped == 0  # counted in a row, and the second batch was fine
+
+
+def test_losses_that_stay_so_end_the_run(run: Run, monkeypatch):
+    spoil(run, monkeypatch, set(range(100)))
+    with pytest.raises(UserError, match="10 losses in a row were not finite"):
+        for epoch in range(6):
+            train.train_one_epoch(run, epoch, RunRecorder(run))
+    assert run.ema.updates == 0
+
+
+def test_the_mean_losses_of_an_epoch_are_returned(run: Run, monkeypatch):
+    seen: list[dict[str, float]] = []
+    criterion = run.criterion
+
+    def look(raw: Any, targets: Targets) -> dict[str, Tensor]:
+        losses = criterion(raw, targets)
+        seen.append({name: value.item() for name, value in losses.items()})
+        return losses
+
+    wrapper = type("Seen", (), {"__call__": staticmethod(look), "times_batch": True})()
+    monkeypatch.setattr(run, "criterion", wrapper)
+    means = train.train_one_epoch(run, 0, RunRecorder(run))
+    assert len(seen) == 2
+    for name, value in means.items():
+        assert value == pytest.approx(sum(row[name] for row in seen) / 2)
+
+
+def test_images_and_boxes_are_resized_together():
+    made = SimpleNamespace(
+        model=SimpleNamespace(max_stride=32), options=SimpleNamespace(seed=0), imgsz=(64, 128)
+    )
+    images = torch.zeros(1, 3, 64, 128)
+    images[:, :, 16:48, 32:96] = 1
+    targets = Targets(
+        torch.tensor([0]), torch.tensor([0]), torch.tensor([[32.0, 16.0, 96.0, 48.0]])
+    )
+    sizes = set()
+    for iteration in range(20):
+        resized, moved = train.resize_randomly(images, targets, made, iteration)
+        height, width = resized.shape[2:]
+        sizes.add((height, width))
+        assert height % 32 == width % 32 == 0
+        assert 32 <= height <= 96 and 64 <= width <= 192
+        bright = (resized[0, 0] > 0.5).nonzero()
+        box = [*bright.min(0).values.flip(0).tolist(), *(bright.max(0).values + 1).flip(0).tolist()]
+        torch.testing.assert_close(
+            moved.boxes[0], torch.tensor(box, dtype=torch.float32), atol=1, rtol=0
+        )
+    assert len(sizes) > 2
+    assert targets.boxes.tolist() == [[32.0, 16.0, 96.0, 48.0]]
+
+
+def test_an_epoch_is_the_same_again_with_the_same_seed(
+    tiny_cfg: Path, shared_data: Path, tmp_path: Path
+):
+    states = []
+    for seed in ("0", "0", "1"):
+        options = parse_training_options(
+            arguments(tiny_cfg, shared_data, tmp_path, "--seed", seed, "--multi-scale")
+        )
+        torch.manual_seed(int(seed))
+        run = prepare(options, tmp_path, torch.device("cpu"), World())
+        torch.rand(len(states))  # what else drew from the generator does not matter
+        train.train_one_epoch(run, 0, RunRecorder(run))
+        states.append(torch.cat([p.detach().flatten() for p in run.model.parameters()]))
+    assert torch.equal(states[0], states[1])
+    assert not torch.equal(states[0], states[2])
+
+
+def results(folder: Path) -> list[dict[str, str]]:
+    with (folder / "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_without_validation_a_run_goes_on_to_its_end(
+    tiny_cfg: Path, shared_data: Path, tmp_path: Path
+):
+    """Patience counts epochs that were measured and not better; here only the last is measured."""
+    words = ["--noval", "--patience", "1", "--epochs", "4"]
+    train.main(arguments(tiny_cfg, shared_data, tmp_path, *words))
+    rows = results(tmp_path / "exp")
+    assert [row["epoch"] for row in rows] == ["0", "1", "2", "3"]
+    assert [bool(row["metrics/mAP_0.5"]) for row in rows] == [False, False, False, True]
+
+
+def test_a_run_that_gets_no_better_stops(
+    tiny_cfg: Path, shared_data: Path, tmp_path: Path, monkeypatch, capsys
+):
+    fitness = iter([0.5, 0.4, 0.3, 0.2, 0.1])
+    validate = train.validate
+
+    def worse_and_worse(run: Run) -> Any:
+        evaluation, losses = validate(run)
+        value = next(fitness)
+        metrics = evaluation.metrics._replace(map50=value, map50_95=value)
+        return evaluation._replace(metrics=metrics), losses
+
+    monkeypatch.setattr(train, "validate", worse_and_worse)
+    train.main(arguments(tiny_cfg, shared_data, tmp_path, "--patience", "2", "--epochs", "5"))
+    assert len(results(tmp_path / "exp")) == 3
+    assert "no better epoch since epoch 1 (--patience 2)" in capsys.readouterr().err
+
+
+def test_checkpoints_are_kept_as_asked(tiny_cfg: Path, shared_data: Path, tmp_path: Path):
+    train.main(arguments(tiny_cfg, shared_data, tmp_path, "--save-period", "1"))
+    train.main(arguments(tiny_cfg, shared_data, tmp_path, "--nosave"))
+    names = [
+        sorted(path.name for path in (tmp_path / run / "weights").iterdir())
+        for run in ("exp", "exp2")
+    ]
+    assert names == [["best.pt", "epoch0.pt", "epoch1.pt", "last.pt"], ["best.pt", "last.pt"]]
+
+
+@pytest.mark.parametrize(("given", "expected"), [((), 2), (("--epochs", "3"), 3)])
+def test_a_resumed_run_keeps_its_flags_and_may_get_more_epochs(
+    given: tuple[str, ...], expected: int, run: Run, tmp_path: Path
+):
+    run.options.seed = 5
+    (tmp_path / "exp" / "weights").mkdir(parents=True)
+    train.save(run, tmp_path / "exp" / "weights" / "last.pt", 0)
+    options = parse_training_options(
+        ["--resume", str(tmp_path / "exp"), "--batch-size", "9", *given]
+    )
+    merged, checkpoint = train._resume(options)
+    assert (merged.epochs, merged.batch_size, merged.seed) == (expected, 4, 5)
+    assert merged.config == run.model.config and checkpoint["epoch"] == 0
+
+
+def test_a_resumed_run_cannot_get_fewer_epochs(run: Run, tmp_path: Path):
+    (tmp_path / "exp" / "weights").mkdir(parents=True)
+    train.save(run, tmp_path / "exp" / "weights" / "last.pt", 0)
+    options = parse_training_options(["--resume", str(tmp_path / "exp"), "--epochs", "1"])
+    with pytest.raises(ConfigError, match="--epochs: got 1, but the run was started for 2"):
+        train._resume(options)
+
+
+def test_one_batch_is_learned_by_heart(run: Run):
+    """The whole chain: with the same four pictures again and again every loss falls far."""
+    images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 0.2
+    boxes = torch.tensor([[8.0, 8.0, 32.0, 32.0], [30.0, 20.0, 54.0, 44.0]]).repeat(2, 1)
+    for number, box in enumerate(boxes.int().tolist()):
+        images[number, number % 2, box[1] : box[3], box[0] : box[2]] = 1
+    targets = Targets(torch.arange(4), torch.tensor([0, 1, 0, 1]), boxes)
+    optimizer = torch.optim.Adam(run.model.parameters(), lr=0.01)
+    run.model.train()
+    history = []
+    for _ in range(120):
+        losses = run.criterion(run.model(images, targets), targets)
+        history.append({name: value.item() for name, value in losses.items()})
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+    assert history[-1]["box"] < 0.35 * history[0]["box"]
+    assert history[-1]["cls"] < 0.2 * history[0]["cls"]
+    run.model.eval()
+    with torch.no_grad():
+        found = run.model.decode(run.model(images))
+    best = found.scores.flatten(1).argmax(1)
+    places, labels = best // 2, best % 2
+    assert labels.tolist() == [0, 1, 0, 1]
+    centres = torch.stack([found.boxes[i, p] for i, p in enumerate(places)])
+    assert (centres - boxes).abs().max() < 6
