@@ -21,7 +21,7 @@ from torch import Tensor
 from engine.outputs import RunRecorder
 from engine.run import Run, prepare, whole_val_loader
 from engine.state import find_resumable, finish, load_resumable, restore, save
-from engine.training_flags import EPOCHS, parse_training_options
+from engine.training_flags import EPOCHS, parse_options
 from models.backends import load_backend
 from models.losses import total_loss
 from utils.config import increment_path
@@ -262,7 +262,7 @@ def _resume(options: Namespace) -> tuple[Namespace, dict[str, Any]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train from the command line."""
-    options, checkpoint = parse_training_options(arguments), None
+    options, checkpoint = parse_options(arguments), None
     if options.resume:
         options, checkpoint = _resume(options)
     options.epochs = options.epochs or EPOCHS

@@ -24,7 +24,7 @@ IGNORED = {
 }  # fmt: skip
 
 
-def parse_training_options(arguments: Sequence[str] | None = None) -> Namespace:
+def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     """Read the command line of train.py."""
     parser = ArgumentParser(
         description="Train a detector.",
