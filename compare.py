@@ -21,9 +21,10 @@ from data.loader import build_loader
 from engine.flags import add_data_flag, add_device_flag, add_run_flags, add_size_flag
 from engine.setup import open_data
 from models.backends import Backend, load_backend
+from models.pretrained import load_weights
 from models.reparam import reparameterize_model
 from models.table import Totals, measure
-from models.yolo import build_model, load_model
+from models.yolo import build_model
 from utils.config import ArgumentParser, increment_path, integer, parse_imgsz
 from utils.device import memory_used, select_device, synchronize
 from utils.errors import run_cli
@@ -72,7 +73,7 @@ def load_candidate(
     """A weights file, an exported file, or a config (with `--backbone`)."""
     path = Path(name)
     if path.suffix in (".pt", ".safetensors"):
-        model = load_model(path) if path.suffix == ".pt" else None
+        model = load_weights(path).model if path.suffix == ".pt" else None
         backend = load_backend(name, device)
         totals = (
             (measure(model, imgsz), measure(reparameterize_model(model), imgsz))

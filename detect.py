@@ -72,6 +72,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Any:
         required=True,
         help="image, folder, glob, list file, video, camera number or stream address",
     )
+    parser.add_argument("--cfg", default="", help="model YAML of foreign weights that carry none")
     add_size_flag(parser, default=None)
     add_threshold_flags(parser, conf=0.25, iou=0.45, max_det=1000)
     add_device_flag(parser)
@@ -139,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Detect from the command line."""
     options = parse_options(arguments)
     log, device = get_logger(), select_device(options.device)
-    backend = load_backend(options.weights, device, half=options.half)
+    backend = load_backend(options.weights, device, half=options.half, cfg=options.cfg)
     options.classes = class_indices(options.classes, backend.names)
     options.imgsz = _size(options, backend)
     if options.rect and not backend.dynamic:

@@ -29,8 +29,9 @@ from models.exporters.torch_files import (
     export_torchscript,
 )
 from models.exporters.verify import Case, verify
+from models.pretrained import load_weights
 from models.reparam import fuse
-from models.yolo import DetectionModel, build_model, load_model
+from models.yolo import DetectionModel, build_model
 from utils.config import ArgumentParser, integer, number, parse_imgsz
 from utils.device import select_device
 from utils.errors import ConfigError, nearest, run_cli
@@ -228,7 +229,8 @@ def export_options(options: Any, model: DetectionModel) -> ExportOptions:
 def models_of(options: Any) -> list[tuple[DetectionModel, Path]]:
     """The networks to export, and beside which path; with `--cfg` alone, one with fresh weights."""
     if options.weights:
-        return [(load_model(weights), Path(weights)) for weights in options.weights]
+        cfg = options.cfg or None
+        return [(load_weights(w, cfg=cfg).model, Path(w)) for w in options.weights]
     if not options.cfg:
         raise ConfigError(
             "--weights: got nothing, expected a checkpoint (or --cfg for fresh weights)."

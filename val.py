@@ -225,6 +225,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Any:
         default=["runs/train/exp/weights/best.pt"],
         help="one or more models",
     )
+    parser.add_argument("--cfg", default="", help="model YAML of foreign weights that carry none")
     add_data_flag(parser)
     parser.add_argument("--batch-size", type=integer(1), default=32, help="images a batch")
     add_size_flag(parser, default=None)
@@ -269,7 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     every = options.weights
     for weights in every:
         options.weights = weights
-        backend = load_backend(weights, device, half=options.half)
+        backend = load_backend(weights, device, half=options.half, cfg=options.cfg)
         run(options, backend, device)
 
 

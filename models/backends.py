@@ -24,9 +24,10 @@ import yaml
 from torch import Tensor
 
 from models.layouts import read_detections, read_layout
+from models.pretrained import load_weights
 from models.program_file import read_program
 from models.reparam import fuse as fuse_model
-from models.yolo import DetectionModel, build_model, load_model
+from models.yolo import DetectionModel, build_model
 from utils.errors import CheckpointError, ConfigError
 from utils.structures import Decoded, Detections
 
@@ -177,6 +178,7 @@ def load_backend(
     threads: int | None = None,
     half: bool = False,
     fuse: bool = True,
+    cfg: str = "",
 ) -> Backend:
     """Load an artifact by what its name ends in.
 
@@ -189,6 +191,7 @@ def load_backend(
             choice.
         half: run a `.pt` or `.safetensors` model in float16 (CUDA only).
         fuse: bring a `.pt` or `.safetensors` model into its deployed form.
+        cfg: model YAML of a `.pt` that carries none that is known here.
 
     Raises:
         CheckpointError: the file is missing, of another kind, or damaged.
@@ -200,7 +203,7 @@ def load_backend(
     if path.suffix == ".safetensors":
         return model_backend(_read_safetensors(path), device, half=half, fuse=fuse)
     if path.suffix == ".pt":
-        return model_backend(load_model(path), device, half=half, fuse=fuse)
+        return model_backend(load_weights(path, cfg=cfg or None).model, device, half=half, fuse=fuse)
     backend = open_artifact(path, device, providers=providers, threads=threads)
     if backend.info.layout == "raw":
         raise ConfigError(

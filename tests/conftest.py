@@ -92,11 +92,12 @@ def tiny_cfg(tmp_path: Path) -> Path:
 
 
 def start_script(*words: object, cwd: Path, **environment: str) -> subprocess.Popen[str]:
-    """Start `python <script> ...` of this project, from another folder, on one thread."""
+    """Start `python <script> ...` from another folder, on one thread; a bare name is a script of ours."""
     script, *rest = (str(word) for word in words)
+    script = str(ROOT / script) if script.endswith(".py") else script
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.Popen(
-        [sys.executable, str(ROOT / script), *rest],
+        [sys.executable, script, *rest],
         cwd=cwd,
         env=variables,
         stdout=subprocess.PIPE,

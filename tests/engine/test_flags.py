@@ -10,10 +10,10 @@ import pytest
 
 import detect
 import val
-from engine.training_flags import parse_training_options
+from engine.training_flags import parse_options
 
 PARSERS: dict[str, Callable[[list[str]], Any]] = {
-    "train": parse_training_options,
+    "train": parse_options,
     "val": val.parse_options,
     "detect": lambda words: detect.parse_options(["--source", "x", *words]),
 }
@@ -122,7 +122,7 @@ def test_what_is_left_out_has_the_customary_value(script: str, expected: dict[st
     ],
 )
 def test_values_of_train_flags(words: list[str], name: str, expected: Any):
-    assert vars(parse_training_options(words))[name] == expected
+    assert vars(parse_options(words))[name] == expected
 
 
 @pytest.mark.parametrize(

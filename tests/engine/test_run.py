@@ -16,7 +16,7 @@ import train
 from engine.outputs import RunRecorder
 from engine.run import Run, prepare
 from engine.state import checkpoint_of, find_resumable, finish, load_resumable, restore, save
-from engine.training_flags import parse_training_options
+from engine.training_flags import parse_options
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.distributed import World
 from utils.errors import CheckpointError, ConfigError, DatasetError
@@ -28,7 +28,7 @@ ALONE = World()
 def options_of(cfg: Path | str, data: Path, *words: str) -> Namespace:
     """Flags for a training of 64 x 64 pixels in batches of 4."""
     given = ["--cfg", str(cfg), "--data", str(data), "--imgsz", "64", "--batch-size", "4"]
-    options = parse_training_options(
+    options = parse_options(
         [*given, "--workers", "0", "--device", "cpu", "--noplots", *words]
     )
     options.epochs = options.epochs or 2

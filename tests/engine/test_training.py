@@ -14,7 +14,7 @@ from torch import Tensor
 import train
 from engine.outputs import RunRecorder
 from engine.run import Run, prepare
-from engine.training_flags import parse_training_options
+from engine.training_flags import parse_options
 from utils.distributed import World
 from utils.errors import ConfigError, UserError
 from utils.structures import Targets
@@ -30,7 +30,7 @@ def arguments(cfg: Path, data: Path, folder: Path, *words: str) -> list[str]:
 @pytest.fixture
 def run(tiny_cfg: Path, shared_data: Path, tmp_path: Path) -> Run:
     torch.manual_seed(0)
-    options = parse_training_options(arguments(tiny_cfg, shared_data, tmp_path))
+    options = parse_options(arguments(tiny_cfg, shared_data, tmp_path))
     return prepare(options, tmp_path / "exp", torch.device("cpu"), World())
 
 
@@ -160,7 +160,7 @@ def test_an_epoch_is_the_same_again_with_the_same_seed(
 ):
     states = []
     for seed in ("0", "0", "1"):
-        options = parse_training_options(
+        options = parse_options(
             arguments(tiny_cfg, shared_data, tmp_path, "--seed", seed, "--multi-scale")
         )
         torch.manual_seed(int(seed))
@@ -223,7 +223,7 @@ def test_a_resumed_run_keeps_its_flags_and_may_get_more_epochs(
     run.options.seed = 5
     (tmp_path / "exp" / "weights").mkdir(parents=True)
     train.save(run, tmp_path / "exp" / "weights" / "last.pt", 0)
-    options = parse_training_options(
+    options = parse_options(
         ["--resume", str(tmp_path / "exp"), "--batch-size", "9", *given]
     )
     merged, checkpoint = train._resume(options)
@@ -234,7 +234,7 @@ def test_a_resumed_run_keeps_its_flags_and_may_get_more_epochs(
 def test_a_resumed_run_cannot_get_fewer_epochs(run: Run, tmp_path: Path):
     (tmp_path / "exp" / "weights").mkdir(parents=True)
     train.save(run, tmp_path / "exp" / "weights" / "last.pt", 0)
-    options = parse_training_options(["--resume", str(tmp_path / "exp"), "--epochs", "1"])
+    options = parse_options(["--resume", str(tmp_path / "exp"), "--epochs", "1"])
     with pytest.raises(ConfigError, match="--epochs: got 1, but the run was started for 2"):
         train._resume(options)
 
