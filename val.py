@@ -287,10 +287,10 @@ def _size(options: Any, backend: Backend) -> tuple[int, int]:
 
 
 def _validate(options: Any, backend: Backend, device: torch.device) -> None:
-    log, folder = get_logger(), increment_path(options.project, options.name, options.exist_ok)
-    folder.mkdir(parents=True, exist_ok=True)
-    imgsz = _size(options, backend)
+    log, imgsz = get_logger(), _size(options, backend)
     validation = Validation(options, backend, imgsz)
+    folder = increment_path(options.project, options.name, options.exist_ok)
+    folder.mkdir(parents=True, exist_ok=True)
     thresholds = Thresholds(
         options.conf_thres, options.iou_thres, options.max_det, options.agnostic_nms
     )

@@ -1,4 +1,4 @@
-"""Images and mAP for an integer export: what ranges are measured on, and what the integers cost."""
+"""Images and mAP for an integer export: what ranges are measured on, what the integers cost."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def load_split(
 
 
 def calibration_images(dataset: DetectionDataset, batch: int) -> Iterator[Tensor]:
-    """About `CALIBRATION_IMAGES` random images, as whole float batches (batch, 3, H, W) in [0, 1]."""
+    """About `CALIBRATION_IMAGES` random images, as whole float batches (batch, 3, H, W) in [0,
+    1].
+    """
     loader = build_loader(dataset, batch, workers=0, shuffle=True, drop_last=True)
     for sample in islice(loader, math.ceil(CALIBRATION_IMAGES / batch)):
         yield as_float(sample.images, "cpu")

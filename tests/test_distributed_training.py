@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import NAMES, ROOT, TINY_MODEL, start_script
+from shell import NAMES, ROOT, TINY_MODEL, start_script
 
 from models.yolo import build_model
 from utils.config import parse_yaml

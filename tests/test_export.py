@@ -21,7 +21,8 @@ from models.backends import load_backend
 from models.exporters.end2end import append_postprocess
 from models.exporters.network import ExportOptions, blobs
 from models.exporters.onnx_file import is_decoding
-from models.exporters.verify import ExportMismatchError, selection_fault, verify
+from models.exporters.selection import selection_fault
+from models.exporters.verify import ExportMismatchError, verify
 from models.postprocess import postprocess
 from models.reparam import fuse
 from utils.errors import ConfigError
