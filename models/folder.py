@@ -52,6 +52,7 @@ class Folder:
                     self.owners.setdefault(id(parameter), []).append(module)
         self.stands_for: dict[Value, Value] = {}
         self.changed: set[Value] = set()
+        self.settled: set[nn.Module] = set()  # folded once: the bias is theirs, perhaps a new one
         self.replaced: dict[nn.Module, nn.Module] = {}
 
     def run(self) -> None:
@@ -94,6 +95,7 @@ class Folder:
         if axis != expected or affine.scale.numel() != _out_channels(layer):
             raise NotFoldedError("its channels are not those of the layer before it")
         fold_behind(layer, affine)
+        self.settled.add(layer)
         self.changed.add(call.input)
         if affine.rest is None:
             self.stands_for[call.output] = value
@@ -120,6 +122,7 @@ class Folder:
         if axis != expected or not can_fold_before(layer, affine):
             raise NotFoldedError("the layer behind it pads with zeros, which are not shifted")
         fold_before(layer, affine)
+        self.settled.add(layer)
         self.changed.add(call.output)
         self._replace(call.module, None)
         self.folded.append(f"{self.names[call.module]} + {self.names[layer]}")
@@ -187,7 +190,7 @@ class Folder:
         uses = self.record.readers.get(self.record.value(layer.weight), [])
         if len(uses) != 1:
             raise NotFoldedError(f"{name} is used {len(uses)} times")
-        if layer.bias is not None:
+        if layer.bias is not None and layer not in self.settled:
             if len(self.owners.get(id(layer.bias), [])) != 1:
                 raise NotFoldedError(f"the bias of {name} is shared or computed")
             if len(self.record.readers.get(self.record.value(layer.bias), [])) != 1:

@@ -42,10 +42,11 @@ def read_affine(module: nn.Module, shape: torch.Size) -> Affine | None:
     if not any(True for _ in (*module.parameters(), *module.buffers())) or len(shape) < 2:
         return None
     if getattr(module, "running_mean", None) is not None:
-        found = _read_norm(module)
+        candidates = [_read_norm(module)]
     else:
-        found = _read_scale(module, shape)
-    return found if found is not None and _agrees(module, found, shape) else None
+        candidates = _read_scale(module, shape)
+    fitting = [c for c in candidates if c is not None and _agrees(module, c, shape)]
+    return fitting[0] if fitting else None
 
 
 def _read_norm(module: Any) -> Affine | None:
@@ -65,18 +66,17 @@ def _read_norm(module: Any) -> Affine | None:
     return Affine(scale, shift, 1, rest)
 
 
-def _read_scale(module: nn.Module, shape: torch.Size) -> Affine | None:
+def _read_scale(module: nn.Module, shape: torch.Size) -> list[Affine | None]:
+    """A module of one parameter as a scale along either channel axis that it fits."""
     own = list(module.parameters())
     others = sum(1 for _ in module.buffers()) + sum(1 for _ in module.children())
-    if len(own) != 1 or others:
-        return None
+    if len(own) != 1 or others or isinstance(module, FOLDABLE):
+        return []
     scale = own[0].detach().double().flatten()
     if max(own[0].shape, default=0) != scale.numel():
-        return None
-    if isinstance(module, FOLDABLE) or scale.numel() not in (shape[1], shape[-1]):
-        return None
-    axis = -1 if shape[-1] == scale.numel() and own[0].shape[-1] == scale.numel() else 1
-    return Affine(scale, torch.zeros_like(scale), axis, None)
+        return []
+    fitting = [axis for axis in (1, -1) if shape[axis] == scale.numel()]
+    return [Affine(scale, torch.zeros_like(scale), axis, None) for axis in fitting]
 
 
 def apply_affine(affine: Affine, x: Tensor) -> Tensor:

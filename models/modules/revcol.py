@@ -69,12 +69,22 @@ class ConvNeXtBlock(nn.Module):
         self.norm = nn.LayerNorm(channels, eps=EPS)
         self.pwconv1 = nn.Linear(channels, EXPANSION * channels)
         self.pwconv2 = nn.Linear(EXPANSION * channels, channels)
-        self.gamma = nn.Parameter(torch.full((channels,), LAYER_SCALE))
+        self.gamma: nn.Parameter | None = nn.Parameter(torch.full((channels,), LAYER_SCALE))
+
+    @torch.no_grad()
+    def reparameterize(self) -> None:
+        """Fold the layer scale into the linear layer before it; in place, idempotent."""
+        if self.gamma is not None:
+            self.pwconv2.weight.mul_(self.gamma[:, None])
+            self.pwconv2.bias.mul_(self.gamma)
+            self.gamma = None
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         """`noise`: one uniform number per sample for drop path, (B,), or None to drop nothing."""
         branch = self.dwconv(x).permute(0, 2, 3, 1)
-        branch = self.pwconv2(F.gelu(self.pwconv1(self.norm(branch)))) * self.gamma
+        branch = self.pwconv2(F.gelu(self.pwconv1(self.norm(branch))))
+        if self.gamma is not None:
+            branch = branch * self.gamma
         branch = branch.permute(0, 3, 1, 2)
         if noise is not None and self.drop_path:
             branch = branch * keep_scale(noise, self.drop_path, branch.dtype)

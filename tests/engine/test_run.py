@@ -28,9 +28,7 @@ ALONE = World()
 def options_of(cfg: Path | str, data: Path, *words: str) -> Namespace:
     """Flags for a training of 64 x 64 pixels in batches of 4."""
     given = ["--cfg", str(cfg), "--data", str(data), "--imgsz", "64", "--batch-size", "4"]
-    options = parse_options(
-        [*given, "--workers", "0", "--device", "cpu", "--noplots", *words]
-    )
+    options = parse_options([*given, "--workers", "0", "--device", "cpu", "--noplots", *words])
     options.epochs = options.epochs or 2
     return options
 

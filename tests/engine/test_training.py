@@ -223,9 +223,7 @@ def test_a_resumed_run_keeps_its_flags_and_may_get_more_epochs(
     run.options.seed = 5
     (tmp_path / "exp" / "weights").mkdir(parents=True)
     train.save(run, tmp_path / "exp" / "weights" / "last.pt", 0)
-    options = parse_options(
-        ["--resume", str(tmp_path / "exp"), "--batch-size", "9", *given]
-    )
+    options = parse_options(["--resume", str(tmp_path / "exp"), "--batch-size", "9", *given])
     merged, checkpoint = train._resume(options)
     assert (merged.epochs, merged.batch_size, merged.seed) == (expected, 4, 5)
     assert merged.config == run.model.config and checkpoint["epoch"] == 0

@@ -296,3 +296,14 @@ def test_timm_models_lose_their_norms(name: str):
     net = shake(timm.create_model(name, num_classes=5))
     report = fold(net, torch.rand(1, 3, *net.default_cfg["input_size"][1:]))
     assert not [n for n, m in net.named_modules() if isinstance(m, nn.BatchNorm2d)], report.left
+
+
+@pytest.mark.parametrize("width", [5, 7])
+def test_a_layer_scale_is_told_along_the_right_axis_on_a_square_of_its_width(width: int):
+    maps = chain(nn.Conv2d(3, 5, 1), LayerScale(5, 1, 1))
+    assert fold(maps, torch.rand(1, 3, 5, width)).folded == ["0 + 1"]
+
+
+def test_a_norm_and_a_layer_scale_behind_it_fold_into_one_layer():
+    net = chain(nn.Conv2d(3, 5, 3, bias=False), nn.BatchNorm2d(5), LayerScale(5, 1, 1), nn.ReLU())
+    assert fold(net).folded == ["0 + 1", "0 + 2"]
