@@ -203,7 +203,9 @@ def load_backend(
     if path.suffix == ".safetensors":
         return model_backend(_read_safetensors(path), device, half=half, fuse=fuse)
     if path.suffix == ".pt":
-        return model_backend(load_weights(path, cfg=cfg or None).model, device, half=half, fuse=fuse)
+        return model_backend(
+            load_weights(path, cfg=cfg or None).model, device, half=half, fuse=fuse
+        )
     backend = open_artifact(path, device, providers=providers, threads=threads)
     if backend.info.layout == "raw":
         raise ConfigError(

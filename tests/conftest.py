@@ -1,8 +1,7 @@
-"""What tests share: the project on the path, a tiny data set, the scripts as a user runs them."""
+"""What tests share: the project on the path, a tiny data set, a tiny model."""
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ for _folder in (ROOT, ROOT / "tests"):
     if str(_folder) not in sys.path:
         sys.path.insert(0, str(_folder))
 
-from shell import TINY_MODEL, Script, draw_data, start_script
+from shell import TINY_MODEL, draw_data
 
 
 @pytest.fixture
@@ -34,19 +33,3 @@ def tiny_cfg(tmp_path: Path) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(TINY_MODEL)
     return path
-
-
-@pytest.fixture
-def run_script(tmp_path: Path) -> Script:
-    """Run one of the project's scripts from another folder and wait for its end."""
-
-    def run(*words: object, timeout: float = 600) -> subprocess.CompletedProcess[str]:
-        process = start_script(*words, cwd=tmp_path)
-        try:
-            out, err = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            raise
-        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-    return run

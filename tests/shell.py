@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -14,7 +13,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("square", "disc")
 SIDE = 96
-# A detector of 12 thousand parameters: three levels of a narrow trunk under YOLOv5's head.
+# A detector of 12 thousand parameters: two levels of a narrow trunk under YOLOv5's head.
 TINY_MODEL = """
 nc: 2
 anchors:
@@ -32,7 +31,6 @@ head:
   - [-1, 1, Conv, [16, 1], out3]
   - [[out3, p4], 1, Detect, [nc, anchors]]
 """
-Script = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def draw_picture(rng: np.random.Generator, count: int) -> tuple[np.ndarray, list[str]]:

@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import two_ranks
 from shell import NAMES, ROOT, TINY_MODEL, start_script
 
 from models.yolo import build_model
@@ -74,7 +75,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
         folder / "hyp.yaml",
         folder,
     )
-    run_python(*words, cwd=folder)
+    two_ranks.main(*map(str, words[1:]))
     run_python(*TORCHRUN, *words, cwd=folder)
     names = {"alone": "rank1_0", "first": "rank2_0", "second": "rank2_1"}
     return {
