@@ -47,7 +47,8 @@ def _own_packages() -> Iterator[None]:
     """Let `import models`, `import utils`, ... mean the packages of this folder for a while."""
     with _LOCK:
         loaded = {n: m for n, m in sys.modules.items() if _is_named_like_ours(n)}
-        if loaded and all(_is_ours(module) for module in loaded.values()):
+        tops = [module for name, module in loaded.items() if "." not in name]
+        if tops and all(_is_ours(module) for module in tops):
             yield  # the program runs in this folder: they are its own modules
             return
         for name in loaded:

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from models.meta import run_on_meta
 
@@ -30,6 +29,8 @@ def count_params(module: nn.Module) -> int:
 
 def count_gflops(model: nn.Module, imgsz: tuple[int, int], channels: int = 3) -> float:
     """GFLOPs (2 x GMACs) of one image of size `imgsz`, counted operation by operation on the meta device."""
+    from torch.utils.flop_counter import FlopCounterMode  # brings a compiler along
+
     image = torch.empty(1, channels, *imgsz, device="meta")
     with FlopCounterMode(display=False) as counter:
         run_on_meta(model, image)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ for _folder in (ROOT, ROOT / "tests"):
     if str(_folder) not in sys.path:
         sys.path.insert(0, str(_folder))
 
-from shell import TINY_MODEL, draw_data
+from shell import TINY_MODEL, draw_data, start_script
 
 
 @pytest.fixture
@@ -33,3 +35,19 @@ def tiny_cfg(tmp_path: Path) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(TINY_MODEL)
     return path
+
+
+@pytest.fixture
+def run_script(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run one of the project's scripts from another folder and wait for its end."""
+
+    def run(*words: object, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+        process = start_script(*words, cwd=tmp_path)
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    return run

@@ -26,8 +26,6 @@ LONG_FILES = {
     "models/heads/rtdetr.py": 420,
     "models/modules/revcol.py": 460,
     "models/unpickle.py": 440,
-    "tests/models/test_anchor.py": 420,
-    "tests/models/test_build.py": 560,
 }
 MOST_FUNCTION_LINES = 60
 LICENCE_TRAPS = ("ultralytics", "albumentationsx", "yolov5", "thop")

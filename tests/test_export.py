@@ -136,7 +136,7 @@ def test_raw_outputs_are_those_of_the_head_and_no_detector(tmp_path: Path):
 
 
 def postprocess_graph(kind: str, options: ExportOptions) -> Any:
-    """A session of the appended graph alone, behind a network that does nothing."""
+    """A runner of the appended graph alone, behind a network that does nothing."""
     network = onnx.parser.parse_model(
         '<ir_version: 8, opset_import: ["": 17]> network (float[N, A, 4] b, float[N, A, C] s) '
         "=> (float[N, A, 4] boxes, float[N, A, C] scores) { boxes = Identity(b) scores = Identity(s) }"
