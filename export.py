@@ -29,7 +29,7 @@ from models.exporters.torch_files import (
     export_torchscript,
 )
 from models.exporters.verify import Case, verify
-from models.pretrained import load_weights
+from models.pretrained import load_single, load_weights
 from models.reparam import fuse
 from models.yolo import DetectionModel, build_model
 from utils.config import ArgumentParser, integer, number, parse_imgsz
@@ -197,6 +197,11 @@ def parse_options(arguments: Sequence[str] | None = None) -> Any:
     parser.add_argument(
         "--raw", action="store_true", help="what the head's layers give, no decoding"
     )
+    parser.add_argument(
+        "--single",
+        action="store_true",
+        help="turn a dual YOLOv9 into the single form that --cfg names (gelan-c), checked",
+    )
     parser.add_argument("--conf-thres", type=number(0, 1), default=0.25, help="of --end2end")
     parser.add_argument("--iou-thres", type=number(0, 1), default=0.45, help="of --end2end")
     parser.add_argument(
@@ -228,6 +233,13 @@ def export_options(options: Any, model: DetectionModel) -> ExportOptions:
 
 def models_of(options: Any) -> list[tuple[DetectionModel, Path]]:
     """The networks to export, and beside which path; with `--cfg` alone, one with fresh weights."""
+    if options.single:
+        if not options.cfg:
+            raise ConfigError("--single: needs the single form, such as --cfg gelan-c.yaml.")
+        return [
+            (load_single(w, options.cfg), Path(w).with_name(f"{Path(w).stem}-single.pt"))
+            for w in options.weights
+        ]
     if options.weights:
         cfg = options.cfg or None
         return [(load_weights(w, cfg=cfg).model, Path(w)) for w in options.weights]

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from models.transfer import ROW, TransferReport, match_keys, transfer
@@ -19,6 +20,7 @@ from utils.checkpoint import ForeignCheckpointError, load_checkpoint
 from utils.errors import CheckpointError, ConfigError
 
 # The main branch of a dual head, under the names that it has in the single head.
+SINGLE_TOLERANCE = 1e-4  # pixels, and scores
 MAIN_BRANCH = {"cv4": "cv2", "cv5": "cv3", "dfl2": "dfl"}
 
 
@@ -121,6 +123,31 @@ def dual_to_single(state: Mapping[str, Tensor], single: nn.Module) -> dict[str, 
             "Take the gelan of the same size and number of classes."
         )
     return {key: main[source] for key, source in sources.items()}
+
+
+def load_single(path: str | Path, cfg: str | Path | Mapping[str, Any]) -> DetectionModel:
+    """The single form of a dual YOLOv9's weights file, checked against the dual one on a random image.
+
+    Args:
+        path: weights of the dual network, with its model YAML inside.
+        cfg: the network of the same size without auxiliary branch, such as `gelan-c`.
+
+    Raises:
+        CheckpointError: the file is not that of a dual head, does not fit `cfg`, or the two forms differ.
+    """
+    dual = load_weights(path).model
+    single = build_model(cfg, num_classes=dual.head.num_classes, names=dual.names, imgsz=dual.imgsz)
+    single.load_state_dict(dual_to_single(dual.state_dict(), single))
+    image = torch.rand(1, 3, 128, 160, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected, found = dual.eval().decode(dual(image)), single.eval().decode(single(image))
+    difference = max(float((a - b).abs().max()) for a, b in zip(expected, found, strict=True))
+    if not difference <= SINGLE_TOLERANCE:
+        raise CheckpointError(
+            f"{path}: its single form differs - got max |difference| {difference:.1e}, expected at most "
+            f"{SINGLE_TOLERANCE:.0e}. Is {cfg} of the same size?"
+        )
+    return single
 
 
 def _row_and_part(key: str) -> tuple[str, str]:

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from small_configs import ALL, CONV, SIZE, Maps, build, config, error_of, maps_row, with_maps  # noqa: F401
+from small_configs import ALL, CONV, SIZE, build, config, error_of, maps_row
+from small_configs import with_maps as with_maps
 from torch import nn
 
 from models.build import Row, build_rows

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from small_configs import ALL, CONV, SIZE, Maps, build, config, error_of, maps_row, with_maps  # noqa: F401
+from small_configs import ALL, CONV, SIZE, build, error_of, maps_row
+from small_configs import with_maps as with_maps
 from torch import Tensor, nn
 
 from models import registry

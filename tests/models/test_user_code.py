@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from small_configs import ALL, CONV, SIZE, Maps, build, config, error_of, maps_row, with_maps  # noqa: F401
+from small_configs import SIZE, build, config, error_of
+from small_configs import with_maps as with_maps
 
 from models import modules
 from models.yolo import build_model

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from models.pretrained import dual_to_single, load_weights
+from models.pretrained import dual_to_single, load_single, load_weights
 from models.transfer import align, match_keys, transfer
 from models.weights import load_backbone_weights, read_weights
 from models.yolo import build_model
@@ -385,3 +385,16 @@ def test_a_dual_network_becomes_single_with_equal_outputs(size: str) -> None:
         dual_to_single(single.state_dict(), single)
     with pytest.raises(CheckpointError, match="have no counterpart"):
         dual_to_single(dual.state_dict(), build_model("gelan-s"))
+
+
+def test_a_dual_checkpoint_is_read_in_its_single_form(tmp_path) -> None:
+    torch.manual_seed(0)
+    dual = build_model("yolov9-t", num_classes=3, names=("a", "b", "c"), imgsz=(64, 64)).eval()
+    path = tmp_path / "dual.pt"
+    checkpoint = {"model": dual.state_dict(), "config": dual.config, "names": list(dual.names)}
+    save_checkpoint(path, checkpoint)
+    single = load_single(path, "gelan-t")
+    assert single.names == ("a", "b", "c")
+    assert sum(p.numel() for p in single.parameters()) < sum(p.numel() for p in dual.parameters())
+    with pytest.raises(CheckpointError, match="have no counterpart"):
+        load_single(path, "gelan-s")
