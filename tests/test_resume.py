@@ -47,6 +47,8 @@ def kill_in_epoch(process: subprocess.Popen[str], place: str) -> None:
 @pytest.fixture
 def flags(tmp_path: Path, tiny_cfg: Path, small_data: Path) -> list[Any]:
     (tmp_path / "hyp.yaml").write_text(HYP)
+    text = tiny_cfg.read_text()
+    tiny_cfg.write_text(text.replace("[-1, 1, C3, [24]]", "[-1, 1, nn.Dropout, [0.5]]"))
     words: list[Any] = ["--cfg", tiny_cfg, "--data", small_data, "--hyp", tmp_path / "hyp.yaml"]
     words += ["--imgsz", 64, "--batch-size", 2, "--epochs", EPOCHS, "--workers", 2, "--noplots"]
     return [*words, "--multi-scale", "--optimizer", "Adam", "--project", tmp_path / "runs"]

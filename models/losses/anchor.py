@@ -69,17 +69,13 @@ class AnchorLoss:
         boxes = xyxy_to_cxcywh(targets.boxes.float()) / stride
         anchors = self.head.anchors[level].float()
         matches = assign_level(boxes, anchors, (height, width), self.hyp["anchor_t"])
-        chosen = prediction[
-            targets.image_index[matches.objects], matches.anchors, matches.rows, matches.cols
-        ]
+        index = (targets.image_index[matches.objects], matches.anchors, matches.rows, matches.cols)
+        chosen = prediction[index]
         wanted = torch.zeros_like(prediction[..., 4])
-        if (
-            len(chosen) == 0
-        ):  # keep every output in the graph: no parameter may go without a gradient
-            nothing = prediction[..., :4].sum() * 0 + prediction[..., 5:].sum() * 0
+        if len(chosen) == 0:  # objectness alone still gives every parameter a gradient
+            nothing = prediction.new_zeros(())
             return nothing, self._bce(prediction[..., 4], wanted, self.hyp["obj_pw"]), nothing
         iou = self._iou(chosen, boxes, anchors, matches)
-        index = (targets.image_index[matches.objects], matches.anchors, matches.rows, matches.cols)
         _put_largest(wanted, index, iou.detach().clamp(min=0))
         objectness = self._bce(prediction[..., 4], wanted, self.hyp["obj_pw"])
         return (
@@ -101,7 +97,7 @@ class AnchorLoss:
 
     def _class_loss(self, chosen: Tensor, labels: Tensor) -> Tensor:
         if self.head.num_classes == 1:  # one class: objectness says it all
-            return chosen[:, 5:].sum() * 0
+            return chosen.new_zeros(())
         wanted = torch.full_like(chosen[:, 5:], self.negative)
         wanted[torch.arange(len(labels), device=labels.device), labels] = self.positive
         return self._bce(chosen[:, 5:], wanted, self.hyp["cls_pw"])

@@ -159,6 +159,7 @@ def test_a_class_name_cannot_lead_out_of_the_folder(name: str, tmp_path: Path):
     folder = tmp_path / "in" / "run"
     write(folder, "--nosave", "--save-crop", names=(name, name))
     assert len(files(folder)) == 2
+    assert all(path.startswith("crops/") and path.count("/") == 2 for path in files(folder))
     assert files(tmp_path) == [f"in/run/{path}" for path in files(folder)]
 
 

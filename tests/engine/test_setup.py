@@ -41,6 +41,19 @@ def test_a_recipe_is_the_familys_with_the_users_and_the_flags_over_it(tmp_path: 
     assert (hyp["momentum"], hyp["schedule"]) == (0.937, "linear")  # the family's own
 
 
+def test_the_recipe_of_yolov5_has_the_published_numbers():
+    published = {
+        "lr0": 0.01, "lrf": 0.01, "momentum": 0.937, "weight_decay": 0.0005, "nbs": 64,
+        "warmup_epochs": 3, "warmup_momentum": 0.8, "warmup_bias_lr": 0.1, "anchor_t": 4,
+        "box": 0.05, "cls": 0.5, "cls_pw": 1, "obj": 1, "obj_pw": 1, "fl_gamma": 0,
+        "hsv_h": 0.015, "hsv_s": 0.7, "hsv_v": 0.4, "degrees": 0, "translate": 0.1, "scale": 0.5,
+        "shear": 0, "perspective": 0, "flipud": 0, "fliplr": 0.5, "mosaic": 1, "mixup": 0,
+    }  # fmt: skip
+    hyp = recipe("yolov5", None, {})
+    assert {name: hyp[name] for name in published} == published
+    assert (hyp["optimizer"], hyp["schedule"]) == ("SGD", "linear")
+
+
 def test_which_recipe_is_used_is_said(capsys: pytest.CaptureFixture[str]):
     recipe("rtdetr", None, {})
     assert "data/hyps/rtdetr.yaml, the rtdetr family's own" in capsys.readouterr().err

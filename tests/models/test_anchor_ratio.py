@@ -38,6 +38,7 @@ def matches_of(boxes: list[list[float]], anchors: list[list[float]], grid: tuple
         # 0.3 < 0.5: also the cell to the left; 0.6 > 0.5: also the one below (rows grow downwards)
         ((2.3, 4.6), {(4, 2), (4, 1), (5, 2)}),
         ((2.7, 4.2), {(4, 2), (4, 3), (3, 2)}),
+        ((2.48, 4.52), {(4, 2), (4, 1), (5, 2)}),
         # exactly in the middle of its cell: no neighbour
         ((2.5, 4.5), {(4, 2)}),
         # on the line between two cells: its own and the one before
