@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.evolve import evolve
 from engine.outputs import RunRecorder
 from engine.run import Run, prepare, whole_val_loader
 from engine.state import find_resumable, finish, load_resumable, restore, save
@@ -260,6 +261,11 @@ def _resume(options: Namespace) -> tuple[Namespace, dict[str, Any]]:
     return merged, checkpoint
 
 
+def _train_anew(options: Namespace, device: torch.device, world: World) -> Metrics | None:
+    seed_everything(options.seed)
+    return train(options, device, world, None)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train from the command line."""
     options, checkpoint = parse_options(arguments), None
@@ -270,6 +276,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = select_device(options.device, world.local_rank if world.is_distributed else None)
     seed_everything(options.seed)
     with process_group(world, device):
+        if options.evolve:
+            if world.is_distributed or options.resume:
+                raise ConfigError("--evolve: one process and no --resume. Use --resume_evolve.")
+            best = evolve(options, lambda flags: _train_anew(flags, device, world))
+            print(f"best recipe: {best}; train with --hyp {best}")
+            return
         train(options, device, world, checkpoint)
 
 

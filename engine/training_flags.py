@@ -20,7 +20,7 @@ from utils.device import AMP_CHOICES
 EPOCHS = 100
 IGNORED = {
     "bucket": "", "quad": False, "local_rank": -1, "entity": None, "upload_dataset": None, "bbox_interval": -1,
-    "artifact_alias": None, "evolve": None, "evolve_population": None, "resume_evolve": None, "min_items": None,
+    "artifact_alias": None, "evolve_population": None, "min_items": None,
 }  # fmt: skip
 
 
@@ -110,6 +110,11 @@ def _add_optimisation_group(parser: ArgumentParser) -> None:
     add("--amp", default="auto", choices=AMP_CHOICES, help="mixed precision")
     add("--seed", type=integer(0), default=0, help="of everything random")
     add_device_flag(parser)
+    add(
+        "--evolve", nargs="?", type=integer(1), const=300, default=0,
+        help="search the recipe by so many trainings (needs optuna)",
+    )  # fmt: skip
+    add("--resume_evolve", "--resume-evolve", default=None, help="folder of a search to go on with")
 
 
 def _add_output_group(parser: ArgumentParser) -> None:

@@ -1,7 +1,7 @@
 """Objects in pictures by an exported ONNX file: `python onnx_runner.py best.onnx a.jpg [b.jpg ...]`.
 
-Needs numpy, opencv-python and onnxruntime, nothing of this project: copy the file into yours. Takes
-every layout export.py writes; prints `path class score x1 y1 x2 y2` in pixels of the picture.
+Needs numpy, opencv-python and onnxruntime only: copy the file. Takes every layout of export.py's;
+prints `path class score x1 y1 x2 y2` in pixels of the picture.
 """
 
 import ast
@@ -30,9 +30,8 @@ def prepare(image, size):
     height, width = image.shape[:2]
     scale = min(size[0] / height, size[1] / width)
     new = [min(max(round(side * scale), 1), most) for side, most in zip((height, width), size)]
-    if new != [height, width]:
-        method = cv2.INTER_AREA if new[0] < height else cv2.INTER_LINEAR
-        image = cv2.resize(image, (new[1], new[0]), interpolation=method)
+    method = cv2.INTER_AREA if new[0] < height else cv2.INTER_LINEAR
+    image = cv2.resize(image, (new[1], new[0]), interpolation=method)
     top, left = (size[0] - new[0]) // 2, (size[1] - new[1]) // 2
     ground = np.full((*size, 3), 114, np.uint8)
     ground[top : top + new[0], left : left + new[1]] = image
@@ -60,23 +59,23 @@ def decode(output, layout, size):
 def suppress(boxes, scores, labels, iou_thres):
     """Indices that NMS keeps, best first; boxes suppress others of their class."""
     order, kept = np.argsort(-scores, kind="stable"), []
-    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
     while len(order):
         first, order = order[0], order[1:]
         kept.append(first)
-        low = np.maximum(boxes[first, :2], boxes[order, :2])
-        high = np.minimum(boxes[first, 2:], boxes[order, 2:])
-        common = (high - low).clip(0).prod(1)
-        overlap = common / np.maximum(area[first] + area[order] - common, 1e-9)
-        order = order[(overlap <= iou_thres) | (labels[order] != labels[first])]
+        one, rest = boxes[first], boxes[order]
+        sides = np.minimum(one[2:], rest[:, 2:]) - np.maximum(one[:2], rest[:, :2])
+        common = sides.clip(0).prod(1)
+        overlaps = common > iou_thres * np.maximum(area[first] + area[order] - common, 1e-9)
+        order = order[~overlaps | (labels[order] != labels[first])]
     return np.array(kept, int)
 
 
 def detect(network, about, image, conf_thres=0.25, iou_thres=0.45, max_det=1000):
     """Boxes (K, 4) in pixels of `image`, scores (K,), class indices (K,)."""
     pixels, scale, offset = prepare(image, about["size"])
-    pixels = np.repeat(pixels, about["batch"], 0)
-    output = network.run(None, {network.get_inputs()[0].name: pixels})[0][0]
+    images = {network.get_inputs()[0].name: np.repeat(pixels, about["batch"], 0)}
+    output = network.run(None, images)[0][0]
     if about["layout"] == "end2end":
         output = output[output[:, 4] > conf_thres][:max_det]
         boxes, scores, labels = output[:, :4], output[:, 4], output[:, 5].astype(int)
@@ -84,16 +83,18 @@ def detect(network, about, image, conf_thres=0.25, iou_thres=0.45, max_det=1000)
         boxes, scores = decode(output, about["layout"], about["size"])
         likely = scores.max(1) > conf_thres
         boxes, labels, scores = boxes[likely], scores[likely].argmax(1), scores[likely].max(1)
-        kept = np.argsort(-scores, kind="stable")
-        if about["postprocess"] == "nms":
-            kept = suppress(boxes, scores, labels, iou_thres)
+        kept = suppress(boxes, scores, labels, iou_thres if about["postprocess"] == "nms" else 2)
         boxes, scores, labels = (values[kept[:max_det]] for values in (boxes, scores, labels))
-    height, width = image.shape[:2]
-    return ((boxes - offset) / scale).clip(0, [width, height] * 2), scores, labels
+    return ((boxes - offset) / scale).clip(0, image.shape[1::-1] * 2), scores, labels
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit("usage: python onnx_runner.py best.onnx a.jpg [b.jpg ...]")
     network, about = load(sys.argv[1])
     for path in sys.argv[2:]:
-        for box, score, label in zip(*detect(network, about, cv2.imread(path))):
+        image = cv2.imread(path)
+        if image is None:
+            sys.exit(f"{path}: cannot be read as a picture")
+        for box, score, label in zip(*detect(network, about, image)):
             print(path, about["names"][label], f"{score:.4f}", *(f"{value:.2f}" for value in box))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn, cast
@@ -24,6 +24,10 @@ KNOWN_HYP_KEYS = frozenset(
     "loss_ota hsv_h hsv_s hsv_v degrees translate scale shear perspective flipud fliplr mosaic "
     "mixup copy_paste paste_in".split()
 )
+
+
+FAMILIES = ("yolov5", "yolov9", "yolo11", "rtdetr")
+"""A recipe may have a section of each name, with what is meant for that family alone."""
 
 
 class YamlFile(NamedTuple):
@@ -117,7 +121,7 @@ def save_yaml(path: str | Path, data: Mapping[str, Any]) -> None:
 
 
 def load_hyp(path: str | Path | None, family_default_path: str | Path) -> Mapping[str, Any]:
-    """Hyper-parameters: the family's file, overlaid with the user's.
+    """Hyper-parameters: the family's file, overlaid with the user's, its section for the family last.
 
     Args:
         path: the user's file, None for the family's recipe as it stands.
@@ -132,10 +136,10 @@ def load_hyp(path: str | Path | None, family_default_path: str | Path) -> Mappin
     base = load_yaml(family_default_path)
     if path is None:
         return MappingProxyType(base)
-    file = read_yaml(path)
+    family = Path(family_default_path).stem
     problems, without_effect, merged = [], [], dict(base)
-    for key, value in file.data.items():
-        where = f"{path}:{file.lines.get((key,), 0)}"
+    for key, value, line in _recipe_entries(read_yaml(path), family):
+        where = f"{path}:{line}"
         if key in base:
             problem = _type_problem(base[key], value)
             if problem:
@@ -148,9 +152,18 @@ def load_hyp(path: str | Path | None, family_default_path: str | Path) -> Mappin
     if problems:
         raise ConfigError("\n".join(problems))
     if without_effect:
-        family = Path(family_default_path).stem
         get_logger().info(f"{path}: without effect for {family}: {', '.join(without_effect)}")
     return MappingProxyType(merged)
+
+
+def _recipe_entries(file: YamlFile, family: str) -> Iterator[tuple[str, Any, int]]:
+    """Key, value and line of what a recipe says for all families, then for `family`."""
+    for key, value in file.data.items():
+        if key not in FAMILIES or not isinstance(value, dict):
+            yield key, value, file.lines.get((key,), 0)
+    own = file.data.get(family)
+    for key, value in own.items() if isinstance(own, dict) else ():
+        yield key, value, file.lines.get((family, key), 0)
 
 
 def increment_path(project: str | Path, name: str, exist_ok: bool = False) -> Path:
