@@ -149,9 +149,7 @@ def check_anchors(model: DetectionModel, sizes: np.ndarray, threshold: float, se
     if better.recall <= fit.recall:
         log.info(f"anchors: kept, a fit reaches {better.recall:.4f}")
         return
-    head.anchors.copy_(
-        torch.as_tensor(new, dtype=head.anchors.dtype).view_as(head.anchors) / strides
-    )
+    head.anchors.copy_(head.anchors.new_tensor(new).view_as(head.anchors) / strides)
     log.info(
         f"anchors: fitted to the data, best possible recall {better.recall:.4f} ({np.round(new).astype(int).tolist()})"
     )
