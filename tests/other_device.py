@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
@@ -126,3 +126,13 @@ def send(value: Tensor) -> Tensor:
     if isinstance(value, torch.nn.Parameter):
         return torch.nn.Parameter(moved, value.requires_grad)
     return moved
+
+
+def send_model(model: nn.Module) -> nn.Module:
+    """Put every parameter and buffer of a network on the other device, in place."""
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, value in tensors.items():
+                if value is not None:
+                    tensors[name] = send(value)
+    return model

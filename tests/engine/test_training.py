@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import csv
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from other_device import OTHER, other_device, send_model
 from torch import Tensor
 
 import train
+import val
 from engine.outputs import RunRecorder
 from engine.run import Run, prepare
+from engine.state import save
 from engine.training_flags import parse_options
+from models.losses import build_criterion
 from utils.distributed import World
 from utils.errors import ConfigError, UserError
+from utils.optim import build_optimizer
 from utils.structures import Targets
 
 
@@ -265,3 +271,22 @@ def test_one_batch_is_learned_by_heart(run: Run):
     assert labels.tolist() == [0, 1, 0, 1]
     centres = torch.stack([found.boxes[i, p] for i, p in enumerate(places)])
     assert (centres - boxes).abs().max() < 6
+
+
+def test_the_loop_stays_on_its_device(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    send_model(run.model)
+    send_model(run.ema.model)
+    run.device, run.accumulate, run.warmup = OTHER, 1, type(run.warmup)(0, 0.1, 0.8)
+    run.optimizer = build_optimizer(run.model, "SGD", 0.01, 0.9, 0.0)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(train, "evaluate", torch.no_grad()(val.evaluate.__wrapped__))
+    with other_device():
+        run.criterion = build_criterion(run.model.head, run.hyp, run.imgsz)
+        run.val_criterion = build_criterion(run.ema.model.head, run.hyp, run.imgsz)
+        train.train_one_epoch(run, 0, RunRecorder(run))
+        evaluation, _ = train.validate(run)
+        save(run, run.folder / "last.pt", 0)
+    assert run.ema.updates > 0
+    assert evaluation.metrics.images == len(run.val_set)
+    saved = torch.load(run.folder / "last.pt", weights_only=True)
+    assert all(t.device.type == "cpu" for t in saved["model"].values())

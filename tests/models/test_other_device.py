@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from other_device import Elsewhere, MixedDevicesError, other_device, send
-from torch import nn
+from other_device import Elsewhere, MixedDevicesError, other_device, send, send_model
 
 from engine.setup import check_anchors, recipe
 from models.losses import build_criterion, total_loss
@@ -17,18 +16,6 @@ from utils.structures import Targets
 IMGSZ = (160, 160)
 CONFIGS = ("yolov5n", "yolov9-t", "yolo11n", "rtdetr-r18")
 COUPLINGS = ("yolov5n-emo", "yolov5n-revcol", "yolo11-mobilenetv4")
-
-
-def moved(model: nn.Module) -> nn.Module:
-    """The model with every parameter and buffer on the other device."""
-    for module in model.modules():
-        for name, value in list(module._parameters.items()):
-            if value is not None:
-                module._parameters[name] = send(value)
-        for name, value in list(module._buffers.items()):
-            if value is not None:
-                module._buffers[name] = send(value)
-    return model
 
 
 def targets() -> Targets:
@@ -53,7 +40,7 @@ def test_the_stand_in_tells_devices_apart() -> None:
 )
 def test_a_family_stays_on_its_device(cfg: str) -> None:
     torch.manual_seed(0)
-    model = moved(build_model(cfg, num_classes=3, imgsz=IMGSZ))
+    model = send_model(build_model(cfg, num_classes=3, imgsz=IMGSZ))
     hyp = recipe(model.head.family, None, {})
     with other_device():
         criterion = build_criterion(model.head, hyp, IMGSZ)
@@ -79,7 +66,7 @@ def test_a_family_stays_on_its_device(cfg: str) -> None:
 
 
 def test_fitted_anchors_go_where_the_head_is() -> None:
-    model = moved(build_model("yolov5n", num_classes=3, imgsz=IMGSZ))
+    model = send_model(build_model("yolov5n", num_classes=3, imgsz=IMGSZ))
     sizes = np.random.default_rng(0).uniform(2, 5, (60, 2)) * [[1, 9]]  # unlike COCO's objects
     with other_device():
         before = model.head.anchors.clone().cpu()
