@@ -18,7 +18,6 @@ import argparse
 import fnmatch
 import json
 import resource
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -31,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.children import append_results, read_results, run_chunk
 from models.reparam import FuseError, fuse
 from models.timm_features import REFUSALS, create, known_names
 from models.yolo import DetectionModel, build_model
@@ -119,48 +119,6 @@ def run_worker(names: list[str], memory: float, max_params: float) -> None:
         print(json.dumps(check_model(name, max_params)), flush=True)
 
 
-def run_chunk(names: list[str], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Results of a child process; the model at which it died or ran out of time fails, those behind it stay open."""
-    command = [
-        sys.executable,
-        __file__,
-        "--memory",
-        str(args.memory),
-        "--max-params",
-        str(args.max_params),
-    ]
-    try:
-        done = subprocess.run(
-            [*command, "--worker", *names], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            timeout=args.timeout * len(names), check=False,
-        )  # fmt: skip
-        output, why = (
-            done.stdout,
-            f"its process ended with code {done.returncode}: {done.stderr[-200:]}",
-        )
-    except subprocess.TimeoutExpired as error:
-        text = error.stdout or b""
-        output, why = text.decode() if isinstance(text, bytes) else text, "took too long"
-    results = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
-    if len(results) < len(names):
-        results.append(
-            {"name": names[len(results)], "status": "fails", "step": "process", "reason": why}
-        )
-    return results
-
-
-def read_results(path: Path) -> dict[str, dict[str, Any]]:
-    """Results so far, by model; a line cut short by an interruption is left out."""
-    results: dict[str, dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            result = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        results[result["name"]] = result
-    return results
-
-
 def print_report(results: dict[str, dict[str, Any]], wanted: list[str]) -> None:
     """The share of working models and the reasons of the rest."""
     found = [results[name] for name in wanted if name in results]
@@ -217,11 +175,11 @@ def main() -> None:
         n for n in known_names() if any(fnmatch.fnmatch(n, pattern) for pattern in args.models)
     ]
     results = read_results(args.out)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    limits = ["--memory", str(args.memory), "--max-params", str(args.max_params)]
+    command = [sys.executable, __file__, *limits, "--worker"]
     while not args.report and (todo := [name for name in wanted if name not in results]):
-        new = run_chunk(todo[: args.chunk], args)
-        with args.out.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(result) + "\n" for result in new)
+        new = run_chunk(command, todo[: args.chunk], args.timeout)
+        append_results(args.out, new)
         results.update({result["name"]: result for result in new})
         last = new[-1]
         print(

@@ -11,6 +11,7 @@ padded.
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -362,7 +363,10 @@ def _load_torchscript(path: Path, device: torch.device) -> Backend:
 def _load_exported(path: Path, device: torch.device) -> Backend:
     program, text = read_program(path, METADATA_FILE)
     info = parse_metadata(_as_metadata(text, path), str(path))
-    network = program.module().to(device)
+    # The guards that newer versions add also say how tensors happened to lie in memory: they would
+    # refuse sizes that the program computes rightly. Ranges of batch and size are checked anyway.
+    known = "check_guards" in inspect.signature(program.module).parameters
+    network = program.module(**({"check_guards": False} if known else {})).to(device)
     return Backend(info, lambda images: (network(images.float()),), device)
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from models import modules
 from models.meta import run_on_meta
@@ -28,6 +28,7 @@ from models.registry import (
     find_anywhere,
 )
 from models.rows import ModelSpec, RowSpec
+from models.slots import PYRAMID_SLOTS, backbone_slots, brief, plain_slot, shapes_of
 from models.wiring import Row, Slot
 from utils.errors import CheckpointError, ConfigError, nearest
 
@@ -36,14 +37,16 @@ BUILD_ERRORS = (
     ValueError,
     RuntimeError,
     AssertionError,
-    IndexError,
-    KeyError,
+    LookupError,
+    AttributeError,
+    ImportError,
+    OSError,
     ConfigError,
     NotImplementedError,
     ArithmeticError,
 )
 IMAGE = -1
-PYRAMID_SLOTS = 5
+BROKEN = "broken"
 LONGEST_REASON = 300  # characters of a library's own message inside ours
 
 
@@ -112,7 +115,7 @@ def _select_maps(state: _State) -> None:
 def _leave_broken(state: _State, row: RowSpec) -> None:
     """Fill the slots of a row that failed, so that rows which read them are not reported as well."""
     slots = PYRAMID_SLOTS if _gives_maps(row) else 1
-    state.slots.extend(Slot(None, None, 0, "broken") for _ in range(slots))
+    state.slots.extend(Slot(None, None, 0, BROKEN) for _ in range(slots))
     last = len(state.slots) - 1
     if row.section == "backbone":
         for level in range(1, PYRAMID_SLOTS + 1):
@@ -126,10 +129,30 @@ def _gives_maps(row: RowSpec) -> bool:
     layer = _find_layer(row.module)
     if layer is None:
         return row.section == "backbone" and row.number == 0
+    return _is_backbone(layer, row.args)
+
+
+def _is_backbone(layer: Layer, args: list[Any]) -> bool:
     try:
-        return layer.rule([3], row.args, Scaling()).channels is None
+        return layer.rule([3], args, Scaling()).channels is None
     except LayerError:
         return False
+
+
+def require_backbone(name: str) -> None:
+    """Refuse what cannot stand behind `--backbone`.
+
+    Raises:
+        LayerError: nothing is called `name`, or it is a layer of another kind.
+    """
+    layer = _find_layer(name)
+    if layer is None:
+        raise _unknown(name)
+    if not _is_backbone(layer, []):
+        raise LayerError(
+            f"got {name}, a layer that does not make all maps from the image, expected a backbone "
+            "such as EMO_1M, or a timm model such as resnet18."
+        )
 
 
 def _find_layer(name: str) -> Layer | None:
@@ -171,9 +194,9 @@ def _build_row(state: _State, row: RowSpec) -> None:
     output = _propagate(module, values if takes_list else values[0])
     is_backbone = plan.channels is None
     new, map_slots = (
-        _backbone_slots(state, module, output, first)
+        backbone_slots(module, output, first, state.imgsz[0])
         if is_backbone
-        else ([_plain_slot(state, plan, output)], None)
+        else ([plain_slot(plan.channels, output, state.imgsz[0])], None)
     )
     state.slots.extend(new)
     _remember_names(state, row, first, new, is_backbone)
@@ -183,7 +206,7 @@ def _build_row(state: _State, row: RowSpec) -> None:
     state.modules.append(module)
     state.rows.append(Row(
         len(state.slots) - 1, tuple(inputs), takes_list, map_slots, (), row.source, scaling.repeats,
-        row.module.removeprefix("nn."), printed, tuple(s for slot in filled for s in _shapes(slot.value)),
+        row.module.removeprefix("nn."), printed, tuple(s for slot in filled for s in shapes_of(slot.value)),
         tuple(slot.stride for slot in filled), row.section, row.place,
     ))  # fmt: skip
 
@@ -198,7 +221,8 @@ def _resolve_source(state: _State, item: int | str, first: int) -> int:
     if isinstance(item, str):
         table = {**state.pyramid, **state.named}
         if item not in table:
-            options = ", ".join(table) or "none so far"
+            filled = (name for name, i in table.items() if state.slots[i].reason in ("", BROKEN))
+            options = ", ".join(filled) or "none so far"
             raise LayerError(
                 f"got from {item!r}, expected an index or a name: {options}.{nearest(item, table)}"
             )
@@ -214,7 +238,7 @@ def _resolve_source(state: _State, item: int | str, first: int) -> int:
                 f"got from {item}, which means row {index}, expected an index from 0 to {first - 1}."
             )
     slot = state.slots[index]
-    if slot.reason == "broken":
+    if slot.reason == BROKEN:
         raise _SkipError
     if slot.reason:
         raise LayerError(f"got from {item}, which is empty: {slot.reason}.")
@@ -238,11 +262,13 @@ def _construct(layer: Layer, plan: Plan, row: RowSpec) -> nn.Module:
                 + (f"; the first {inserted} come from the parser." if inserted > 0 else ".")
             ) from error
     try:
-        return layer.build(*plan.args, **row.kwargs)
+        module = layer.build(*plan.args, **row.kwargs)
     except BUILD_ERRORS as error:
-        raise LayerError(
-            f"cannot be built with {plan.args} {row.kwargs or ''}- {_one_line(error)}"
-        ) from error
+        given = " ".join(str(part) for part in (plan.args, row.kwargs) if part) or "no arguments"
+        raise LayerError(f"cannot be built with {given} - {_one_line(error)}") from error
+    if not isinstance(module, nn.Module):
+        raise LayerError(f"is a {type(module).__name__}, expected a torch.nn.Module.")
+    return module
 
 
 def _propagate(module: nn.Module, value: Any) -> Any:
@@ -257,96 +283,15 @@ def _propagate(module: nn.Module, value: Any) -> Any:
         ArithmeticError,
         AssertionError,
     ) as error:
-        shapes = [s for v in (value if isinstance(value, list) else [value]) for s in _shapes(v)]
+        shapes = [s for v in (value if isinstance(value, list) else [value]) for s in shapes_of(v)]
         raise LayerError(
-            f"does not fit its input of shape {_brief(shapes)} - {_one_line(error)}"
+            f"does not fit its input of shape {brief(shapes)} - {_one_line(error)}"
         ) from error
-
-
-def _brief(shapes: list[tuple[int, ...]]) -> str:
-    return ", ".join("x".join(map(str, shape)) for shape in shapes)
 
 
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= LONGEST_REASON else text[: LONGEST_REASON - 3] + "..."
-
-
-def _shapes(value: Any) -> list[tuple[int, ...]]:
-    if isinstance(value, Tensor):
-        return [tuple(value.shape[1:])]
-    return (
-        [shape for item in value or () for shape in _shapes(item)]
-        if isinstance(value, (list, tuple))
-        else []
-    )
-
-
-def _stride(state: _State, value: Any) -> int:
-    """Stride of a map; a power of two where the size allows it, since sizes that do not divide are rounded."""
-    shape = _shapes(value)
-    if not shape or len(shape[0]) != 3:
-        return 0
-    size, extent = state.imgsz[0], shape[0][1]
-    power = 2 ** max(round(math.log2(size / extent)), 0)
-    return power if abs(size / power - extent) < 1 else max(round(size / extent), 1)
-
-
-def _plain_slot(state: _State, plan: Plan, output: Any) -> Slot:
-    is_map = isinstance(output, Tensor) and isinstance(plan.channels, int) and output.ndim == 4
-    if is_map and output.shape[1] != plan.channels:
-        raise LayerError(f"gives {output.shape[1]} channels, but its rule says {plan.channels}.")
-    return Slot(output, plan.channels, _stride(state, output))
-
-
-def declared_channels(module: nn.Module) -> list[int] | None:
-    """What a backbone says of its widths under any of the customary names."""
-    for name in ("channels", "width_list", "channel"):
-        value = getattr(module, name, None)
-        if isinstance(value, (list, tuple)):
-            return [int(c) for c in value]
-    return None
-
-
-def _backbone_slots(
-    state: _State, module: nn.Module, output: Any, first: int
-) -> tuple[list[Slot], tuple[int | None, ...]]:
-    maps = list(output.values()) if isinstance(output, Mapping) else output
-    if (
-        not isinstance(maps, (list, tuple))
-        or not all(isinstance(m, Tensor) and m.ndim == 4 for m in maps)
-        or not maps
-    ):
-        raise LayerError(
-            f"returns {type(output).__name__}, expected a list of feature maps (B, C, H, W); a layer with one output "
-            "registers with a rule: @register(convolution)."
-        )
-    found = [m.shape[1] for m in maps]
-    declared = declared_channels(module)
-    if declared is not None and declared != found:
-        raise LayerError(
-            f"says channels {declared}, but its outputs have {found}. Mend `channels`."
-        )
-    strides = [_stride(state, m) for m in maps]
-    said = getattr(module, "strides", None)
-    if said is not None and list(said) != strides:
-        raise LayerError(
-            f"says strides {list(said)}, but its outputs have {strides}. Mend `strides`."
-        )
-    levels = [round(math.log2(s)) if s & (s - 1) == 0 and s > 1 else 0 for s in strides]
-    count = max(PYRAMID_SLOTS, *levels)
-    has = ", ".join(f"P{level} (stride {2**level})" for level in sorted(set(levels) - {0}))
-    slots = [
-        Slot(None, None, 0, f"the backbone has no stride {2 ** (k + 1)}, only {has}")
-        for k in range(count)
-    ]
-    chosen: dict[int, int] = {level: position for position, level in enumerate(levels) if level}
-    for level, position in chosen.items():
-        slots[level - 1] = Slot(maps[position], found[position], strides[position])
-    map_slots = tuple(
-        first + lv - 1 if chosen.get(lv) == pos else None for pos, lv in enumerate(levels)
-    )
-    return slots, map_slots
 
 
 def _remember_names(

@@ -125,7 +125,8 @@ def single(in_channels: Sequence[Any]) -> int:
         raise LayerError(f"got {len(in_channels)} inputs, expected 1")
     if not isinstance(in_channels[0], int):
         raise LayerError(
-            f"got an input with several maps {list(in_channels[0])}, expected one map; choose one by its index or name"
+            f"got an input with several maps of {list(in_channels[0])} channels, expected one map. Read a row that gives "
+            "one, or join them first, as CBFuse does."
         )
     return in_channels[0]
 
@@ -177,7 +178,10 @@ def backbone(in_channels: Sequence[Any], args: Sequence[Any], scaling: Scaling) 
     The parser gives each map the slot of its stride, so this rule is also what makes a module a backbone.
     """
     if single(in_channels) != 3:
-        raise LayerError(f"got an input of {in_channels[0]} channels, expected the image with 3")
+        raise LayerError(
+            f"got an input of {in_channels[0]} channels, expected the image with 3: a backbone makes all its maps from "
+            "the image. Put it first, or behind a Silence row that it reads."
+        )
     return Plan(list(args), None, repeats_inside=True)
 
 

@@ -89,6 +89,7 @@ def reparameterize_model(
     return duplicate
 
 
+@torch.inference_mode(False)  # which would hide operations from the record, and taint parameters
 def fuse(model: nn.Module, *, check: bool = True, sample: Tensor | None = None) -> FuseReport:
     """Bring `model` into its deployed form, in place; it is in eval mode afterwards.
 

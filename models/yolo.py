@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from models import common, csp, gelan, hg_blocks, modules, transformer  # noqa: F401  (they register layers)
-from models.build import apply_activation, build_rows
+from models.build import apply_activation, build_rows, require_backbone
 from models.graft import forget_weights, replace_backbone, row_slots
 from models.heads import ddetect, detect, rtdetr  # noqa: F401
+from models.registry import LayerError
 from models.reparam import reparameterize_model
 from models.rows import ModelSpec, parse_spec, read_model_config, resolve
 from models.table import format_table, measure, row_records
@@ -124,21 +125,28 @@ def build_model(
         ConfigError: with every problem of the file, one line each.
     """
     file, config, lines = read_model_config(cfg, num_classes=num_classes, scale=scale)
-    if backbone:
-        config, lines = _with_backbone(file, config, lines, backbone), {}
     spec = parse_spec(file, config, lines)
     _import_code(spec, allow_code)
+    if backbone:
+        spec = _with_backbone(spec, lines, backbone)
     return parse_model(spec, names=names, imgsz=imgsz)
 
 
 def _with_backbone(
-    file: str, config: Mapping[str, Any], lines: Mapping[str, Sequence[int]], words: Sequence[str]
-) -> dict[str, Any]:
-    """The config with another backbone; what the rows' slots mean comes from the model as it was."""
-    spec = parse_spec(file, forget_weights(config), lines)
+    spec: ModelSpec, lines: Mapping[str, Sequence[int]], words: Sequence[str]
+) -> ModelSpec:
+    """The spec with another backbone; what the rows' slots mean comes from the model as it was."""
+    name, options = words[0], parse_options(words[1:])
+    try:
+        require_backbone(name)
+    except LayerError as error:
+        raise ConfigError(f"--backbone: {error}") from error
+    draft = parse_spec(spec.file, forget_weights(spec.config), lines)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        _, rows = build_rows(spec, (256, 256))
-    return replace_backbone(config, words[0], parse_options(words[1:]), row_slots(rows))
+        _, rows = build_rows(draft, (256, 256))
+    config = replace_backbone(spec.config, name, options, row_slots(rows))
+    kept = {key: places for key, places in lines.items() if key == "head"}  # its rows all stay
+    return parse_spec(f"{spec.file} (--backbone {name})", config, kept)
 
 
 def parse_options(words: Sequence[str]) -> dict[str, Any]:

@@ -107,8 +107,13 @@ class ExportNetwork(nn.Module):
         raw = self.network(images.to(weight.dtype))
         if self.form != "raw":
             return self.decode(raw)
-        tensors = [leaf for leaf in tree_leaves(raw) if isinstance(leaf, Tensor)]
-        return tuple(t.float() for t in tensors if t.is_floating_point())
+        return tuple(tensor.float() for tensor in floating_tensors(raw))
+
+
+def floating_tensors(raw: Any) -> list[Tensor]:
+    """The floating tensors of a head's output, in its order."""
+    tensors = [leaf for leaf in tree_leaves(raw) if isinstance(leaf, Tensor)]
+    return [tensor for tensor in tensors if tensor.is_floating_point()]
 
 
 def build_network(

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import os
+import re
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +35,11 @@ AXIS_NAMES = {0: "batch", 2: "height", 3: "width"}
 FLOAT32_OPERATORS = ("Softmax", "LayerNormalization", "ReduceMean", "GridSample", "Pow", "Sqrt")
 """Operators that overflow or round badly in float16 and stay float32 with `--half`."""
 DECODE_SCOPE = "/decode/"
+GENERAL_BATCH = 3
+GENERAL_CELLS = (9, 11)
+"""A shape without coincidences; rows and columns of the coarsest map."""
+STANDARD_OUTPUT = 1
+UNKNOWN_OPERATOR = re.compile(r"operator '([\w:]+)'")
 
 
 def export_onnx(model: DetectionModel, options: ExportOptions, weights: Path) -> Path:
@@ -74,38 +85,74 @@ def trace_onnx(
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecation of the exporter, constants that were checked
         if options.dynamo:
-            return _trace_dynamo(network, images, outputs, options, chooses)
-        torch.onnx.export(
-            network, (images,), str(path), input_names=[INPUT], output_names=outputs,
-            opset_version=options.opset, dynamic_axes=_dynamic_axes(options, outputs),
-            **legacy,
-        )  # fmt: skip
+            return _trace_dynamo(network, outputs, options, "--dynamo")
+        try:
+            with _silent_output():
+                torch.onnx.export(
+                    network, (images,), str(path), input_names=[INPUT], output_names=outputs,
+                    opset_version=options.opset, dynamic_axes=_dynamic_axes(options, outputs),
+                    **legacy,
+                )  # fmt: skip
+        except torch.onnx.errors.UnsupportedOperatorError as error:
+            operator = UNKNOWN_OPERATOR.search(str(error))
+            why = f"onnx: {operator[1] if operator else 'an operator'} is not in opset {options.opset}"
+            proto = _trace_dynamo(network, outputs, options, why)
+            get_logger().info(f"{why}; written by torch.export's exporter instead")
+            return proto
     return onnx.load(str(path))
 
 
+@contextmanager
+def _silent_output() -> Iterator[None]:
+    """Throw away what is written to standard output: on a failure torch prints the whole graph there."""
+    sys.stdout.flush()
+    kept = os.dup(STANDARD_OUTPUT)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, STANDARD_OUTPUT)
+    try:
+        yield
+    finally:
+        os.dup2(kept, STANDARD_OUTPUT)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def _trace_dynamo(
-    network: ExportNetwork,
-    images: torch.Tensor,
-    outputs: list[str],
-    options: ExportOptions,
-    known: bool,
+    network: ExportNetwork, outputs: list[str], options: ExportOptions, why: str
 ) -> Any:
-    if not known:
+    """The same by torch.export's exporter; `why` says what asks for it."""
+    if "dynamo" not in inspect.signature(torch.onnx.export).parameters:
         raise ConfigError(
-            f"--dynamo: torch {torch.__version__} has no such exporter. Leave it out."
+            f"{why}: torch {torch.__version__} has no exporter for it - expected 2.5 or newer. "
+            "Install it, or export torchscript."
         )
     try:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            "--dynamo needs onnxscript. pip install onnxscript, or leave it out."
+            f"{why}: torch.export's exporter needs onnxscript. pip install onnxscript, or export "
+            "torchscript."
         ) from error
     program = torch.onnx.export(
-        network, (images,), input_names=[INPUT], output_names=outputs,
+        network, (dynamic_example(options, network.network.max_stride),), input_names=[INPUT], output_names=outputs,
         opset_version=max(options.opset, 18), dynamic_shapes=dynamic_shapes(options,
     network.network.max_stride), dynamo=True, verbose=False, )  # fmt: skip
     assert program is not None
     return program.model_proto
+
+
+def dynamic_example(options: ExportOptions, stride: int) -> torch.Tensor:
+    """Images for torch.export: of a general shape where shapes are dynamic.
+
+    It builds into a program what happens to be equal or 1 in the example, such as a batch of 1 or
+    the one window of 7 x 7 that attention needs for a small map.
+    """
+    if not options.dynamic:
+        return example(options)
+    imgsz = options.imgsz
+    if options.dynamic == "all":
+        imgsz = (GENERAL_CELLS[0] * stride, GENERAL_CELLS[1] * stride)
+    return example(replace(options, imgsz=imgsz), GENERAL_BATCH)
 
 
 def dynamic_shapes(options: ExportOptions, stride: int) -> Any:

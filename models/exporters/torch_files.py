@@ -10,7 +10,7 @@ import torch
 
 from models.backends import METADATA_FILE
 from models.exporters.network import ExportOptions, beside, build_network, example, metadata
-from models.exporters.onnx_file import dynamic_shapes
+from models.exporters.onnx_file import dynamic_example, dynamic_shapes
 from models.yolo import DetectionModel
 from utils.checkpoint import save_checkpoint
 from utils.errors import ConfigError
@@ -34,11 +34,10 @@ def export_pt2(model: DetectionModel, options: ExportOptions, weights: Path) -> 
     """Write `<stem>.pt2`, a program of torch.export."""
     path = beside(weights, options, ".pt2")
     network = build_network(model, options, half=options.half)
-    batch = max(options.batch, 2) if options.dynamic else options.batch  # 1 would be taken as fixed
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.export.export(
-            network, (example(options, batch),), strict=False,
+            network, (dynamic_example(options, model.max_stride),), strict=False,
             dynamic_shapes=dynamic_shapes(options, model.max_stride),
         )  # fmt: skip
     text = json.dumps(metadata(model, options, weights.stem))

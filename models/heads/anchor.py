@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from models.registry import LayerError, Plan, Scaling, single
+from models.transformer import widen
 from utils.structures import Decoded, Targets
 
 OBJECTS_PER_IMAGE = 8  # prior behind the objectness bias: so many objects in an image of 640 x 640
@@ -120,7 +121,7 @@ class AnchorDetect(nn.Module):
     def _decode_level(self, x: Tensor, level: int) -> Tensor:
         batch, _, height, width, outputs = x.shape
         stride, anchors = self.strides[level], self.anchors[level]
-        prediction = x.float().sigmoid()
+        prediction = widen(x).sigmoid()
         rows = torch.arange(height, device=x.device, dtype=prediction.dtype)
         cols = torch.arange(width, device=x.device, dtype=prediction.dtype)
         grid = torch.stack(torch.meshgrid(cols, rows, indexing="xy"), -1)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from models.common import Conv, DWConv
 from models.registry import LayerError
+from models.transformer import widen
 from utils.boxes import xyxy_to_cxcywh
 from utils.structures import Decoded, Targets
 
@@ -50,12 +51,12 @@ class DFL(nn.Module):
 
     def forward(self, distances: Tensor) -> Tensor:
         """(..., 4R) logits to (..., 4) bins."""
-        return expected_distance(distances, self.conv.weight.flatten().float())
+        return expected_distance(distances, widen(self.conv.weight.flatten()))
 
 
 def expected_distance(distances: Tensor, bins: Tensor) -> Tensor:
-    """Mean of `bins` (R,) under each side's softmax, (..., 4R) to (..., 4) in float32."""
-    sides = distances.float().reshape(*distances.shape[:-1], 4, bins.shape[0])
+    """Mean of `bins` (R,) under each side's softmax, (..., 4R) to (..., 4) in float32 or wider."""
+    sides = widen(distances).reshape(*distances.shape[:-1], 4, bins.shape[0])
     # Not a matrix product: autocast would run that in half precision, too coarse for a pixel.
     return (sides.softmax(-1) * bins).sum(-1)
 
@@ -100,9 +101,9 @@ def _flat(maps: Sequence[Tensor]) -> Tensor:
 
 
 def decode_raw(raw: DFLRaw, dfl: DFL) -> Decoded:
-    """Boxes (B, A, 4) in xyxy pixels and class probabilities (B, A, C), float32."""
+    """Boxes (B, A, 4) in xyxy pixels and class probabilities (B, A, C), float32 or wider."""
     boxes = distances_to_boxes(raw.points, dfl(raw.distances) * raw.strides)
-    return Decoded(boxes, raw.logits.float().sigmoid())
+    return Decoded(boxes, widen(raw.logits).sigmoid())
 
 
 def channels_first_layout(decoded: Decoded) -> Tensor:

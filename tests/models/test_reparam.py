@@ -99,6 +99,15 @@ def test_gradients_flow_through_what_was_folded_and_types_stay():
     assert all(p.dtype == torch.float32 and p.grad is not None for p in net.parameters())
 
 
+def test_inference_mode_around_it_hides_nothing_and_taints_no_parameter():
+    net = chain(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.SiLU())
+    with torch.inference_mode():
+        report = fuse(net, sample=SAMPLE)
+    assert len(report.folded) == 1 and not report.left
+    net(SAMPLE).sum().backward()
+    assert net[0].weight.grad is not None
+
+
 def test_the_copy_is_fused_and_the_model_is_not():
     net = chain(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).train()
     fused = reparameterize_model(net, sample=SAMPLE)

@@ -1,0 +1,135 @@
+"""What the output of a row's module is worth: one slot for a map, five and more for a backbone's maps.
+
+What a module says of itself (channels, strides) is held against what it gives on the meta device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any
+
+from torch import Tensor, nn
+
+from models.registry import LayerError
+from models.wiring import Slot
+
+PYRAMID_SLOTS = 5
+
+
+def shapes_of(value: Any) -> list[tuple[int, ...]]:
+    """Shapes of all tensors in `value`, without batch."""
+    if isinstance(value, Tensor):
+        return [tuple(value.shape[1:])]
+    return (
+        [shape for item in value or () for shape in shapes_of(item)]
+        if isinstance(value, (list, tuple))
+        else []
+    )
+
+
+def brief(shapes: list[tuple[int, ...]]) -> str:
+    """`3x64x64, 8x32x32`."""
+    return ", ".join("x".join(map(str, shape)) for shape in shapes)
+
+
+def stride_of(value: Any, height: int) -> int:
+    """Stride of a map of images of this height; a power of two where the size allows it, since sizes that do not
+    divide are rounded. 0 for what is not a map."""
+    shape = shapes_of(value)
+    if not shape or len(shape[0]) != 3:
+        return 0
+    extent = shape[0][1]
+    power = 2 ** max(round(math.log2(height / extent)), 0)
+    return power if abs(height / power - extent) < 1 else max(round(height / extent), 1)
+
+
+def plain_slot(channels: int | list[int] | None, output: Any, height: int) -> Slot:
+    """The slot of a layer that is no backbone.
+
+    Raises:
+        LayerError: the layer does not give what its rule says.
+    """
+    is_one = isinstance(channels, int)
+    if is_one and isinstance(output, Tensor) and output.ndim == 4 and output.shape[1] != channels:
+        raise LayerError(f"gives {output.shape[1]} channels, but its rule says {channels}.")
+    if is_one and isinstance(output, (list, tuple, Mapping)):
+        raise LayerError(
+            f"returns {_told(output)}, but its rule says one map of {channels} channels. Return one map, or register it "
+            "with @register(backbone) if it makes all maps from the image."
+        )
+    return Slot(output, channels, stride_of(output, height))
+
+
+def _told(value: Any) -> str:
+    """What `value` is, in words: `a list of (8x32x32, NoneType)`."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        items = (brief(shapes_of(v)) if isinstance(v, Tensor) else type(v).__name__ for v in value)
+        return f"a list of ({', '.join(items)})"
+    return type(value).__name__
+
+
+def declared_channels(module: nn.Module) -> list[int] | None:
+    """What a backbone says of its widths under any of the customary names.
+
+    Raises:
+        LayerError: it names a list of other things than numbers.
+    """
+    for name in ("channels", "width_list", "channel"):
+        value = getattr(module, name, None)
+        if isinstance(value, (list, tuple)):
+            if not all(isinstance(c, Real) for c in value):
+                raise LayerError(
+                    f"says {name} {list(value)}, expected a number for each map. Mend `{name}`."
+                )
+            return [int(c) for c in value]
+    return None
+
+
+def backbone_slots(
+    module: nn.Module, output: Any, first: int, height: int
+) -> tuple[list[Slot], tuple[int | None, ...]]:
+    """The slots P1, P2, ... of a backbone from index `first` on, and the index that each of its maps goes to.
+
+    Raises:
+        LayerError: the output is no list of maps, or not what the module says of itself.
+    """
+    maps = list(output.values()) if isinstance(output, Mapping) else output
+    if (
+        not isinstance(maps, (list, tuple))
+        or not all(isinstance(m, Tensor) and m.ndim == 4 for m in maps)
+        or not maps
+    ):
+        raise LayerError(
+            f"returns {_told(output)}, expected a list of feature maps (B, C, H, W); a layer with one output "
+            "registers with a rule: @register(convolution)."
+        )
+    found = [m.shape[1] for m in maps]
+    declared = declared_channels(module)
+    if declared is not None and declared != found:
+        raise LayerError(
+            f"says channels {declared}, but its outputs have {found}. Mend `channels`."
+        )
+    strides = [stride_of(m, height) for m in maps]
+    said = getattr(module, "strides", None)
+    if isinstance(said, (list, tuple)) and list(said) != strides:
+        raise LayerError(
+            f"says strides {list(said)}, but its outputs have {strides}. Mend `strides`."
+        )
+    levels = [round(math.log2(s)) if s & (s - 1) == 0 and s > 1 else 0 for s in strides]
+    count = max(PYRAMID_SLOTS, *levels)
+    has = ", ".join(f"P{level} (stride {2**level})" for level in sorted(set(levels) - {0}))
+    slots = [
+        Slot(None, None, 0, f"the backbone has no stride {2 ** (k + 1)}, only {has}")
+        for k in range(count)
+    ]
+    chosen: dict[int, int] = {level: position for position, level in enumerate(levels) if level}
+    for level, position in chosen.items():
+        slots[level - 1] = Slot(maps[position], found[position], strides[position])
+    map_slots = tuple(
+        first + lv - 1 if chosen.get(lv) == pos else None for pos, lv in enumerate(levels)
+    )
+    return slots, map_slots
