@@ -7,7 +7,7 @@ rm -rf "$RUN"
 step() { printf '\n== %s\n' "$*"; "$@"; }
 
 step "$PY" train.py --cfg yolov5n-emo.yaml --data data/shapes.yaml --hyp data/hyps/quick.yaml --imgsz 160 \
-  --epochs 26 --batch-size 16 --cache --workers 2 --project "$RUN" --name train
+  --epochs 30 --batch-size 16 --cache --workers 2 --project "$RUN" --name train
 BEST=$RUN/train/weights/best.pt
 step "$PY" export.py --weights "$BEST" --imgsz 160 --include onnx
 step "$PY" val.py --weights "$BEST" "${BEST%.pt}.onnx" --data data/shapes.yaml --task test --imgsz 160 --project "$RUN" --name val

@@ -82,7 +82,12 @@ def test_rules_make_constructor_arguments(rule, inputs, args, expected: Plan):
     [
         (convolution, [3, 3], [64], "got 2 inputs, expected 1"),
         (convolution, [3], [], "got no arguments, expected at least the output channels"),
-        (convolution, [[8, 16]], [64], r"several maps of \[8, 16\] channels, expected one map. Read a row"),
+        (
+            convolution,
+            [[8, 16]],
+            [64],
+            r"several maps of \[8, 16\] channels, expected one map. Read a row",
+        ),
         (stacked, [3], ["wide"], "got 'wide' as a number of channels"),
         (concatenation, [8, [8, 16]], [1], "several maps"),
         (backbone, [64], [], "got an input of 64 channels, expected the image with 3"),
