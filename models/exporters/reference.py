@@ -17,8 +17,11 @@ from models.yolo import DetectionModel
 from utils.structures import Decoded
 
 CLEAR_LEAD = 1e-5
-"""A share of the largest logit: so far the last chosen query must be ahead of the first left out,
-ten times what float32 rounds off."""
+"""A share of the largest logit: at least so far the last chosen query must be ahead of the first left
+out, ten times what float32 usually rounds off."""
+ROUNDINGS_AHEAD = 4
+"""And by so many times what it rounds off in this very network and image: either of two faithful runs
+may be off by one."""
 ROUNDS = 8
 """So often images are drawn until there are enough with a clear lead."""
 
@@ -85,11 +88,16 @@ def _clear_images(
     """The first images with a clear lead; where they are too few, those with the widest one."""
     probe = copy.deepcopy(model)
     probe.head.num_queries += 1
+    precise = probe if device.type == "mps" else copy.deepcopy(probe).double()
     drawn: list[tuple[float, Tensor]] = []
     for number in range(ROUNDS):
         images = blobs(batch, imgsz, seed + 1000 * number).to(device)
-        drawn += zip(leads(probe(images).encoder_logits, probe.head.num_queries), images)
-        clear = [image for lead, image in drawn if lead > CLEAR_LEAD]
+        logits = probe(images).encoder_logits
+        exact = precise(images.to(next(precise.parameters()).dtype)).encoder_logits
+        needed = (max(CLEAR_LEAD, ROUNDINGS_AHEAD * own) for own in roundings(logits, exact))
+        ahead = leads(logits, probe.head.num_queries)
+        drawn += [(lead / need, image) for lead, need, image in zip(ahead, needed, images)]
+        clear = [image for lead, image in drawn if lead > 1]
         if len(clear) >= batch:
             return torch.stack(clear[:batch])
     drawn.sort(key=lambda pair: pair[0], reverse=True)
@@ -111,3 +119,17 @@ def leads(logits: Tensor, ranks: int) -> Sequence[float]:
     best = logits.amax(-1)
     share = (best[:, -2] - best[:, -1]) / logits.abs().amax((1, 2)).clamp(min=1e-12)
     return list(share.tolist())
+
+
+def roundings(logits: Tensor, exact: Tensor) -> Sequence[float]:
+    """How far logits are from their exact values, rank by rank, at most.
+
+    Args:
+        logits: class logits of the best tokens, best first, (B, Q, C).
+        exact: the same in float64.
+
+    Returns:
+        B shares of the largest logit.
+    """
+    off = (logits.double().amax(-1) - exact.double().amax(-1)).abs().amax(1)
+    return list((off / exact.double().abs().amax((1, 2)).clamp(min=1e-12)).tolist())

@@ -13,7 +13,7 @@ from torch import Tensor
 import models.exporters.reference as reference_file
 from models.backends import Backend, model_info
 from models.exporters.network import ExportOptions, blobs
-from models.exporters.reference import leads, take_reference, widen_reference
+from models.exporters.reference import leads, roundings, take_reference, widen_reference
 from models.exporters.verify import HALF_TOLERANCE, OWN_ROUNDINGS, TOLERANCE, _limit, compare
 from models.yolo import DetectionModel
 from utils.boxes import xyxy_to_cxcywh
@@ -44,6 +44,12 @@ def test_the_lead_is_a_share_of_the_largest_logit():
     assert leads(logits, 4) == [float("inf")] * 2
 
 
+def test_what_is_rounded_off_is_the_largest_difference_at_any_rank():
+    logits = torch.tensor([[[4.0, -1], [0, 3], [2, 2]], [[-8, -9], [-9, -9], [-9, -9]]])
+    exact = torch.tensor([[[-1, 4.0], [3.2, 0], [2.1, 2]], [[-8, -10], [-9, -9], [-9, -9]]])
+    assert roundings(logits, exact.double()) == pytest.approx([0.2 / 4, 0])
+
+
 def leads_of(model: DetectionModel, images: Tensor) -> list[float]:
     """Of the query ranked 40th over the one ranked 41st."""
     wider = copy.deepcopy(model)
@@ -60,6 +66,17 @@ def test_images_that_leave_doubt_which_queries_are_chosen_are_passed_over(
     monkeypatch.setattr(reference_file, "CLEAR_LEAD", sorted(usual)[1])
     images = take_reference(model, 3, IMGSZ, seed=4).images
     assert min(leads_of(model, images)) > sorted(usual)[1] > min(usual) >= 0
+
+
+def test_a_network_that_rounds_more_off_needs_a_wider_lead(monkeypatch: pytest.MonkeyPatch):
+    """Where a lead of 1e-5 were enough, its queries would be chosen otherwise by another runtime."""
+    model = tiny_model("queries")
+    usual = leads_of(model, blobs(3, IMGSZ, seed=4))
+    assert min(usual) > reference_file.CLEAR_LEAD
+    own = sorted(usual)[1] / reference_file.ROUNDINGS_AHEAD
+    monkeypatch.setattr(reference_file, "roundings", lambda logits, exact: [own] * len(logits))
+    images = take_reference(model, 3, IMGSZ, seed=4).images
+    assert min(leads_of(model, images)) > sorted(usual)[1] > min(usual)
 
 
 def test_where_no_image_is_clear_the_clearest_are_taken(monkeypatch: pytest.MonkeyPatch):
