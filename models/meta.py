@@ -28,7 +28,17 @@ def run_on_meta(module: nn.Module, *inputs: Any) -> Any:
     Parameters and buffers are replaced by meta tensors for the call: nothing is computed, no running
     statistic moves and no random number is drawn.
     """
-    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    shapes = {key: torch.empty_like(value, device="meta") for key, value in state.items()}
+    shapes = {
+        f"{prefix}.{key}" if prefix else key: torch.empty_like(value, device="meta")
+        for prefix, submodule in module.named_modules()  # each once, however many names it has
+        for key, value in _own_tensors(submodule)
+    }
+    # Following ties would swap a shared module's tensors once for each of its names, and put the wrong ones back.
     with evaluating(module), torch.no_grad():
-        return torch.func.functional_call(module, shapes, inputs)
+        return torch.func.functional_call(module, shapes, inputs, tie_weights=False)
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and buffers that hang on `module` itself, one parameter under two names twice."""
+    yield from module.named_parameters(recurse=False, remove_duplicate=False)
+    yield from module.named_buffers(recurse=False, remove_duplicate=False)

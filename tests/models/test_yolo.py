@@ -185,6 +185,30 @@ def test_meta_runs_leave_modes_and_statistics_alone():
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
+class Shares(nn.Module):
+    """One convolution under two names, and one weight in two modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = self.second = nn.Conv2d(3, 3, 1)
+        self.other = nn.Conv2d(3, 3, 1)
+        self.other.weight = self.first.weight
+        self.inner = nn.Sequential(self.first, nn.BatchNorm2d(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(self.other(self.second(self.first(x))))
+
+
+def test_meta_runs_give_shared_tensors_back():
+    model = Shares()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    assert run_on_meta(model, torch.empty(2, 3, 4, 4, device="meta")).is_meta
+    after = model.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert model.other.weight is model.first.weight
+    assert model(torch.rand(2, 3, 4, 4)).isfinite().all()
+
+
 def test_modes_come_back_after_an_error():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Dropout()).train()
     with pytest.raises(RuntimeError, match="inside"), evaluating(model):
