@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.children import append_results, read_results, run_chunk
 from models.reparam import FuseError, fuse
+from models.table import count_params
 from models.timm_features import REFUSALS, create, known_names
 from models.yolo import DetectionModel, build_model
 from utils.errors import UserError
@@ -48,15 +49,10 @@ def check_model(name: str, max_params: float) -> dict[str, Any]:
     start = time.perf_counter()
     result: dict[str, Any] = {"name": name, "step": "build"}
     try:
-        with torch.device("meta"):
-            draft = build_model("yolo11n", backbone=[name], num_classes=3, imgsz=SIZE)
-        result["params"] = sum(p.numel() for p in draft.parameters())
+        result["params"] = count_params(timm_model(name))
         is_small = result["params"] <= max_params
-        model = (
-            build_model("yolo11n", backbone=[name], num_classes=3, imgsz=SIZE)
-            if is_small
-            else draft
-        )
+        with torch.device("cpu" if is_small else "meta"):
+            model = build_model("yolo11n", backbone=[name], num_classes=3, imgsz=SIZE)
         _check_steps(model, result, "cpu" if is_small else "meta")
         result["status"] = "works" if is_small else "works on meta"
     except FAILURES as error:
@@ -98,6 +94,14 @@ def _tensors(raw: Any) -> list[Tensor]:
     return [
         leaf for leaf in tree_leaves(raw) if isinstance(leaf, Tensor) and leaf.is_floating_point()
     ]
+
+
+def timm_model(name: str) -> Any:
+    """The model `name` without its classifier, on the meta device."""
+    import timm
+
+    with torch.device("meta"):
+        return timm.create_model(name, num_classes=0)
 
 
 def timm_runs(name: str) -> bool:
