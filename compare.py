@@ -27,10 +27,10 @@ from models.table import Totals, measure
 from models.yolo import build_model
 from utils.config import ArgumentParser, increment_path, integer, parse_imgsz
 from utils.device import memory_used, select_device, synchronize
-from utils.errors import run_cli
+from utils.errors import ConfigError, run_cli
 from utils.logger import get_logger
 from utils.metrics import CocoEvaluator
-from val import evaluate
+from val import check_classes, evaluate
 
 
 class Line(NamedTuple):
@@ -73,8 +73,11 @@ def load_candidate(
     """A weights file, an exported file, or a config (with `--backbone`)."""
     path = Path(name)
     if path.suffix in (".pt", ".safetensors"):
-        model = load_weights(path).model if path.suffix == ".pt" else None
-        backend = load_backend(name, device)
+        if options.backbone:
+            raise ConfigError(f"--backbone: belongs to configs; {name} says what it is. Leave one of them out.")
+        allow = options.allow_code
+        model = load_weights(path, allow_code=allow).model if path.suffix == ".pt" else None
+        backend = load_backend(name, device, allow_code=allow)
         totals = (
             (measure(model, imgsz), measure(reparameterize_model(model), imgsz))
             if model
@@ -126,6 +129,7 @@ def measure_map(
     dataset = build_dataset(
         open_data(options), "val", imgsz=imgsz, batch_size=16, stride=backend.stride
     )
+    check_classes(backend.names, dataset.names, candidate.name, options.data)
     loader = build_loader(dataset, 16, workers=options.workers)
     evaluator = CocoEvaluator(dataset.coco_ground_truth(), dataset.category_ids, dataset.names)
     result = evaluate(

@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data.config import load_data_config
 from engine.calibration import calibration_images, load_split, measure
 from engine.flags import add_ignored_flags, add_model_flags, add_size_flag, say_ignored
 from models.backends import load_backend, model_backend
@@ -29,7 +30,7 @@ from models.exporters.torch_files import (
     export_torchscript,
 )
 from models.exporters.verify import Case, verify
-from models.pretrained import load_single, load_weights
+from models.pretrained import load_single, load_weights, require_whole
 from models.reparam import fuse
 from models.yolo import DetectionModel, build_model
 from utils.config import ArgumentParser, integer, number, parse_imgsz
@@ -220,6 +221,10 @@ def export_options(options: Any, model: DetectionModel) -> ExportOptions:
     end2end = options.end2end or "onnx_end2end" in options.include
     if end2end and options.raw:
         raise ConfigError("--end2end and --raw: got both, expected one of them.")
+    if {"onnx", "onnx_end2end"} <= set(options.include):
+        raise ConfigError(
+            "--include: got onnx and onnx_end2end, which are one file, expected one of them. Export twice."
+        )
     if options.half and options.int8:
         raise ConfigError("--half and --int8: got both, expected one of them.")
     imgsz = parse_imgsz(options.imgsz, model.max_stride) if options.imgsz else model.imgsz
@@ -241,15 +246,17 @@ def models_of(options: Any) -> list[tuple[DetectionModel, Path]]:
             for w in options.weights
         ]
     if options.weights:
-        cfg = options.cfg or None
-        return [(load_weights(w, cfg=cfg).model, Path(w)) for w in options.weights]
+        return [(_load(w, options), Path(w)) for w in options.weights]
     if not options.cfg:
         raise ConfigError(
             "--weights: got nothing, expected a checkpoint (or --cfg for fresh weights)."
         )
     imgsz = parse_imgsz(options.imgsz, 32) if options.imgsz else (640, 640)
+    names = load_data_config(options.data).names if options.data else None
     model = build_model(
         options.cfg,
+        num_classes=len(names) if names else None,
+        names=names,
         scale=options.scale,
         imgsz=imgsz,
         backbone=options.backbone,
@@ -257,6 +264,19 @@ def models_of(options: Any) -> list[tuple[DetectionModel, Path]]:
     )
     get_logger().info(f"{options.cfg}: fresh weights, not trained")
     return [(model, Path(Path(options.cfg).stem))]
+
+
+def _load(weights: str, options: Any) -> DetectionModel:
+    """The model of a weights file, whole."""
+    for flag in ("scale", "backbone"):
+        if getattr(options, flag):
+            raise ConfigError(
+                f"--{flag}: belongs to --cfg without weights; {weights} says what it is. Leave one of them out."
+            )
+    loaded = load_weights(weights, cfg=options.cfg or None, allow_code=options.allow_code)
+    if loaded.report is not None:
+        require_whole(weights, loaded.report)
+    return loaded.model
 
 
 def with_calibration(options: ExportOptions, data: str, model: DetectionModel) -> ExportOptions:

@@ -70,6 +70,7 @@ def custom(
     _verbose: bool = True,
     device: str | None = None,
     cfg: str | None = None,
+    allow_code: bool = False,
 ) -> Any:
     """A detector from a weights file: one of ours, or another project's that is read safely.
 
@@ -79,9 +80,12 @@ def custom(
         _verbose: log what was transferred from another project's file.
         device: such as "cpu" or "cuda:0"; None is the CPU.
         cfg: model YAML, for weights that carry none.
+        allow_code: let Python files run that the model's YAML imports.
     """
     with _own_packages():
-        loaded = importlib.import_module("models.pretrained").load_weights(path, cfg=cfg)
+        loaded = importlib.import_module("models.pretrained").load_weights(
+            path, cfg=cfg, allow_code=allow_code
+        )
         if _verbose and loaded.report is not None:
             logger = importlib.import_module("utils.logger").get_logger()
             logger.info(f"{path}: {loaded.report.summary()}")
@@ -89,7 +93,7 @@ def custom(
 
 
 def _create(
-    name: str, pretrained: bool | str, classes: int, autoshape: bool, device: str | None
+    name: str, pretrained: bool | str, classes: int | None, autoshape: bool, device: str | None
 ) -> Any:
     """A network by its published name, with weights if asked for."""
     if pretrained:
@@ -97,6 +101,7 @@ def _create(
         with _own_packages():
             pretrained_models = importlib.import_module("models.pretrained")
             loaded = pretrained_models.load_weights(path, cfg=name, num_classes=classes)
+            pretrained_models.require_whole(path, loaded.report)
             return _finish(loaded.model, autoshape, device)
     with _own_packages():
         model = importlib.import_module("models.yolo").build_model(name, num_classes=classes)
@@ -115,7 +120,7 @@ def _entry(name: str) -> Callable[..., Any]:
     def create(
         pretrained: bool | str = False,
         channels: int = 3,
-        classes: int = 80,
+        classes: int | None = None,
         autoshape: bool = True,
         _verbose: bool = True,
         device: str | None = None,
@@ -132,7 +137,7 @@ def _entry(name: str) -> Callable[..., Any]:
     Args:
         pretrained: path of weights, or True for {name}.pt in the working folder.
         channels: of the input, 3.
-        classes: number of classes.
+        classes: number of classes; None takes that of the weights, 80 without weights.
         autoshape: False gives the bare network.
         device: such as "cpu" or "cuda:0"; None is the CPU.
     """

@@ -24,8 +24,10 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
+from models.graft import forget_weights
 from models.layouts import read_detections, read_layout
-from models.pretrained import load_weights
+from models.openvino_library import import_openvino
+from models.pretrained import load_weights, require_whole
 from models.program_file import read_program
 from models.reparam import fuse as fuse_model
 from models.yolo import DetectionModel, build_model
@@ -180,6 +182,7 @@ def load_backend(
     half: bool = False,
     fuse: bool = True,
     cfg: str = "",
+    allow_code: bool = False,
 ) -> Backend:
     """Load an artifact by what its name ends in.
 
@@ -193,6 +196,7 @@ def load_backend(
         half: run a `.pt` or `.safetensors` model in float16 (CUDA only).
         fuse: bring a `.pt` or `.safetensors` model into its deployed form.
         cfg: model YAML of a `.pt` that carries none that is known here.
+        allow_code: whether Python files that the model's YAML imports may run.
 
     Raises:
         CheckpointError: the file is missing, of another kind, or damaged.
@@ -202,11 +206,12 @@ def load_backend(
     if not path.exists():
         raise CheckpointError(f"{path}: no such file. Give the path of a model.")
     if path.suffix == ".safetensors":
-        return model_backend(_read_safetensors(path), device, half=half, fuse=fuse)
+        return model_backend(_read_safetensors(path, allow_code), device, half=half, fuse=fuse)
     if path.suffix == ".pt":
-        return model_backend(
-            load_weights(path, cfg=cfg or None).model, device, half=half, fuse=fuse
-        )
+        loaded = load_weights(path, cfg=cfg or None, allow_code=allow_code)
+        if loaded.report is not None:
+            require_whole(path, loaded.report)
+        return model_backend(loaded.model, device, half=half, fuse=fuse)
     backend = open_artifact(path, device, providers=providers, threads=threads)
     if backend.info.layout == "raw":
         raise ConfigError(
@@ -374,7 +379,7 @@ def _load_openvino(
     path: Path, device: torch.device, threads: int | None, taps: Sequence[str]
 ) -> Backend:
     try:
-        import openvino
+        openvino = import_openvino()
     except ImportError as error:
         raise _missing("openvino", path) from error
     files = sorted(path.glob("*.xml"))
@@ -410,7 +415,7 @@ def _load_openvino(
     return Backend(info, run, device)
 
 
-def _read_safetensors(path: Path) -> DetectionModel:
+def _read_safetensors(path: Path, allow_code: bool) -> DetectionModel:
     """The network of a `.safetensors` file; its config is the file's metadata."""
     try:
         from safetensors import SafetensorError, safe_open
@@ -429,7 +434,11 @@ def _read_safetensors(path: Path) -> DetectionModel:
         config = json.loads(metadata["config"])
     except ValueError as error:
         raise _damaged(path, error) from error
-    model = build_model(config, names=info.names, imgsz=info.imgsz)
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: its config is a {type(config).__name__}, expected a mapping.")
+    model = build_model(
+        forget_weights(config), names=info.names, imgsz=info.imgsz, allow_code=allow_code
+    )
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

@@ -78,6 +78,12 @@ class Record:
         self._alive.setdefault(id(tensor), tensor)
         return id(tensor), self._written.get(_memory(tensor), 0)
 
+    def forget_tensors(self) -> None:
+        """Let go of the tensors of the run; operations and calls stay to be read, `value` and `shape` are over."""
+        self._alive.clear()
+        self._written.clear()
+        self.operations = [operation._replace(args=()) for operation in self.operations]
+
     def shape(self, value: Value) -> torch.Size:
         """Shape of the tensor behind `value`."""
         return self._alive[value[0]].shape

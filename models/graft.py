@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 from models import modules
 from models.registry import backbone as backbone_rule
 from models.registry import find
+from models.timm_features import is_known
 from models.wiring import Row
 from utils.errors import ConfigError
 
 CONTEXT_MODULES = ("SPP", "SPPF", "SPPELAN", "C2PSA", "PSA", "AIFI")
-WEIGHT_PARAMETERS = ("pretrained", "weights")
+WEIGHT_PARAMETERS = ("pretrained", "weights", "checkpoint_path")
 
 
 class RowSlots(NamedTuple):
@@ -203,10 +204,13 @@ def forget_weights(config: Mapping[str, Any]) -> dict[str, Any]:
     For building a model whose weights come from elsewhere (a checkpoint, a resumed run): nothing is read or downloaded
     for it. `pretrained` and `weights` arguments, given by name or by position, become false.
     """
-    rows = config.get("backbone")
-    if not isinstance(rows, Sequence):
-        return dict(config)  # a mistake, which the parser will tell
-    return {**config, "backbone": [_without_weights(row) for row in rows]}
+    sections = {key: config[key] for key in ("backbone", "head") if key in config}
+    fresh = {
+        key: [_without_weights(row) for row in rows]
+        for key, rows in sections.items()
+        if isinstance(rows, Sequence)  # else a mistake, which the parser will tell
+    }
+    return {**config, **fresh}
 
 
 def _without_weights(row: Any) -> Any:
@@ -227,8 +231,8 @@ def _without_weights(row: Any) -> Any:
 def _parameters(module: Any) -> list[str]:
     """Names of the arguments that a backbone row may give by position."""
     layer = find(str(module)) or modules.find_unregistered(str(module))
-    if layer is None:
-        return list(WEIGHT_PARAMETERS)  # a timm model
+    if layer is None:  # timm's models take these two by position; others are not known before their file is imported
+        return list(WEIGHT_PARAMETERS[:2]) if is_known(str(module)) else []
     if layer.rule is not backbone_rule:
         return []
     return list(inspect.signature(layer.build).parameters)

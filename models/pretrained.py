@@ -13,15 +13,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from models.graft import forget_weights
 from models.transfer import ROW, TransferReport, match_keys, transfer
 from models.weights import ForeignWeights, read_weights
 from models.yolo import DetectionModel, build_model, model_from_checkpoint
 from utils.checkpoint import ForeignCheckpointError, load_checkpoint
 from utils.errors import CheckpointError, ConfigError
+from utils.logger import get_logger
 
 # The main branch of a dual head, under the names that it has in the single head.
 SINGLE_TOLERANCE = 1e-4  # pixels, and scores
 MAIN_BRANCH = {"cv4": "cv2", "cv5": "cv3", "dfl2": "dfl"}
+
+
+WHOLE = 0.95  # of a model's numbers
 
 
 class Loaded(NamedTuple):
@@ -36,6 +41,7 @@ def load_weights(
     *,
     cfg: str | Path | Mapping[str, Any] | None = None,
     num_classes: int | None = None,
+    allow_code: bool = False,
 ) -> Loaded:
     """Build the model that a weights file belongs to, in eval mode on the CPU.
 
@@ -43,6 +49,7 @@ def load_weights(
         path: our checkpoint, another project's, or safetensors.
         cfg: architecture; None takes the model YAML that the file carries.
         num_classes: None takes what the file says.
+        allow_code: whether Python files that the model YAML imports may run.
 
     Raises:
         CheckpointError: the file cannot be read, carries no YAML we can build and `cfg` is None, or
@@ -51,13 +58,31 @@ def load_weights(
     """
     if cfg is None and num_classes is None:
         try:
-            return Loaded(model_from_checkpoint(load_checkpoint(path)).float().eval(), None)
+            model = model_from_checkpoint(load_checkpoint(path), allow_code)
+            return Loaded(model.float().eval(), None)
         except ForeignCheckpointError:
             pass  # another project's file, or none: the reader below says
     weights = read_weights(path)
-    model = _build_for(path, weights, cfg, num_classes)
+    model = _build_for(path, weights, cfg, num_classes, allow_code)
     report = transfer(model, weights.state, num_anchors=getattr(model.head, "num_anchors", None))
     return Loaded(model.eval(), report)
+
+
+def require_whole(path: str | Path, report: TransferReport) -> None:
+    """Log what a model got from a file.
+
+    Raises:
+        CheckpointError: it is so little that the model's boxes would mean nothing.
+    """
+    given, wanted = report.parameters
+    if given < WHOLE * wanted:
+        raise CheckpointError(
+            f"{path}: fills only {100 * given / wanted:.1f}% of the model, expected all of it. Give the --cfg that it "
+            "was trained with."
+        )
+    is_partial = report.partial or report.missing or report.mismatched
+    log = get_logger().warning if is_partial else get_logger().info
+    log(f"{path}: {report.summary()}")
 
 
 def _build_for(
@@ -65,14 +90,17 @@ def _build_for(
     weights: ForeignWeights,
     cfg: str | Path | Mapping[str, Any] | None,
     num_classes: int | None,
+    allow_code: bool,
 ) -> DetectionModel:
     """The network for `weights`, with their class names where the counts agree."""
-    config = cfg if cfg is not None else weights.config
-    if config is None:
+    if cfg is None and weights.config is None:
         raise CheckpointError(f"{path}: carries no model YAML. Say which one it is for with --cfg.")
+    config: Any = cfg if cfg is not None else forget_weights(weights.config or {})
     classes = num_classes or (len(weights.names) if weights.names and cfg is not None else None)
     try:
-        model = build_model(config, num_classes=classes)
+        model = build_model(
+            config, num_classes=classes, imgsz=weights.imgsz or (640, 640), allow_code=allow_code
+        )
     except ConfigError as error:
         if cfg is not None:
             raise

@@ -16,10 +16,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ from models.folder import Folder
 from models.table import Totals, count_params, measure
 
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-4}
-PROTOCOLS = ("fuse", "reparameterize", "switch_to_deploy")
+PROTOCOLS = ("reparameterize", "switch_to_deploy", "fuse")
 WIDEN_UP_TO = 200_000_000
 """Parameters of the largest network that is checked in float64 (which doubles its memory for a
 moment)."""
@@ -107,32 +108,75 @@ def fuse(model: nn.Module, *, check: bool = True, sample: Tensor | None = None) 
     sample = _sample_for(model) if sample is None else sample
     imgsz: tuple[int, int] = getattr(model, "imgsz", None) or (sample.shape[-2], sample.shape[-1])
     report = FuseReport(_totals(model, imgsz), Totals(0, 0.0), imgsz)
-    dtype = _checking_type(model)
-    report.tolerance = TOLERANCES.get(dtype, 1e-2)
-    with _in_type(model, dtype):
-        sample = sample.to(next((p for p in model.parameters()), sample))
-        expected, first = record_run(model, lambda: _predict(model, sample))
-        names = {module: name for name, module in model.named_modules()}
-        report.dropped += _drop_rows(model)
-        with _default_type(dtype):
-            report.reparameterized += _call_protocols(model)
-        _, record = record_run(model, lambda: _predict(model, sample))
-        folder = Folder(model, record, names)
-        folder.run()
-        report.folded, report.left = folder.folded, folder.left
-        _drop_idle(model, record, report, lambda: _predict(model, sample))
-        if check:
-            found, last = record_run(model, lambda: _predict(model, sample))
-            report.difference = _largest_difference(expected, found)
-            if not report.difference <= report.tolerance:
-                culprit = _first_different(first, last, folder, report)
-                raise FuseError(
-                    "fuse: the fused network differs - got max |difference| "
-                    f"{report.difference:.1e}, expected at most {report.tolerance:.0e}. "
-                    f"The first module that differs is {culprit}."
-                )
+    wide = _widest_type(model)
+    before = _run_before(model, sample, wide) if check else None
+    running = before.dtype if before else _own_type(model)
+    with _in_type(model, running):
+        _convert(model, sample, wide, before, report)
     report.after = _totals(model, imgsz)
     return report
+
+
+def _convert(
+    model: nn.Module, sample: Tensor, wide: torch.dtype, before: _Before | None, report: FuseReport
+) -> None:
+    """Drop, re-parameterize and fold; the arithmetic of weights is done in `wide`."""
+    names = {module: name for name, module in model.named_modules()}
+    report.dropped += _drop_rows(model)
+    with _in_type(model, wide), _default_type(wide):
+        report.reparameterized += _call_protocols(model)
+    _, record = _run(model, sample)
+    folder = Folder(model, record, names)
+    with _in_type(model, wide):
+        folder.run()
+    report.folded, report.left = folder.folded, folder.left
+    _drop_idle(model, record, report, lambda: _run(model, sample))
+    record.forget_tensors()
+    if before:
+        _compare(before, _run(model, sample), folder, report)
+
+
+class _Before(NamedTuple):
+    """What the network did: its outputs, the record of the run, and the type it ran in."""
+
+    outputs: list[Tensor]
+    record: Record
+    dtype: torch.dtype
+
+
+def _run(model: nn.Module, sample: Tensor) -> tuple[list[Tensor], Record]:
+    """Outputs and record of one run."""
+    images = sample.to(next((p for p in model.parameters()), sample))
+    return record_run(model, lambda: _predict(model, images))
+
+
+def _run_before(model: nn.Module, sample: Tensor, wide: torch.dtype) -> _Before:
+    """The run to compare with: in the widest type, or in the network's own where its code insists on that."""
+    own = _own_type(model)
+    try:
+        with _in_type(model, wide):
+            outputs, record = _run(model, sample)
+    except (RuntimeError, TypeError):
+        if wide == own:
+            raise
+        wide = own
+        outputs, record = _run(model, sample)
+    record.forget_tensors()
+    return _Before(outputs, record, wide)
+
+
+def _compare(
+    before: _Before, after: tuple[list[Tensor], Record], folder: Folder, report: FuseReport
+) -> None:
+    found, last = after
+    report.tolerance = TOLERANCES.get(before.dtype, 1e-2)
+    report.difference = _largest_difference(before.outputs, found)
+    if not report.difference <= report.tolerance:
+        culprit = _first_different(before.record, last, folder, report)
+        raise FuseError(
+            f"fuse: the fused network differs - got max |difference| {report.difference:.1e}, expected at most "
+            f"{report.tolerance:.0e}. The first module that differs is {culprit}."
+        )
 
 
 def _sample_for(model: Any) -> Tensor:
@@ -164,7 +208,11 @@ def _totals(model: nn.Module, imgsz: tuple[int, int]) -> Totals:
         return Totals(count_params(model), 0.0)
 
 
-def _checking_type(model: nn.Module) -> torch.dtype:
+def _own_type(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters()), torch.float32)
+
+
+def _widest_type(model: nn.Module) -> torch.dtype:
     """float64 where memory and device allow: rounding then hides no fault, and ranks no query
     anew."""
     parameter = next((p for p in model.parameters()), None)
@@ -176,16 +224,26 @@ def _checking_type(model: nn.Module) -> torch.dtype:
 
 @contextmanager
 def _in_type(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Run with float32 parameters and buffers widened to `dtype`; they are float32 afterwards."""
+    """Run with float32 parameters and buffers widened to `dtype`; they are float32 afterwards.
+
+    Inside another such block nothing changes: what is made there stays wide until the outer one ends. They stay the same objects: a record of one run speaks of them in the next.
+    """
     if dtype != torch.float64:
         yield
         return
-    kept = [t for t in (*model.parameters(), *model.buffers()) if t.dtype == torch.float64]
-    model.double()
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(t.dtype == torch.float64 for t in tensors) and not any(
+        t.dtype == torch.float32 for t in tensors
+    ):
+        yield
+        return
+    stays = {id(t) for t in tensors if t.dtype == torch.float64}
+    for tensor in tensors:
+        if tensor.dtype == torch.float32:
+            tensor.data = tensor.data.double()
     try:
         yield
     finally:
-        stays = {id(t) for t in kept}
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.dtype == torch.float64 and id(tensor) not in stays:
                 tensor.data = tensor.data.float()
@@ -249,8 +307,7 @@ def _drop_idle(
     if not removed:
         return
     try:
-        with torch.no_grad():
-            run()
+        run()
     except (AttributeError, TypeError):  # something asks an unused module for its type or size
         for parent, name, module in removed:
             parent._modules[name] = module
@@ -306,9 +363,20 @@ def _call_protocol(module: nn.Module) -> Any:
         return None
     for name in PROTOCOLS:
         method = getattr(module, name, None)
-        if callable(method) and not isinstance(method, nn.Module):
+        if callable(method) and not isinstance(method, nn.Module) and _takes_nothing(method):
             return method()
     return None
+
+
+def _takes_nothing(method: Callable[..., Any]) -> bool:
+    """Whether it can be called as it is; `fuse(a, b)` of a module that merges maps cannot."""
+    try:
+        inspect.signature(method).bind()
+    except TypeError:
+        return False
+    except ValueError:  # built in, without a signature
+        return True
+    return True
 
 
 # --- checking -------------------------------------------------------------------------------------

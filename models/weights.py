@@ -34,8 +34,10 @@ MAX_DEPTH = 64
 MAX_VISITS = 200_000
 MAX_WRAPPING = 5
 MAX_STRIDE = 4096
-# What a carried model YAML may not bring along: files that building it would import or read.
-UNTRUSTED = ("imports", "weights", "pretrained")
+MAX_IMAGE = 65536
+# What a carried model YAML may not bring along. Its `imports` run only where code is allowed; `forget_weights` takes
+# away what its rows would read or download.
+UNTRUSTED = ("weights", "pretrained")
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class ForeignWeights:
             it.
         anchors: (width, height) in pixels by level, None if it has none.
         strides: strides of its levels, None if it has none.
+        imgsz: size (height, width) it was trained at, None if it does not say.
         source: where in the file the tensors were, such as `ema` or `model`.
     """
 
@@ -57,6 +60,7 @@ class ForeignWeights:
     config: dict[str, Any] | None = field(repr=False)
     anchors: tuple[tuple[tuple[float, float], ...], ...] | None
     strides: tuple[int, ...] | None
+    imgsz: tuple[int, int] | None
     source: str
 
 
@@ -78,8 +82,9 @@ def read_weights(path: str | Path) -> ForeignWeights:
         config = _config(places)
         strides = _strides(file, places)
         return ForeignWeights(
-            state, _names(places, config), config, _anchors(state, config, strides), strides, source
-        )
+            state, _names(places, config), config, _anchors(state, config, strides), strides,
+            _imgsz(places), source,
+        )  # fmt: skip
 
 
 def _is_tensor(value: Any) -> bool:
@@ -224,6 +229,17 @@ def _strides(file: TensorFile, places: list[dict[Any, Any]]) -> tuple[int, ...] 
         numbers = value if isinstance(value, (list, tuple)) else ()
         if numbers and all(isinstance(n, (int, float)) and 0 < n < MAX_STRIDE for n in numbers):
             return tuple(int(number) for number in numbers)
+    return None
+
+
+def _imgsz(places: list[dict[Any, Any]]) -> tuple[int, int] | None:
+    """Height and width, where both are sizes."""
+    for place in places:
+        value = place.get("imgsz")
+        if isinstance(value, (list, tuple)) and len(value) == 2:
+            height, width = value
+            if all(type(n) is int and 0 < n <= MAX_IMAGE for n in (height, width)):
+                return height, width
     return None
 
 

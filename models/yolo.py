@@ -24,7 +24,6 @@ from models.reparam import reparameterize_model
 from models.rows import ModelSpec, parse_spec, read_model_config, resolve
 from models.table import format_table, measure, row_records
 from models.wiring import Row
-from utils.checkpoint import load_checkpoint
 from utils.config import ArgumentParser, integer, parse_imgsz
 from utils.errors import CheckpointError, ConfigError, nearest, run_cli
 from utils.structures import Decoded, Targets
@@ -176,18 +175,9 @@ def _import_code(spec: ModelSpec, allowed: bool) -> None:
         path = path if path.is_file() else Path(name)
         try:
             modules.import_outside(path)
-        except (
-            OSError,
-            ImportError,
-            SyntaxError,
-            NameError,
-            AttributeError,
-            TypeError,
-            ValueError,
-        ) as error:
-            raise ConfigError(
-                f"{spec.file} imports: {name} cannot be imported - {error}."
-            ) from error
+        except Exception as error:  # a user's file may fail in any way
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ConfigError(f"{spec.file} imports: {name} cannot be imported - {why}.") from error
 
 
 def parse_model(
@@ -236,12 +226,15 @@ def _activation(spec: ModelSpec) -> Callable[[], nn.Module]:
     return lambda: getattr(nn, name)(*values, **options)
 
 
-def model_from_checkpoint(checkpoint: Mapping[str, Any]) -> DetectionModel:
-    """Rebuild the model of one of our checkpoints (EMA weights if it has them)."""
+def model_from_checkpoint(
+    checkpoint: Mapping[str, Any], allow_code: bool = False
+) -> DetectionModel:
+    """Rebuild the model of one of our checkpoints (EMA weights if it has them); `allow_code` as in `build_model`."""
     model = build_model(
         forget_weights(checkpoint["config"]),
         names=checkpoint["names"],
         imgsz=tuple(checkpoint.get("imgsz", (640, 640))),
+        allow_code=allow_code,
     )
     state = checkpoint["ema"]["model"] if checkpoint.get("ema") else checkpoint["model"]
     try:
@@ -251,15 +244,6 @@ def model_from_checkpoint(checkpoint: Mapping[str, Any]) -> DetectionModel:
             f"weights do not fit their own config - {' '.join(str(error).split())[:300]}"
         ) from error
     return model
-
-
-def load_model(path: str | Path) -> DetectionModel:
-    """A model from one of our `.pt` files, in eval mode on the CPU, float32.
-
-    Raises:
-        CheckpointError: the file is missing, damaged or not ours.
-    """
-    return model_from_checkpoint(load_checkpoint(path)).float().eval()
 
 
 def describe(model: DetectionModel, imgsz: tuple[int, int]) -> dict[str, Any]:

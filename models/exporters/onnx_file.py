@@ -99,7 +99,15 @@ def trace_onnx(
             proto = _trace_dynamo(network, outputs, options, why)
             get_logger().info(f"{why}; written by torch.export's exporter instead")
             return proto
+        except (ValueError, RuntimeError) as error:
+            if "opset_version" not in str(error) and "ONNX opset" not in str(error):
+                raise
+            raise _unknown_opset(options, error) from error
     return onnx.load(str(path))
+
+
+def _unknown_opset(options: ExportOptions, error: Exception) -> ConfigError:
+    return ConfigError(f"--opset: got {options.opset} - {' '.join(str(error).split())[:150]}. Take 17.")
 
 
 @contextmanager

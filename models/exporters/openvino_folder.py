@@ -11,6 +11,7 @@ import yaml
 from models.backends import OPENVINO_FOLDER
 from models.exporters.network import ExportOptions, metadata
 from models.exporters.onnx_file import export_onnx
+from models.openvino_library import import_openvino
 from models.yolo import DetectionModel
 from utils.errors import ConfigError
 
@@ -22,7 +23,7 @@ def export_openvino(model: DetectionModel, options: ExportOptions, weights: Path
         ConfigError: the openvino package is missing.
     """
     try:
-        import openvino
+        openvino = import_openvino()
     except ImportError as error:
         raise ConfigError("--include openvino needs openvino. pip install openvino") from error
     folder = weights.with_name(f"{weights.stem}{options.suffix()}{OPENVINO_FOLDER}")

@@ -54,7 +54,9 @@ def export_safetensors(model: DetectionModel, options: ExportOptions, weights: P
             "--include safetensors needs safetensors. pip install safetensors"
         ) from error
     path = beside(weights, options, ".safetensors")
-    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    state = {  # copies: the format refuses tensors that share memory
+        key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()
+    }
     if options.half:
         state = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
     described = metadata(model, options, weights.stem) | {"layout": "weights", "dynamic": "all"}

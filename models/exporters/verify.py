@@ -127,7 +127,7 @@ def verify(path: Path, model: DetectionModel, options: ExportOptions) -> list[Ca
     elif options.end2end:
         backend = open_artifact(path, options.device, taps=TAPS)
     else:
-        backend = load_backend(path, options.device)
+        backend = load_backend(path, options.device, allow_code=True)  # it ran already
     tries = HALF_TRIES if options.half and model.head.postprocess == "topk" else 1
     cases = []
     for number, (batch, imgsz) in enumerate(cases_of(backend, options)):

@@ -10,6 +10,8 @@ import importlib
 import importlib.util
 import inspect
 import pkgutil
+import sys
+from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
 
@@ -23,14 +25,7 @@ def _import_files() -> None:
     for info in pkgutil.iter_modules(__path__):
         try:
             _FILES[info.name] = importlib.import_module(f"{__name__}.{info.name}")
-        except (
-            ImportError,
-            SyntaxError,
-            NameError,
-            AttributeError,
-            TypeError,
-            ValueError,
-        ) as error:
+        except Exception as error:
             # One broken file of a user must not take every other model down; it is named on a failed look-up.
             _BROKEN[f"models/modules/{info.name}.py"] = f"{type(error).__name__}: {error}"
 
@@ -41,12 +36,18 @@ def import_outside(path: Path) -> None:
     Raises:
         OSError, ImportError, SyntaxError, ...: whatever the file's own code raises.
     """
-    name = f"yoke_import_{path.stem}"
+    place = str(path.resolve())
+    name = f"yoke_import_{path.stem}_{sha256(place.encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImportError("is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.modules[name] = module  # where dataclasses look for the names of annotations
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     _FILES[name] = module
 
 

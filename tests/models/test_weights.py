@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from models.graft import forget_weights
 from models.pretrained import dual_to_single, load_single, load_weights
 from models.transfer import align, match_keys, transfer
 from models.weights import load_backbone_weights, read_weights
 from models.yolo import build_model
 from utils.checkpoint import save_checkpoint
-from utils.errors import CheckpointError
+from utils.errors import CheckpointError, ConfigError
 
 
 @pytest.fixture
@@ -97,7 +98,8 @@ def test_pickled_modules_of_another_project_are_read(
     assert weights.strides == (8, 16)
     assert weights.anchors == (((8.0, 16.0),), ((48.0, 64.0),))
     assert weights.config is not None and weights.config["nc"] == 2
-    assert "imports" not in weights.config, "a file must not name code that is to be run"
+    with pytest.raises(ConfigError, match="would run code"):
+        build_model(forget_weights(weights.config))
     assert weights.source == wrap
     assert "otherproject" not in sys.modules
 

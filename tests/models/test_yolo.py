@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from models.meta import evaluating, run_on_meta
+from models.pretrained import load_weights
 from models.table import count_gflops, count_params, format_table
 from models.yolo import (
     build_model,
     describe,
-    load_model,
     main,
     model_from_checkpoint,
     parse_options,
@@ -113,7 +113,7 @@ def checkpoint_of(model: nn.Module, **more: Any) -> dict[str, Any]:
 def test_a_checkpoint_gives_the_model_back(tmp_path: Path):
     model = build_model(SMALL, names=("cat", "dog"), imgsz=(64, 96)).eval()
     save_checkpoint(tmp_path / "a.pt", checkpoint_of(model))
-    again = load_model(tmp_path / "a.pt")
+    again = load_weights(tmp_path / "a.pt").model
     image = torch.rand(1, 3, 64, 96)
     assert torch.equal(again(image).levels[0], model(image).levels[0])
     assert (again.names, again.imgsz, again.training) == (("cat", "dog"), (64, 96), False)
@@ -132,7 +132,7 @@ def test_a_checkpoint_needs_no_file_that_its_config_once_named(tmp_path: Path):
     state = checkpoint_of(build_model(config, imgsz=(64, 64)))
     state["config"] = {**config, "backbone": [[-1, 1, "EMO_1M", ["gone.pth"]]]}
     save_checkpoint(tmp_path / "a.pt", state)
-    assert load_model(tmp_path / "a.pt").rows[0].module == "EMO_1M"
+    assert load_weights(tmp_path / "a.pt").model.rows[0].module == "EMO_1M"
 
 
 def test_weights_that_do_not_fit_their_config_are_one_line():
