@@ -8,6 +8,7 @@ from __future__ import annotations
 import glob
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,7 @@ VIDEO_SUFFIXES = frozenset(
     {".asf", ".avi", ".m4v", ".mkv", ".mov", ".mp4"} | {".mpeg", ".mpg", ".ts", ".webm", ".wmv"}
 )
 SCHEMES = ("rtsp://", "rtsps://", "rtmp://", "http://", "https://", "tcp://", "udp://")
+WEB_SCHEMES = ("http://", "https://")
 STREAM_PATIENCE = 10.0
 """Seconds without a new frame after which a stream counts as ended."""
 
@@ -64,20 +66,25 @@ class Frame(NamedTuple):
     video: VideoInfo | None
 
 
+class VideoError(DatasetError):
+    """A video, camera or stream that cannot be opened."""
+
+
 class Source:
-    """Frames of a source, in order; an unreadable image is named in the log and skipped.
+    """Frames of a source, in order; an unreadable file of several is named in the log and skipped.
 
     Args:
-        name: image, folder, glob, `.txt` list, video, number of a camera, or address of a stream.
+        name: image, folder, glob, `.txt` list, video, web address of a video, number of a camera,
+            or address of a stream.
         vid_stride: take every so many frames of videos and streams.
 
     Attributes:
         files: images, then videos; empty for a camera or stream.
         is_live: True for a camera or stream, which has no end of its own.
-        skipped: images that could not be read so far.
+        skipped: files that could not be read so far.
 
     Raises:
-        DatasetError: there is no such file, or nothing readable in it.
+        DatasetError: no source is given, there is no such file, or nothing readable in it.
     """
 
     def __init__(self, name: str | Path, *, vid_stride: int = 1) -> None:
@@ -86,12 +93,20 @@ class Source:
         self.skipped: list[str] = []
         if vid_stride < 1:
             raise DatasetError(f"--vid-stride: got {vid_stride}, expected 1 or more.")
+        if not self.name.strip():
+            raise DatasetError(
+                "--source: got nothing, expected a file, folder, camera or stream. The current "
+                "folder is `.`."
+            )
         if self.name.split()[:1] == ["screen"]:
             raise DatasetError(
                 "--source: got screen, expected a file, folder, camera or stream. The screen is "
                 "not recorded here; record it to a video and pass that."
             )
-        self.is_live = self.name.isdigit() or self.name.lower().startswith(SCHEMES)
+        if _is_web_video(self.name):
+            self.is_live, self.files = False, [self.name]
+            return
+        self.is_live = self.name.isdecimal() or self.name.lower().startswith(SCHEMES)
         self.files = [] if self.is_live else _files(self.name)
 
     def __len__(self) -> int:
@@ -99,17 +114,18 @@ class Source:
 
     def __iter__(self) -> Iterator[Frame]:
         if self.is_live:
-            yield from _live_frames(self.name, self.vid_stride)
+            yield from _address_frames(self.name, self.vid_stride)
             return
         for path in self.files:
-            if not is_video(path):
-                try:
-                    yield Frame(path, read_image(path), 0, None)
-                except ImageError as error:
-                    self.skipped.append(path)
-                    LOGGER.warning("skipped %s", error)
-            else:
-                yield from _video_frames(path, self.vid_stride)
+            try:
+                frames = _file_frames(path, self.vid_stride)
+            except (ImageError, VideoError) as error:
+                if is_video(path) and len(self.files) == 1:
+                    raise
+                self.skipped.append(path)
+                LOGGER.warning("skipped %s", error)
+                continue
+            yield from frames
 
 
 def open_source(source: str | Path, *, vid_stride: int = 1) -> Source:
@@ -118,8 +134,14 @@ def open_source(source: str | Path, *, vid_stride: int = 1) -> Source:
 
 
 def is_video(path: str) -> bool:
-    """True if the suffix is one of a video format."""
-    return os.path.splitext(path)[1].lower() in VIDEO_SUFFIXES
+    """True if the suffix, of a file or of a web address, is one of a video format."""
+    name = re.split("[?#]", path)[0] if path.lower().startswith(WEB_SCHEMES) else path
+    return os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES
+
+
+def _is_web_video(name: str) -> bool:
+    """True for the web address of a file: it has an end, so that no frame of it need be lost."""
+    return name.lower().startswith(WEB_SCHEMES) and is_video(name)
 
 
 def _files(name: str) -> list[str]:
@@ -152,11 +174,11 @@ def _check(name: str, files: Sequence[str]) -> None:
 
 
 def _open(name: str) -> cv2.VideoCapture:
-    capture = cv2.VideoCapture(int(name) if name.isdigit() else name)
+    capture = cv2.VideoCapture(int(name) if name.isdecimal() else name)
     if not capture.isOpened():
         capture.release()
-        kind = "camera" if name.isdigit() else "video or stream"
-        raise DatasetError(f"--source: {kind} {name} cannot be opened. Check that it is there.")
+        kind = "camera" if name.isdecimal() else "video or stream"
+        raise VideoError(f"--source: {kind} {name} cannot be opened. Check that it is there.")
     return capture
 
 
@@ -175,8 +197,15 @@ def _to_rgb(frame: np.ndarray) -> Image:
     return np.asarray(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB), dtype=np.uint8)
 
 
-def _video_frames(path: str, vid_stride: int) -> Iterator[Frame]:
-    capture = _open(path)
+def _file_frames(path: str, vid_stride: int) -> Iterator[Frame]:
+    """Frames of an image or video, which is opened at once, so that its errors are raised here."""
+    if is_video(path):
+        return _video_frames(path, _open(path), vid_stride)
+    return iter([Frame(path, read_image(path), 0, None)])
+
+
+def _video_frames(path: str, capture: cv2.VideoCapture, vid_stride: int) -> Iterator[Frame]:
+    """Every frame, one after the other; the capture is released at the end."""
     try:
         info = _describe(capture, is_live=False)
         index = 0
@@ -187,13 +216,29 @@ def _video_frames(path: str, vid_stride: int) -> Iterator[Frame]:
                 if is_read:
                     yield Frame(path, _to_rgb(frame), index, info)
             index += 1
+        # One less may be rounding: some containers tell their length in seconds only.
+        if index + 1 < info.frames:
+            LOGGER.warning(
+                "%s: got %d frames, expected %d as it announces; it may be cut off or damaged",
+                path,
+                index,
+                info.frames,
+            )
     finally:
         capture.release()
 
 
-def _live_frames(name: str, vid_stride: int) -> Iterator[Frame]:
-    """The newest frame each time; what came while the caller was busy is dropped."""
+def _address_frames(name: str, vid_stride: int) -> Iterator[Frame]:
+    """Frames of a camera or address; a web address that knows its length is read as a file."""
     capture = _open(name)
+    is_web = name.lower().startswith(WEB_SCHEMES)
+    if is_web and capture.get(cv2.CAP_PROP_FRAME_COUNT) > 0:
+        return _video_frames(name, capture, vid_stride)
+    return _live_frames(name, capture, vid_stride)
+
+
+def _live_frames(name: str, capture: cv2.VideoCapture, vid_stride: int) -> Iterator[Frame]:
+    """The newest frame each time; what came while the caller was busy is dropped."""
     reader = _Reader(capture, vid_stride)
     info = _describe(capture, is_live=True)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import cv2
 import numpy as np
 import pytest
 
+from data import sources
 from data.sources import open_source
 from utils.errors import DatasetError
 
@@ -113,9 +115,10 @@ def served(video):
     server.server_close()
 
 
-def test_a_stream_gives_newest_frames_in_order_until_it_ends(served):
+def test_a_stream_gives_newest_frames_in_order_until_it_ends(served, monkeypatch):
     if not cv2.videoio_registry.getStreamBackends():
         pytest.skip("this OpenCV opens no streams")
+    monkeypatch.setattr(sources, "WEB_SCHEMES", ())
     source = open_source(served)
     assert source.is_live
     try:
@@ -128,6 +131,35 @@ def test_a_stream_gives_newest_frames_in_order_until_it_ends(served):
     assert frames[0].path == served
 
 
+@pytest.mark.parametrize("address", ["{}", "{}?token=1", "{}?a=b.x#"])
+def test_a_video_behind_a_web_address_loses_no_frame(served, address):
+    if not cv2.videoio_registry.getStreamBackends():
+        pytest.skip("this OpenCV opens no streams")
+    source = open_source(address.format(served))
+    assert not source.is_live and len(source) == 1
+    try:
+        frames = []
+        for frame in source:
+            time.sleep(0.02)  # slower than the frames come
+            frames.append(frame)
+    except DatasetError:
+        pytest.skip("this OpenCV reads no http")
+    assert [frame.index for frame in frames] == list(range(10))
+    assert frames[0].video.frames == 10
+
+
+def test_an_address_without_a_suffix_that_knows_its_length_is_read_as_a_file(served, monkeypatch):
+    if not cv2.videoio_registry.getStreamBackends():
+        pytest.skip("this OpenCV opens no streams")
+    monkeypatch.setattr(sources, "VIDEO_SUFFIXES", frozenset())
+    source = open_source(served)
+    assert source.is_live
+    try:
+        assert [frame.index for frame in source] == list(range(10))
+    except DatasetError:
+        pytest.skip("this OpenCV reads no http")
+
+
 # Source, what the message must say.
 ERROR_ROWS = [
     ("none.png", "got none.png, which does not exist"),
@@ -137,6 +169,9 @@ ERROR_ROWS = [
     ("{folder}/empty", "got no image or video in"),
     ("screen", "got screen, expected a file, folder, camera or stream"),
     ("screen 0 10 20", "got screen"),
+    ("", "--source: got nothing, expected a file, folder, camera or stream"),
+    (" ", "--source: got nothing"),
+    ("\N{SUPERSCRIPT TWO}", "which does not exist"),
     ("97", "camera 97 cannot be opened"),
 ]
 
@@ -154,6 +189,24 @@ def test_a_broken_video_is_named(folder):
     (folder / "x.mp4").write_bytes(b"no video")
     with pytest.raises(DatasetError, match="x.mp4 cannot be opened"):
         list(open_source(folder / "x.mp4"))
+
+
+def test_a_broken_video_of_a_folder_is_skipped_by_name(folder, video, caplog):
+    (folder / "a.mp4").write_bytes(b"no video")
+    source = open_source(folder)
+    assert len([frame for frame in source if frame.video]) == 10
+    assert source.skipped == [str(folder / "c.jpg"), str(folder / "a.mp4")]
+    assert "skipped --source: video or stream" in caplog.text and "a.mp4" in caplog.text
+
+
+def test_a_video_that_ends_before_its_announced_length_is_told(video, caplog):
+    assert len(list(open_source(video))) == 10 and not caplog.records
+    data = video.read_bytes()
+    start = data.find(b"movi")
+    video.write_bytes(data[: start + (len(data) - start) // 2])
+    frames = list(open_source(video))
+    assert 0 < len(frames) < 9 and frames[0].video.frames == 10
+    assert f"v.avi: got {len(frames)} frames, expected 10" in caplog.text
 
 
 def test_a_stride_below_one_is_named(folder):
