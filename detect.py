@@ -5,9 +5,10 @@ Pictures and videos with boxes go to `runs/detect/exp`, and on request labels, t
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,6 +74,11 @@ def parse_options(arguments: Sequence[str] | None = None) -> Any:
         help="image, folder, glob, list file, video, camera number or stream address",
     )
     parser.add_argument("--cfg", default="", help="model YAML of foreign weights that carry none")
+    parser.add_argument(
+        "--allow-code",
+        action="store_true",
+        help="let the Python files run that the model's YAML imports",
+    )
     add_size_flag(parser, default=None)
     add_threshold_flags(parser, conf=0.25, iou=0.45, max_det=1000)
     add_device_flag(parser)
@@ -81,6 +87,24 @@ def parse_options(arguments: Sequence[str] | None = None) -> Any:
         action="store_true",
         help="pad to the image's own shape instead of a square (needs a .pt or a dynamic export)",
     )
+    _add_output_flags(parser)
+    parser.add_argument(
+        "--classes", nargs="+", default=None, help="only these classes, by index or name"
+    )
+    parser.add_argument("--agnostic-nms", action="store_true", help="NMS over all classes together")
+    parser.add_argument("--half", action="store_true", help="half precision")
+    parser.add_argument(
+        "--vid-stride", type=integer(1), default=1, help="take every so many frames of a video"
+    )
+    add_run_flags(parser, "runs/detect")
+    add_ignored_flags(parser, IGNORED)
+    options = parser.parse_args(arguments)
+    say_ignored(options, IGNORED)
+    return options
+
+
+def _add_output_flags(parser: ArgumentParser) -> None:
+    """What is shown and written, and how it is drawn."""
     parser.add_argument("--view-img", action="store_true", help="show each picture in a window")
     parser.add_argument("--save-txt", action="store_true", help="write labels/*.txt in YOLO form")
     parser.add_argument(
@@ -99,23 +123,10 @@ def parse_options(arguments: Sequence[str] | None = None) -> Any:
     )
     parser.add_argument("--nosave", action="store_true", help="write no pictures")
     parser.add_argument(
-        "--classes", nargs="+", default=None, help="only these classes, by index or name"
-    )
-    parser.add_argument("--agnostic-nms", action="store_true", help="NMS over all classes together")
-    parser.add_argument(
         "--line-thickness", type=integer(1), default=None, help="of boxes, in pixels"
     )
     parser.add_argument("--hide-labels", action="store_true", help="draw boxes only")
     parser.add_argument("--hide-conf", action="store_true", help="draw no scores")
-    parser.add_argument("--half", action="store_true", help="half precision")
-    parser.add_argument(
-        "--vid-stride", type=integer(1), default=1, help="take every so many frames of a video"
-    )
-    add_run_flags(parser, "runs/detect")
-    add_ignored_flags(parser, IGNORED)
-    options = parser.parse_args(arguments)
-    say_ignored(options, IGNORED)
-    return options
 
 
 def class_indices(words: Sequence[str] | None, names: Sequence[str]) -> list[int] | None:
@@ -140,7 +151,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Detect from the command line."""
     options = parse_options(arguments)
     log, device = get_logger(), select_device(options.device)
-    backend = load_backend(options.weights, device, half=options.half, cfg=options.cfg)
+    if options.view_img:
+        _check_display()
+    backend = load_backend(
+        options.weights, device, half=options.half, cfg=options.cfg, allow_code=options.allow_code
+    )
     options.classes = class_indices(options.classes, backend.names)
     options.imgsz = _size(options, backend)
     if options.rect and not backend.dynamic:
@@ -168,6 +183,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
 
 
+def _check_display() -> None:
+    """Refuse to open windows where there is no screen: the window library would end the process."""
+    has_display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if sys.platform.startswith("linux") and not has_display:
+        raise ConfigError(
+            "--view-img: got no display, expected DISPLAY or WAYLAND_DISPLAY to name one. Leave the "
+            "flag out; pictures are written to --project."
+        )
+
+
 def _size(options: Any, backend: Backend) -> tuple[int, int]:
     if options.imgsz is None:
         return tuple(backend.imgsz)
@@ -187,10 +212,7 @@ def _frame_number(frame: Frame) -> str:
 def summary(found: Detections, names: Sequence[str]) -> str:
     """`3 RBC, 1 WBC`, or `nothing found`."""
     counts = torch.bincount(found.labels, minlength=len(names)).tolist()
-    return (
-        ", ".join(f"{n} {Path(name).name}" for n, name in zip(counts, names) if n)
-        or "nothing found"
-    )
+    return ", ".join(f"{n} {name}" for n, name in zip(counts, names) if n) or "nothing found"
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from engine.flags import (
     add_threshold_flags,
     say_ignored,
 )  # fmt: skip
-from engine.outputs import save_batch_pictures, save_metric_plots, save_text_labels
+from engine.outputs import LabelWriter, save_batch_pictures, save_metric_plots
 from engine.setup import open_data
 from models.backends import Backend, load_backend
 from models.postprocess import postprocess
@@ -37,7 +37,7 @@ from utils.logger import get_logger
 from utils.metrics import CocoEvaluator, ConfusionMatrix, Metrics
 from utils.plots import StudyPoint, plot_study
 from utils.progress import Progress
-from utils.structures import Batch, Decoded, Detections, Targets, as_float
+from utils.structures import Batch, Decoded, Detections, Targets, as_float, as_one_class
 
 IGNORED = {"save_hybrid": False, "dnn": False, "augment": False, "min_items": None}
 Predict = Callable[[Tensor, Targets], "Decoded | list[Detections]"]
@@ -169,12 +169,16 @@ class Validation:
         self.options, self.backend = options, backend
         split = options.task if options.task in ("train", "val", "test") else "val"
         config = open_data(options)
-        rect = options.rect and backend.dynamic
+        if options.rect and not backend.dynamic:
+            raise ConfigError(
+                f"--rect: {options.weights} has a fixed image size. Leave it out or export with --dynamic."
+            )
         self.dataset: DetectionDataset = build_dataset(
-            config, split, imgsz=imgsz, rect=rect, batch_size=options.batch_size, stride=backend.stride,
+            config, split, imgsz=imgsz, rect=options.rect, batch_size=options.batch_size, stride=backend.stride,
             single_cls=options.single_cls,
         )  # fmt: skip
-        check_classes(backend.names, self.dataset.names, options.weights, options.data)
+        if not options.single_cls:
+            check_classes(backend.names, self.dataset.names, options.weights, options.data)
         self.loader = build_loader(self.dataset, options.batch_size, workers=options.workers)
         self.evaluator = CocoEvaluator(
             self.dataset.coco_ground_truth(), self.dataset.category_ids, self.dataset.names
@@ -185,6 +189,9 @@ class Validation:
         """Evaluate; with a folder, leave pictures and files in it."""
         bar = Progress(self.loader, len(self.loader), "val")
         seen = 0
+        labels_to = None
+        if folder and self.options.save_txt:
+            labels_to = LabelWriter(folder / "labels", self.dataset.paths, self.options.save_conf)
 
         def on_batch(batch: Batch, detections: list[Detections]) -> None:
             nonlocal seen
@@ -195,12 +202,16 @@ class Validation:
                 save_batch_pictures(
                     folder, f"val_batch{seen}", batch, detections, self.dataset.names
                 )
-            if folder and self.options.save_txt:
-                save_text_labels(folder / "labels", batch, detections, self.options.save_conf)
+            if labels_to:
+                labels_to.write(batch, detections)
             seen += 1
 
+        def predict(images: Tensor, targets: Targets) -> Decoded | list[Detections]:
+            output = self.backend(images)
+            return as_one_class(output) if self.options.single_cls else output
+
         return evaluate(
-            lambda images, targets: self.backend(images), self.backend.postprocess_kind, bar, self.evaluator,
+            predict, self.backend.postprocess_kind, bar, self.evaluator,
             device=device, thresholds=thresholds, on_batch=on_batch if folder else None,
         )  # fmt: skip
 
@@ -208,12 +219,30 @@ class Validation:
 def check_classes(
     model_names: Sequence[str], data_names: Sequence[str], weights: Any, data: Any
 ) -> None:
-    """Refuse to measure a model on a data set with another number of classes."""
+    """Refuse to measure a model on a data set with other classes; warn where names differ.
+
+    Names such as `class0`, which stand in for names that nobody gave, fit everything.
+
+    Raises:
+        ConfigError: another number of classes, or the same names in another order.
+    """
     if len(model_names) != len(data_names):
         raise ConfigError(
             f"{weights}: got a model of {len(model_names)} classes for {data} with {len(data_names)}, expected the "
             "same number. Give the data the model was trained on."
         )
+    differing = [
+        (k, ours, theirs)
+        for k, (ours, theirs) in enumerate(zip(model_names, data_names))
+        if ours != theirs and f"class{k}" not in (ours, theirs)
+    ]
+    if not differing:
+        return
+    index, ours, theirs = differing[0]
+    told = f"{data}: class {index} - got {theirs!r}, expected {ours!r} as in {weights}"
+    if sorted(model_names) == sorted(data_names):
+        raise ConfigError(f"{told}. The names stand in another order: put them in the model's.")
+    get_logger().warning(f"{told}; {len(differing)} of {len(data_names)} names differ")
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> Any:
@@ -226,6 +255,11 @@ def parse_options(arguments: Sequence[str] | None = None) -> Any:
         help="one or more models",
     )
     parser.add_argument("--cfg", default="", help="model YAML of foreign weights that carry none")
+    parser.add_argument(
+        "--allow-code",
+        action="store_true",
+        help="let the Python files run that the model's YAML imports",
+    )
     add_data_flag(parser)
     parser.add_argument("--batch-size", type=integer(1), default=32, help="images a batch")
     add_size_flag(parser, default=None)
@@ -270,7 +304,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     every = options.weights
     for weights in every:
         options.weights = weights
-        backend = load_backend(weights, device, half=options.half, cfg=options.cfg)
+        backend = load_backend(
+            weights, device, half=options.half, cfg=options.cfg, allow_code=options.allow_code
+        )
         run(options, backend, device)
 
 

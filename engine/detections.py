@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import cv2
 import numpy as np
 
 from data.sources import Frame
-from engine.outputs import write_yolo_labels
+from engine.outputs import FreeNames, write_yolo_labels
 from utils.errors import ConfigError
 from utils.logger import get_logger
 from utils.structures import Detections
@@ -27,7 +28,7 @@ class DetectionWriter:
         self.folder, self.names, self.options = folder, tuple(names), options
         self.rows: list[dict[str, Any]] = []
         self.video: tuple[str, Any] | None = None
-        self.taken: dict[str, str] = {}
+        self.free_names = FreeNames()
 
     def __enter__(self) -> DetectionWriter:
         return self
@@ -37,8 +38,9 @@ class DetectionWriter:
         if self.options.save_csv:
             self._write_csv()
         if self.options.save_json:
-            text = json.dumps(self.rows, ensure_ascii=False, indent=1)
-            (self.folder / "predictions.json").write_text(text, encoding="utf-8")
+            # ASCII escapes also carry file names that are no UTF-8.
+            text = json.dumps(self.rows, indent=1)
+            (self.folder / "predictions.json").write_text(text, encoding="ascii")
         if self.options.view_img:
             cv2.destroyAllWindows()
 
@@ -73,16 +75,9 @@ class DetectionWriter:
     def _stem(self, frame: Frame) -> str:
         """A file name for this frame."""
         name = Path(frame.path).stem
-        return self._free(
+        return self.free_names.take(
             f"{name}_{frame.index + 1}" if frame.video else name, f"{frame.path}:{frame.index}"
         )
-
-    def _free(self, name: str, owner: str, suffix: str = "") -> str:
-        """A name for what comes from `owner`; two of one name do not overwrite each other."""
-        key, number = name + suffix, 2
-        while self.taken.setdefault(key, owner) != owner:
-            key, number = f"{name}_{number}{suffix}", number + 1
-        return key
 
     def _remember(self, frame: Frame, found: Detections) -> None:
         for box, score, label in zip(
@@ -94,7 +89,9 @@ class DetectionWriter:
             })  # fmt: skip
 
     def _write_csv(self) -> None:
-        with (self.folder / "predictions.csv").open("w", newline="", encoding="utf-8") as file:
+        path = self.folder / "predictions.csv"
+        # File names that are no UTF-8 stand in the table byte for byte.
+        with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(
                 ("image", "frame", "class", "label", "confidence", "x1", "y1", "x2", "y2")
@@ -140,7 +137,7 @@ class DetectionWriter:
         if self.video is None or self.video[0] != frame.path:
             self._close_video()
             stem = _safe_name(Path(frame.path).stem, "video")
-            name = self.folder / self._free(stem, frame.path, ".mp4")
+            name = self.folder / self.free_names.take(stem, frame.path, ".mp4")
             fps = max(frame.video.fps / self.options.vid_stride, 1)
             size = (picture.shape[1], picture.shape[0])
             self.video = (
@@ -176,7 +173,9 @@ def write_voc(
 ) -> None:
     """One image's detections as a Pascal VOC annotation."""
     root = ElementTree.Element("annotation")
-    ElementTree.SubElement(root, "filename").text = Path(frame.path).name
+    # XML has no form for bytes that are no UTF-8: they stand there as \xff.
+    name = os.fsencode(Path(frame.path).name).decode("utf-8", "backslashreplace")
+    ElementTree.SubElement(root, "filename").text = name
     size = ElementTree.SubElement(root, "size")
     for tag, value in zip(("height", "width", "depth"), frame.image.shape, strict=True):
         ElementTree.SubElement(size, tag).text = str(value)

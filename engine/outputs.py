@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -147,15 +148,41 @@ def save_metric_plots(folder: Path, metrics: Metrics, confusion: ConfusionMatrix
     plot_confusion_matrix(confusion.matrix, names, folder / "confusion_matrix.png")
 
 
-def save_text_labels(
-    folder: Path, batch: Batch, detections: list[Detections], with_score: bool
-) -> None:
-    """YOLO label files of the detections of a batch, in parts of the original images."""
-    for path, box, found in zip(batch.paths, batch.letterboxes, detections):
-        original = found._replace(boxes=box.restore(found.boxes))
-        write_yolo_labels(
-            folder / f"{Path(path).stem}.txt", original, (box.height, box.width), with_score
-        )
+class FreeNames:
+    """Gives names to files, so that two of one name do not overwrite each other."""
+
+    def __init__(self) -> None:
+        self._owners: dict[str, str] = {}
+
+    def take(self, name: str, owner: str, suffix: str = "") -> str:
+        """`name` with its suffix for what comes from `owner`; numbered if another one has it."""
+        key, number = name + suffix, 2
+        while self._owners.setdefault(key, owner) != owner:
+            key, number = f"{name}_{number}{suffix}", number + 1
+        return key
+
+
+class LabelWriter:
+    """Writes detections as YOLO label files, in folders as those of the images.
+
+    Args:
+        folder: where the files go.
+        images: all images of the split; what their paths have in common is left out of the names.
+        with_score: write the score behind each box.
+    """
+
+    def __init__(self, folder: Path, images: Iterable[str], with_score: bool) -> None:
+        self.folder, self.with_score = folder, with_score
+        self.root = os.path.commonpath({os.path.dirname(os.path.abspath(p)) for p in images})
+        self.free_names = FreeNames()
+
+    def write(self, batch: Batch, detections: list[Detections]) -> None:
+        """Detections of a batch, in parts of the original images."""
+        for path, box, found in zip(batch.paths, batch.letterboxes, detections):
+            original = found._replace(boxes=box.restore(found.boxes))
+            below = os.path.splitext(os.path.relpath(path, self.root))[0]
+            file = self.folder / self.free_names.take(below, path, ".txt")
+            write_yolo_labels(file, original, (box.height, box.width), self.with_score)
 
 
 def write_yolo_labels(

@@ -122,3 +122,10 @@ def as_float(
 ) -> Tensor:
     """Move uint8 images to `device` and scale them to [0, 1]: the pipeline's one conversion."""
     return images.to(device, non_blocking=True).to(dtype).div_(255)
+
+
+def as_one_class(output: Decoded | list[Detections]) -> Decoded | list[Detections]:
+    """The same predictions of one class: each box counts with the best of its scores."""
+    if isinstance(output, Decoded):
+        return output._replace(scores=output.scores.amax(-1, keepdim=True))
+    return [found._replace(labels=torch.zeros_like(found.labels)) for found in output]

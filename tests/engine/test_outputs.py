@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import xml.etree.ElementTree as ElementTree
 from argparse import Namespace
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 import detect
 from data.sources import Frame, VideoInfo
 from engine.detections import DetectionWriter
-from engine.outputs import save_text_labels, write_yolo_labels
+from engine.outputs import LabelWriter, write_yolo_labels
 from utils.structures import Batch, Detections, Letterbox, Targets
 
 FOUND = Detections(
@@ -71,8 +72,18 @@ def test_labels_of_a_batch_are_in_parts_of_the_original_images(tmp_path: Path):
     images = torch.zeros(1, 3, 100, 100, dtype=torch.uint8)
     batch = Batch(images, Targets.empty(), (0,), (box,), ("photos/a.png",))
     found = Detections(torch.tensor([[0.0, 10.0, 50.0, 50.0]]), torch.ones(1), torch.tensor([1]))
-    save_text_labels(tmp_path, batch, [found], with_score=False)
+    LabelWriter(tmp_path, batch.paths, with_score=False).write(batch, [found])
     assert (tmp_path / "a.txt").read_text() == "1 0.25 0.25 0.5 0.5\n"
+
+
+def test_labels_of_images_of_one_name_do_not_overwrite_each_other(tmp_path: Path):
+    paths = ("in/val/k.jpg", "in/val/a/k.jpg", "in/val/a/k.png")
+    box = Letterbox(height=80, width=100, scale_y=1, scale_x=1, top=0, left=0)
+    images = torch.zeros(3, 3, 80, 100, dtype=torch.uint8)
+    batch = Batch(images, Targets.empty(), (0, 1, 2), (box,) * 3, paths)
+    LabelWriter(tmp_path, paths, with_score=False).write(batch, [FOUND, NOTHING, NOTHING])
+    assert files(tmp_path) == ["a/k.txt", "a/k_2.txt", "k.txt"]
+    assert len((tmp_path / "k.txt").read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize(
@@ -127,6 +138,16 @@ def test_the_json_says_the_same(tmp_path: Path):
         "confidence": 0.25,
         "box": [0.0, 0.0, 100.0, 50.0],
     }
+
+
+def test_a_file_name_that_is_no_utf8_stands_in_every_table(tmp_path: Path):
+    path = os.fsdecode(b"photos/im\xff g.png")
+    write(tmp_path, "--nosave", "--save-csv", "--save-json", "--save-voc", frames=[frame(path)])
+    assert (tmp_path / "predictions.csv").read_bytes().count(b"photos/im\xff g.png,0,") == 2
+    rows = json.loads((tmp_path / "predictions.json").read_text())
+    assert [row["image"] for row in rows] == [path, path]
+    (file,) = (tmp_path / "voc").iterdir()
+    assert ElementTree.parse(file).getroot().findtext("filename") == "im\\xff g.png"
 
 
 def test_an_annotation_in_the_form_of_voc_has_size_names_and_corners(tmp_path: Path):
@@ -197,3 +218,4 @@ def test_videos_of_one_name_do_not_overwrite_each_other(tmp_path: Path):
 def test_the_summary_counts_by_class():
     assert detect.summary(FOUND, ("cat", "dog")) == "1 cat, 1 dog"
     assert detect.summary(NOTHING, ("cat", "dog")) == "nothing found"
+    assert detect.summary(FOUND, ("N/A", "dog/")) == "1 N/A, 1 dog/"

@@ -1,0 +1,110 @@
+"""What val.py and detect.py do with flags and classes, in this process, with an untrained model."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from shell import TINY_MODEL
+
+import detect
+import val
+from models.yolo import build_model
+from utils.checkpoint import save_checkpoint
+from utils.config import parse_yaml
+from utils.errors import ConfigError
+from utils.structures import Decoded, Detections, as_one_class
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """An untrained checkpoint of two classes."""
+    torch.manual_seed(0)
+    model = build_model(parse_yaml(TINY_MODEL, "tiny").data, imgsz=(64, 64))
+    content = {"model": model.state_dict(), "config": model.config, "names": ["square", "disc"]}
+    save_checkpoint(tmp_path / "two.pt", {**content, "imgsz": [64, 64]})
+    return tmp_path / "two.pt"
+
+
+@pytest.mark.parametrize(("script", "words"), [(val, []), (detect, ["--source", "."])])
+def test_files_that_a_model_imports_run_only_with_the_flag(
+    script: ModuleType, words: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    given: list[bool] = []
+
+    def load_backend(*_: Any, allow_code: bool, **__: Any) -> None:
+        given.append(allow_code)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(script, "load_backend", load_backend)
+    for flags in ([], ["--allow-code"]):
+        with pytest.raises(ConfigError, match="enough"):
+            script.main([*words, *flags, "--device", "cpu"])
+    assert given == [False, True]
+
+
+def test_a_window_without_a_display_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sys.platform", "linux")
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match="--view-img: got no display"):
+        detect.main(["--source", ".", "--view-img", "--device", "cpu"])
+
+
+# Names of the model, of the data, what is warned of; None where it is an error.
+NAMES_ROWS: list[tuple[tuple[str, ...], tuple[str, ...], str | None]] = [
+    (("a", "b"), ("a", "b"), ""),
+    (("class0", "class1"), ("a", "b"), ""),
+    (("a", "b"), ("class0", "class1"), ""),
+    (("a", "b", "c"), ("a", "x", "y"), "class 1 - got 'x', expected 'b' as in w.pt; 2 of 3"),
+    (("a", "b", "c"), ("b", "a", "c"), None),
+]
+
+
+@pytest.mark.parametrize(("ours", "theirs", "warning"), NAMES_ROWS)
+def test_names_in_another_order_are_refused_and_others_told(
+    ours: tuple[str, ...],
+    theirs: tuple[str, ...],
+    warning: str | None,
+    caplog: pytest.LogCaptureFixture,
+):
+    if warning is None:
+        with pytest.raises(ConfigError, match="class 0 - got 'b', expected 'a' .* another order"):
+            val.check_classes(ours, theirs, "w.pt", "d.yaml")
+        return
+    val.check_classes(ours, theirs, "w.pt", "d.yaml")
+    assert warning in caplog.text and bool(warning) == bool(caplog.records)
+
+
+def test_one_class_keeps_the_best_score_of_every_box():
+    scores = torch.tensor([[[0.1, 0.7], [0.4, 0.2]]])
+    decoded = as_one_class(Decoded(torch.zeros(1, 2, 4), scores))
+    assert isinstance(decoded, Decoded)
+    torch.testing.assert_close(decoded.scores, torch.tensor([[[0.7], [0.4]]]))
+    finished = Detections(torch.zeros(2, 4), torch.ones(2), torch.tensor([1, 0]))
+    assert as_one_class([finished])[0].labels.tolist() == [0, 0]
+
+
+def test_single_cls_measures_a_model_of_several_classes(
+    weights: Path, shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    words = ["--weights", weights, "--data", shared_data, "--project", tmp_path, "--single-cls"]
+    words += ["--device", "cpu", "--workers", 0, "--noplots", "--save-json", "--save-txt"]
+    val.main([str(word) for word in words])
+    assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["all", "4", "11"]
+    rows = json.loads((tmp_path / "exp" / "two_predictions.json").read_text())
+    assert rows and {row["category_id"] for row in rows} == {1}
+    assert len(list((tmp_path / "exp" / "labels").iterdir())) == 4
+
+
+def test_rect_with_a_fixed_size_is_refused(shared_data: Path):
+    options: Namespace = val.parse_options(["--rect", "--data", str(shared_data)])
+    options.weights = "fixed.onnx"
+    backend: Any = SimpleNamespace(dynamic=False, stride=32, names=("square", "disc"))
+    with pytest.raises(ConfigError, match="--rect: fixed.onnx has a fixed image size"):
+        val.Validation(options, backend, (64, 64))
