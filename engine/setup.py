@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -49,8 +50,16 @@ def recipe(family: str, hyp: str | None, overrides: Mapping[str, Any]) -> dict[s
         get_logger().info(
             f"recipe: data/hyps/{family}.yaml, the {family} family's own (--hyp to change it)"
         )
-    merged.update({key: value for key, value in overrides.items() if value is not None})
-    return merged
+    given = {key: value for key, value in overrides.items() if value is not None}
+    for key in given.keys() - merged.keys():
+        flag = "--" + key.replace("_", "-")
+        get_logger().info(f"{flag}: without effect for {family}, its recipe has no such number")
+    return {key: given.get(key, value) for key, value in merged.items()}
+
+
+def complete(hyp: Mapping[str, Any], family: str) -> dict[str, Any]:
+    """The recipe of an earlier run, with the family's numbers for keys that it did not know yet."""
+    return {**load_hyp(None, RECIPES / f"{family}.yaml"), **hyp}
 
 
 def freeze(model: DetectionModel, wanted: Sequence[str]) -> list[nn.Module]:
@@ -74,8 +83,11 @@ def freeze(model: DetectionModel, wanted: Sequence[str]) -> list[nn.Module]:
     ]
     highest = model.rows[-1].index
     if chosen and max(chosen) > highest:
+        expected = f"indices from 0 to {highest}"
+        if len(wanted) == 1:
+            expected = f"a number of rows from 1 to {highest + 1}"
         raise ConfigError(
-            f"--freeze: got {max(chosen)}, expected indices from 0 to {highest}, as the table prints."
+            f"--freeze: got {max(numbers)}, expected {expected}, as the table prints."
         )
     for word in wanted:
         if not word.isdigit():
@@ -164,15 +176,7 @@ def automatic_batch_size(
         log.info("--batch-size -1: no GPU to measure, 16 is used")
         return 16
     free, _ = torch.cuda.mem_get_info(device)
-    used: list[tuple[int, int]] = []
-    for batch in (1, 2, 4, 8):
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        raw = model(torch.zeros(batch, 3, *imgsz, device=device))
-        tensors = _tensors(raw)
-        sum(t.float().sum() for t in tensors).backward()
-        model.zero_grad(set_to_none=True)
-        used.append((batch, torch.cuda.max_memory_allocated(device) - before))
+    used = _memory_of_steps(copy.deepcopy(model), imgsz, device)
     slope, offset = np.polyfit([b for b, _ in used], [m for _, m in used], 1)
     fits = max(int((free * share - offset) / slope), 1)
     size = 2 ** int(np.log2(fits))
@@ -180,6 +184,21 @@ def automatic_batch_size(
         f"--batch-size -1: {size} ({slope / 2**20:.0f} MiB an image, {free / 2**30:.1f} GiB free)"
     )
     return size
+
+
+def _memory_of_steps(
+    model: nn.Module, imgsz: tuple[int, int], device: torch.device
+) -> list[tuple[int, int]]:
+    """Bytes that a step takes, for some batch sizes; moves the model's BatchNorm statistics."""
+    used = []
+    for batch in (1, 2, 4, 8):
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        raw = model(torch.zeros(batch, 3, *imgsz, device=device))
+        sum(t.float().sum() for t in _tensors(raw)).backward()
+        model.zero_grad(set_to_none=True)
+        used.append((batch, torch.cuda.max_memory_allocated(device) - before))
+    return used
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

@@ -26,6 +26,16 @@ KNOWN_HYP_KEYS = frozenset(
 )
 
 
+HYP_RANGES = {
+    **dict.fromkeys(("nbs", "anchor_t", "ema_tau", "tal_topk"), (1.0, math.inf)),
+    **dict.fromkeys(("momentum", "warmup_momentum", "auto_momentum"), (0.0, 0.9999)),
+    **dict.fromkeys(("hsv_h", "hsv_s", "hsv_v", "translate", "flipud", "fliplr"), (0.0, 1.0)),
+    **dict.fromkeys(("mosaic", "mosaic9", "mixup", "copy_paste"), (0.0, 1.0)),
+    **dict.fromkeys(("label_smoothing", "ema_decay"), (0.0, 1.0)),
+    "scale": (0.0, 0.99), "degrees": (0.0, 180.0), "shear": (0.0, 89.0), "perspective": (0.0, 0.01),
+}  # fmt: skip
+"""Smallest and largest value of a recipe's number; of those that are not here, 0 and no limit."""
+
 FAMILIES = ("yolov5", "yolov9", "yolo11", "rtdetr")
 """A recipe may have a section of each name, with what is meant for that family alone."""
 
@@ -131,7 +141,7 @@ def load_hyp(path: str | Path | None, family_default_path: str | Path) -> Mappin
         A read-only mapping; `dict(...)` copies it.
 
     Raises:
-        ConfigError: unknown keys and wrong types, all of them together, with their lines.
+        ConfigError: unknown keys, wrong types and numbers out of range, all of them together, with their lines.
     """
     base = load_yaml(family_default_path)
     if path is None:
@@ -141,7 +151,7 @@ def load_hyp(path: str | Path | None, family_default_path: str | Path) -> Mappin
     for key, value, line in _recipe_entries(read_yaml(path), family):
         where = f"{path}:{line}"
         if key in base:
-            problem = _type_problem(base[key], value)
+            problem = _type_problem(base[key], value) or _range_problem(key, value)
             if problem:
                 problems.append(f"{where}: {key} - {problem}.")
             merged[key] = float(value) if type(base[key]) is float and type(value) is int else value
@@ -309,6 +319,15 @@ def _type_problem(default: Any, value: Any) -> str:
     if default is None or (fits and (expected != "a number" or math.isfinite(value))):
         return ""
     return f"got {value!r}, expected {expected} such as {default!r}"
+
+
+def _range_problem(key: str, value: Any) -> str:
+    """What is wrong with a number of a recipe; empty if nothing, or if it is none."""
+    low, high = HYP_RANGES.get(key, (0.0, math.inf))
+    if type(value) not in (int, float) or low <= value <= high:
+        return ""
+    expected = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
+    return f"got {value:g}, expected {expected}"
 
 
 def _kind(value: Any) -> str:

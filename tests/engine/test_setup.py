@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from engine.setup import automatic_batch_size, check_anchors, freeze, recipe
+from engine.setup import RECIPES, automatic_batch_size, check_anchors, freeze, recipe
 from models.yolo import DetectionModel, build_model
 from utils.errors import ConfigError
 
@@ -74,6 +75,47 @@ def test_an_unknown_key_of_a_recipe_is_told_with_its_line(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    ("family", "row", "message"),
+    [
+        ("yolov5", "nbs: 0", "nbs - got 0, expected 1 or more"),
+        ("yolov5", "lr0: -1", "lr0 - got -1, expected 0 or more"),
+        ("yolov5", "anchor_t: 0", "anchor_t - got 0, expected 1 or more"),
+        ("yolov5", "momentum: 2.0", "momentum - got 2, expected 0 to 0.9999"),
+        ("yolov5", "weight_decay: -1", "weight_decay - got -1, expected 0 or more"),
+        ("yolov5", "scale: 1.0", "scale - got 1, expected 0 to 0.99"),
+        ("yolo11", "mosaic: 1.5", "mosaic - got 1.5, expected 0 to 1"),
+        ("yolo11", "tal_topk: 0", "tal_topk - got 0, expected 1 or more"),
+        ("rtdetr", "num_denoising: -1", "num_denoising - got -1, expected 0 or more"),
+        ("rtdetr", "ema_tau: 0", "ema_tau - got 0, expected 1 or more"),
+    ],
+)
+def test_a_number_out_of_range_is_told_with_its_line(
+    family: str, row: str, message: str, tmp_path: Path
+):
+    own = tmp_path / "mine.yaml"
+    own.write_text(f"fliplr: 1\n{row}\n")
+    with pytest.raises(ConfigError) as caught:
+        recipe(family, str(own), {})
+    assert str(caught.value) == f"{own}:2: {message}."
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_recipes_that_are_here_are_in_range(file: Path):
+    for family in ("yolov5", "yolov9", "yolo11", "rtdetr"):
+        if file.stem in (family, "quick"):
+            assert recipe(family, str(file), {})
+
+
+def test_a_flag_that_the_family_has_no_number_for_is_said_and_not_recorded(
+    capsys: pytest.CaptureFixture[str],
+):
+    assert "label_smoothing" not in recipe("yolo11", None, {"label_smoothing": 0.1})
+    assert "--label-smoothing: without effect for yolo11" in capsys.readouterr().err
+    assert recipe("yolov5", None, {"label_smoothing": 0.1})["label_smoothing"] == 0.1
+    assert "without effect" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("wanted", "rows", "parameters"),
     [
         (["2"], [0, 1], "model.0. model.1."),  # one number: every row below it
@@ -114,7 +156,7 @@ def test_indices_are_those_of_the_table_where_a_backbone_takes_five():
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        (["99"], "got 98, expected indices from 0 to 4"),
+        (["99"], "got 99, expected a number of rows from 1 to 5"),
         (["0", "7"], "got 7, expected indices from 0 to 4"),
         (["bakbone"], "Did you mean 'backbone'?"),
         (["model.9.*"], "got 'model.9.*', expected an index, backbone, head"),
@@ -169,3 +211,28 @@ def test_without_objects_or_with_too_few_the_anchors_stay(capsys: pytest.Capture
 def test_without_a_gpu_an_automatic_batch_is_16(capsys: pytest.CaptureFixture[str]):
     assert automatic_batch_size(small(), (64, 64), torch.device("cpu")) == 16
     assert "no GPU to measure" in capsys.readouterr().err
+
+
+def test_measuring_the_memory_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch):
+    """With a CPU that answers as a GPU does: 1 MiB an image, 64 MiB free."""
+    model, batches = small(), list[int]()
+    forward = DetectionModel.forward
+
+    def look(self: DetectionModel, images: torch.Tensor, *rest: Any) -> Any:
+        batches.append(len(images))
+        return forward(self, images, *rest)
+
+    monkeypatch.setattr(DetectionModel, "forward", look)
+    answers = {
+        "mem_get_info": lambda _: (64 * 2**20, 0), "reset_peak_memory_stats": lambda _: None,
+        "memory_allocated": lambda _: 0, "max_memory_allocated": lambda _: batches[-1] * 2**20,
+    }  # fmt: skip
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: torch.rand(size))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    device: Any = SimpleNamespace(type="cuda")
+    assert automatic_batch_size(model, (64, 64), device) == 32
+    assert batches == [1, 2, 4, 8]
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
