@@ -110,7 +110,7 @@ def _folder(options: Namespace) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     given = Path(options.resume_evolve)
-    folder = given if given.is_dir() else given.parent
+    folder = given.parent if given.name == "evolve.csv" else given
     if not (folder / "evolve.csv").is_file():
         raise ConfigError(
             f"--resume_evolve: got {given}, expected a folder with evolve.csv, or that file."

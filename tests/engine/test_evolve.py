@@ -90,5 +90,7 @@ def test_mistakes(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="expected a folder with evolve.csv"):
         evolve(flags(tmp_path, 3, str(tmp_path)), train_on(0.01))
     (tmp_path / "evolve.csv").write_text("trial,fitness\n0,much\n")
+    with pytest.raises(ConfigError, match="gone, expected a folder with evolve.csv"):
+        evolve(flags(tmp_path, 3, str(tmp_path / "gone")), train_on(0.01))
     with pytest.raises(ConfigError, match=r"evolve.csv:2: got no fitness"):
         evolve(flags(tmp_path, 3, str(tmp_path)), train_on(0.01))
