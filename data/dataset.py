@@ -24,7 +24,7 @@ from data.formats.description import DataConfig
 from data.formats.faults import Fault
 from data.formats.table import Table, offsets_of
 from data.image_cache import ImageCache, cache_in_memory, cache_on_disk
-from data.images import Image, read_image
+from data.images import Image, ImageError, read_image
 from data.label_cache import image_key, load_table
 from data.mosaic import mixup, mosaic4, mosaic9
 from data.storage import cache_file
@@ -117,6 +117,7 @@ class DetectionDataset(Dataset[Sample]):
         self.image_ids, self.paths, self.sizes = table.image_ids, table.paths, table.sizes
         self.labels, self.boxes, self.offsets = _trained(table, single_cls)
         self.cache: ImageCache | None = None
+        self._damaged: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.table)
@@ -156,13 +157,20 @@ class DetectionDataset(Dataset[Sample]):
         """
         fitted = [fitted_size(int(h), int(w), self.imgsz) for h, w in self.sizes]
         sizes = np.array(fitted, dtype=np.int32).reshape(-1, 2)
+
+        def read(index: int) -> Image:
+            try:
+                return self._read_resized(index)
+            except ImageError:
+                return np.zeros((*fitted[index], 3), dtype=np.uint8)
+
         if kind == "ram":
-            self.cache = cache_in_memory(sizes, self._read_resized)
+            self.cache = cache_in_memory(sizes, read)
         elif kind == "disk":
             beside = Path(self.paths[0]).parent
             suffix = f"-{self.split}.{self.imgsz[0]}x{self.imgsz[1]}"
             file = cache_file(beside, suffix)
-            self.cache = cache_on_disk(sizes, self._read_resized, file, image_key(self.table))
+            self.cache = cache_on_disk(sizes, read, file, image_key(self.table))
         else:
             raise DatasetError(f"--cache: got {kind!r}, expected ram or disk.")
 
@@ -176,7 +184,7 @@ class DetectionDataset(Dataset[Sample]):
             height, width = picture.image.shape[:2]
             box = Letterbox(height, width, 1.0, 1.0, 0, 0)
         else:
-            picture, box = self._letterboxed(index)
+            picture, box, index = self._letterboxed(index)
         image = np.ascontiguousarray(picture.image.transpose(2, 0, 1))
         if not image.flags.writeable:
             image = image.copy()
@@ -198,25 +206,57 @@ class DetectionDataset(Dataset[Sample]):
             )
         return resize_to_fit(image, self.imgsz)
 
-    def _resized(self, index: int) -> Picture:
-        """An image that just fits into `imgsz`, with its objects in its own pixels."""
-        image = self.cache[index] if self.cache is not None else self._read_resized(index)
+    def _image(self, index: int) -> Image:
+        image = self.cache[index] if self.cache is not None else None
+        # What could not be decoded lies in a cache as black: the file tells it from a dark photo.
+        return image if image is not None and image.max() else self._read_resized(index)
+
+    def _decodable(self, index: int) -> tuple[Image, int]:
+        """The resized image at a place, or the next one that decodes, and its place.
+
+        The scan reads no more of a JPEG than its head and end mark, so that damage in between
+        shows only here. A `rect` batch takes the stand-in from its own images, for their shape.
+
+        Raises:
+            DatasetError: none of the images decodes.
+        """
+        span = self.batch_size if self.rect else len(self)
+        first = index - index % span
+        places = range(first, min(first + span, len(self)))
+        for step in range(len(places)):
+            place = places[(index - first + step) % len(places)]
+            if place in self._damaged:
+                continue
+            try:
+                return self._image(place), place
+            except ImageError as error:
+                self._damaged.add(place)
+                missed = "" if self.augment else ", its objects count as missed"
+                LOGGER.warning("skipped %s Another image stands in for it%s.", error, missed)
+        raise DatasetError(
+            f"{self.config.file}: {self.split} - got no image that decodes among {len(places)}, "
+            f"expected one. Replace or remove {self.paths[first]}."
+        )
+
+    def _resized(self, index: int) -> tuple[Picture, int]:
+        """An image that just fits into `imgsz`, with its objects in its own pixels, and its place."""
+        image, index = self._decodable(index)
         height, width = (int(side) for side in self.sizes[index])
         scale = np.array([image.shape[1] / width, image.shape[0] / height] * 2)
         rows = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
         boxes = (self.boxes[rows] * scale).astype(np.float32)
-        return Picture(image, self.labels[rows].copy(), boxes)
+        return Picture(image, self.labels[rows].copy(), boxes), index
 
-    def _letterboxed(self, index: int) -> tuple[Picture, Letterbox]:
+    def _letterboxed(self, index: int) -> tuple[Picture, Letterbox, int]:
         shape = self.imgsz
         if self.batch_shapes is not None:
             rows, columns = self.batch_shapes[index // self.batch_size]
             shape = (int(rows), int(columns))
-        resized = self._resized(index)
+        resized, index = self._resized(index)
         original = (int(self.sizes[index, 0]), int(self.sizes[index, 1]))
         image, box = pad_to(resized.image, shape, original)
         own = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
-        return Picture(image, resized.labels, letterbox_boxes(self.boxes[own], box)), box
+        return Picture(image, resized.labels, letterbox_boxes(self.boxes[own], box)), box, index
 
     def _augmented(self, index: int, epoch: int, rng: np.random.Generator) -> Picture:
         closed = self.close_mosaic_epoch is not None and epoch >= self.close_mosaic_epoch
@@ -226,7 +266,7 @@ class DetectionDataset(Dataset[Sample]):
                 other = self._mosaic(int(rng.integers(len(self))), rng)
                 picture = mixup(picture, other, rng)
         else:
-            padded, _ = self._letterboxed(index)
+            padded = self._letterboxed(index)[0]
             size = (padded.image.shape[0], padded.image.shape[1])
             picture = random_affine(padded, size, self.hyp, rng)
         image = random_colours(picture.image, self.hyp, rng)
@@ -237,7 +277,7 @@ class DetectionDataset(Dataset[Sample]):
         others = rng.integers(len(self), size=8 if of_nine else 3)
         chosen = [index, *(int(other) for other in others)]
         rng.shuffle(chosen)
-        pictures = [self._resized(place) for place in chosen]
+        pictures = [self._resized(place)[0] for place in chosen]
         canvas = (mosaic9 if of_nine else mosaic4)(pictures, self.imgsz, rng)
         return random_affine(canvas, self.imgsz, self.hyp, rng)
 

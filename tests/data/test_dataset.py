@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -242,6 +243,60 @@ def test_a_disk_cache_that_cannot_be_written_is_done_without(config_of, monkeypa
     monkeypatch.setattr(storage, "FALLBACK", tiny / "file" / "x")
     dataset = build_dataset(config_of("yolo"), "train", imgsz=(64, 64), cache="disk")
     assert dataset.cache is None and "--cache disk: not done" in caplog.text
+
+
+@pytest.fixture
+def damaged(tiny):
+    """The image `b` of the training split as a JPEG whole at both ends, with damage between."""
+    path = tiny / "images" / "train" / "b.png"
+    ok, encoded = cv2.imencode(".jpg", cv2.imread(str(path)))
+    data, place = bytearray(encoded.tobytes()), 0
+    while (place := data.find(b"\xff\xc4", place)) >= 0:
+        length = int.from_bytes(data[place + 2 : place + 4], "big")
+        data[place + 4 : place + 2 + length] = b"\xff" * (length - 2)
+        place += length
+    path.unlink()
+    path.with_suffix(".jpg").write_bytes(data)
+    return path.with_suffix(".jpg")
+
+
+@pytest.mark.parametrize("options", [{}, {"rect": True, "batch_size": 2}, {"cache": "ram"}])
+def test_an_image_that_turns_out_damaged_is_told_once_and_replaced(
+    config_of, caplog, damaged, options
+):
+    dataset = build_dataset(config_of("yolo"), "train", imgsz=(64, 96), **options)
+    assert len(dataset) == 4, "the scan does not see the damage"
+    place = list(dataset.paths).index(str(damaged))
+    first, again = dataset[place], dataset[place]
+    assert equal(first, again) and first.path != str(damaged)
+    stand_in = list(dataset.paths).index(first.path)
+    assert first.image_id == dataset.image_ids[stand_in]
+    assert first.letterbox[:2] == tuple(dataset.sizes[stand_in])
+    if "rect" in options:
+        assert (
+            stand_in // 2 == place // 2
+            and first.image.shape[1:] == dataset[stand_in].image.shape[1:]
+        )
+    else:
+        assert equal(first, dataset[stand_in])
+    assert caplog.text.count("skipped") == 1 and "b.jpg: not a whole image" in caplog.text
+
+
+def test_a_mosaic_and_the_disk_cache_do_without_a_damaged_image(config_of, caplog, damaged):
+    config, options = config_of("yolo"), {"imgsz": (64, 64), "augment": True, "hyp": HYP}
+    plain = build_dataset(config, "train", **options)
+    for _ in range(2):
+        cached = build_dataset(config, "train", cache="disk", **options)
+        assert all(equal(plain[1, k], cached[1, k]) for k in range(4))
+    assert "another image stands in" in caplog.text.lower()
+
+
+def test_images_none_of_which_decodes_are_an_error(tiny, config_of, damaged):
+    for name in "acd":
+        (tiny / "images/train" / f"{name}.png").unlink()
+    dataset = build_dataset(config_of("yolo"), "train", imgsz=(64, 64))
+    with pytest.raises(DatasetError, match="got no image that decodes among 1"):
+        dataset[0]
 
 
 def test_an_image_that_changed_under_a_run_is_named(tiny, config_of):
