@@ -113,7 +113,8 @@ class CocoEvaluator:
     The numbers are pycocotools' on the same predictions: per image and class only the best
     `max_detections` count, `iscrowd` objects are neither found nor missed, the `area` of the file
     decides small, medium and large. Annotations are numbered anew from 1, since an id of 0, which
-    some exporters write, reads as "unmatched" in COCO's code.
+    some exporters write, reads as "unmatched" in COCO's code; images too, in the order of their
+    ids, since it passes ids through floating point, which tells large ones no more apart.
     """
 
     def __init__(
@@ -128,7 +129,7 @@ class CocoEvaluator:
 
         Args:
             ground_truth: COCO JSON content: `images`, `annotations`, `categories`. `area` defaults
-                to width x height, `iscrowd` to 0.
+                to width x height, `iscrowd` to 0, also where they are null.
             category_ids: COCO category id of each class index.
             names: name of each class index.
             max_detections: COCO's limit per image and class.
@@ -141,8 +142,9 @@ class CocoEvaluator:
         self.category_ids = tuple(int(i) for i in category_ids)
         self.names = tuple(names)
         self.max_detections = max_detections
-        self._ground_truth = _normalised(ground_truth, self.category_ids, self.names)
-        self._image_ids = {image["id"] for image in self._ground_truth["images"]}
+        self._image_ids = sorted({int(image["id"]) for image in ground_truth["images"]})
+        self._numbers = {image_id: n for n, image_id in enumerate(self._image_ids, start=1)}
+        self._ground_truth = _normalised(ground_truth, self.category_ids, self.names, self._numbers)
         self._detections: dict[int, ImageDetections] = {}
 
     def reset(self) -> None:
@@ -160,11 +162,12 @@ class CocoEvaluator:
             ValueError: an id that the ground truth lacks, or lists of unequal length.
         """
         for image_id, found in zip(image_ids, detections, strict=True):
-            if image_id not in self._image_ids:
+            number = self._numbers.get(int(image_id))
+            if number is None:
                 raise ValueError(f"image id {image_id} is not in the ground truth")
             scores = found.scores.detach().double().cpu().numpy()
             order = np.argsort(-scores, kind="stable")
-            self._detections[int(image_id)] = ImageDetections(
+            self._detections[number] = ImageDetections(
                 found.boxes.detach().double().cpu().numpy()[order],
                 scores[order],
                 found.labels.detach().long().cpu().numpy()[order],
@@ -172,24 +175,30 @@ class CocoEvaluator:
 
     def state(self) -> dict[int, tuple[Any, ...]]:
         """What this process has collected, to be sent to another one and given to its `merge`."""
-        return {image_id: tuple(found) for image_id, found in self._detections.items()}
+        return {number: tuple(found) for number, found in self._detections.items()}
 
     def merge(self, states: Iterable[Mapping[int, tuple[Any, ...]]]) -> None:
         """Add what other processes collected; an image that two of them had counts once."""
         for state in states:
-            for image_id, found in state.items():
-                self._detections[image_id] = ImageDetections(*found)
+            for number, found in state.items():
+                self._detections[number] = ImageDetections(*found)
 
     def predictions(self) -> list[dict[str, Any]]:
         """All detections in COCO's results format (xywh), by image id, unrounded."""
+        return [
+            {**row, "image_id": self._image_ids[row["image_id"] - 1]} for row in self._results()
+        ]
+
+    def _results(self) -> list[dict[str, Any]]:
+        """The same under the numbers of the images."""
         results = []
-        for image_id in sorted(self._detections):
-            boxes, scores, labels = self._detections[image_id]
+        for number in sorted(self._detections):
+            boxes, scores, labels = self._detections[number]
             xywh = np.concatenate((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]), axis=1).tolist()
             for box, score, label in zip(xywh, scores.tolist(), labels.tolist(), strict=True):
                 category = self.category_ids[label]
                 results.append(
-                    {"image_id": image_id, "category_id": category, "bbox": box, "score": score}
+                    {"image_id": number, "category_id": category, "bbox": box, "score": score}
                 )
         return results
 
@@ -243,9 +252,7 @@ class CocoEvaluator:
             pass
 
         truth = COCO(copy.deepcopy(self._ground_truth), print_function=silent)
-        coco = COCOeval_faster(
-            truth, truth.loadRes(self.predictions()), "bbox", print_function=silent
-        )
+        coco = COCOeval_faster(truth, truth.loadRes(self._results()), "bbox", print_function=silent)
         coco.params.maxDets = sorted({1, 10, self.max_detections})
         coco.evaluate()
         coco.accumulate()
@@ -258,7 +265,7 @@ class CocoEvaluator:
         pairs = [
             (index[a["category_id"]], a["image_id"])
             for a in self._ground_truth["annotations"]
-            if not a["iscrowd"] and a["category_id"] in index and a["image_id"] in self._image_ids
+            if not a["iscrowd"] and a["category_id"] in index
         ]
         count = len(self.names)
         instances = np.bincount([c for c, _ in pairs], minlength=count).astype(np.int64)
@@ -322,31 +329,33 @@ class ConfusionMatrix:
 
 
 def _normalised(
-    ground_truth: Mapping[str, Any], category_ids: Sequence[int], names: Sequence[str]
+    ground_truth: Mapping[str, Any],
+    category_ids: Sequence[int],
+    names: Sequence[str],
+    numbers: Mapping[int, int],
 ) -> dict[str, Any]:
-    """A copy that holds what the evaluation reads and nothing else."""
+    """A copy that holds what the evaluation reads and nothing else, `numbers` in place of ids."""
     categories = {
         int(c["id"]): str(c.get("name", c["id"])) for c in ground_truth.get("categories", [])
     }
     for category, name in zip(category_ids, names, strict=True):
         categories.setdefault(category, name)
-    annotations = []
-    for number, annotation in enumerate(ground_truth.get("annotations", []), start=1):
-        box = [float(value) for value in annotation["bbox"]]
+    annotations: list[dict[str, Any]] = []
+    for annotation in ground_truth.get("annotations", []):
+        if int(annotation["image_id"]) not in numbers:
+            continue
+        box, area = [float(value) for value in annotation["bbox"]], annotation.get("area")
         annotations.append(
             {
-                "id": number,
-                "image_id": int(annotation["image_id"]),
+                "id": len(annotations) + 1,
+                "image_id": numbers[int(annotation["image_id"])],
                 "category_id": int(annotation["category_id"]),
                 "bbox": box,
-                "area": float(annotation.get("area", box[2] * box[3])),
-                "iscrowd": int(annotation.get("iscrowd", 0)),
+                "area": box[2] * box[3] if area is None else float(area),
+                "iscrowd": int(annotation.get("iscrowd") or 0),
             }
         )
-    images = [
-        {"id": int(image["id"]), "height": image.get("height", 0), "width": image.get("width", 0)}
-        for image in ground_truth["images"]
-    ]
+    images = [{"id": number} for number in numbers.values()]
     return {
         "info": {},
         "images": images,

@@ -219,6 +219,28 @@ def test_area_and_iscrowd_may_be_missing() -> None:
     assert evaluator.evaluate().medium == pytest.approx(1)
 
 
+def test_area_and_iscrowd_may_be_null() -> None:
+    item = annotation(1, 1, [0, 0, 50, 50], area=None, iscrowd=None)
+    evaluator = CocoEvaluator(dataset(1, [1], [item]), [1], ["a"])
+    evaluator.process([1], [found(([0, 0, 50, 50], 0.9, 0))])
+    assert evaluator.evaluate().medium == pytest.approx(1)
+
+
+@pytest.mark.parametrize("first", [-5, 2**60, 2**63 - 2])
+def test_image_ids_of_any_size_are_told_apart(first: int) -> None:
+    """Neighbours of this size are one number in floating point."""
+    truth = dataset(2, [1], [annotation(first + k, 1, [0, 50 * k, 50, 50]) for k in (0, 1)])
+    truth["images"] = [{"id": first + k} for k in (1, 0)]
+    evaluator = CocoEvaluator(truth, [1], ["a"])
+    boxes = [found(([0, 50 * k, 50, 50 * k + 50], 0.9, 0)) for k in (0, 1)]
+    evaluator.process([first, first + 1], boxes)
+    assert evaluator.evaluate().map50_95 == pytest.approx(1)
+    rows = evaluator.predictions()
+    assert [(row["image_id"], row["bbox"][1]) for row in rows] == [(first, 0), (first + 1, 50)]
+    with pytest.raises(ValueError, match=f"image id {first + 2}"):
+        evaluator.process([first + 2], [found()])
+
+
 def test_merged_processes_give_what_one_process_gives() -> None:
     truth, categories, outputs = random_case(5)
     whole, first, second = (CocoEvaluator(truth, categories, ["a", "b", "c"]) for _ in range(3))
