@@ -30,7 +30,7 @@ def is_writable(folder: Path) -> bool:
 
 def cache_file(beside: Path, suffix: str) -> Path:
     """Path of a derived file: next to `beside`, or in the project if that folder is read-only."""
-    name = f"{beside.stem or 'data'}{suffix}"
+    name = f"{beside.name or 'data'}{suffix}"
     if is_writable(beside.parent):
         return beside.parent / name
     digest = hashlib.sha256(os.fsencode(beside.resolve())).hexdigest()[:12]

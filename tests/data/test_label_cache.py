@@ -150,6 +150,18 @@ def test_files_of_one_name_in_two_read_only_folders_do_not_collide(tmp_path, mon
     assert first != second
 
 
+def test_splits_in_folders_with_dots_have_caches_of_their_own(tiny):
+    for form in ("images", "labels"):
+        for split, name in (("train", "2024.01"), ("val", "2024.02")):
+            (tiny / form / split).rename(tiny / form / name)
+    (tiny / "yolo.yaml").write_text(
+        "train: images/2024.01\nval: images/2024.02\nnames: [cat, dog]\n"
+    )
+    config = load_data_config(tiny / "yolo.yaml")
+    assert [len(load_table(config, split)) for split in ("train", "val")] == [4, 2]
+    assert len(caches(tiny)) == 2
+
+
 def test_a_split_with_faults_leaves_no_cache(tiny):
     (tiny / "labels/train/a.txt").write_text("9 .5 .5 .1 .1\n")
     with pytest.raises(Exception, match="class id"):
