@@ -51,8 +51,10 @@ def load_data_config(source: str | Path) -> DataConfig:
             `data` folder.
 
     Raises:
-        DatasetError: no such file, or problems in it, all of them in one message.
+        DatasetError: none is given, no such file, or problems in it, all of them in one message.
     """
+    if not str(source).strip():
+        raise DatasetError("--data: got nothing, expected a data YAML or folder.")
     file = _find_source(Path(source))
     if file.is_dir():
         file = yaml_in(file) or file

@@ -74,8 +74,9 @@ def _stored_annotations(document: Json, images: set[int]) -> list[Json]:
             continue
         kept = {key: value for key, value in row.items() if key != "segmentation"}
         kept["bbox"] = list(box)
-        kept.setdefault("area", box[2] * box[3])
-        kept.setdefault("iscrowd", 0)
+        if kept.get("area") is None:
+            kept["area"] = box[2] * box[3]
+        kept["iscrowd"] = kept.get("iscrowd") or 0
         rows.append(kept)
     return rows
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from data.formats import coco, voc, yolo
 from data.formats.description import DataConfig, Listing
-from data.formats.faults import Fault, raise_if_fatal, summarise
+from data.formats.faults import Fault, count_backgrounds, raise_if_fatal, summarise
 from data.formats.table import Table, Texts
 from data.storage import cache_file, digest_of_files, write_atomically
 
@@ -30,7 +30,8 @@ READERS = {"yolo": yolo, "coco": coco, "voc": voc}
 def load_table(config: DataConfig, split: str) -> Table:
     """The annotations of a split, from the cache if it holds, else from the files.
 
-    Mended faults are summarised as warnings, one line per kind, each time.
+    Mended faults are summarised as warnings, one line per kind, each time, and images without a
+    label file are counted: a warning where they are more than half.
 
     Raises:
         DatasetError: files are missing, or hold faults that cannot be mended; all in one line.
@@ -47,6 +48,11 @@ def load_table(config: DataConfig, split: str) -> Table:
         write_atomically(file, lambda stream: _save(stream, table, annotation_key))
     for line in summarise(table.faults, split):
         LOGGER.warning(line)
+    missing = count_backgrounds(table.faults)
+    if missing:
+        level = logging.WARNING if missing > len(table) / 2 else logging.INFO
+        told = "%s: %d of %d images have no label file (background)"
+        LOGGER.log(level, told, split, missing, len(table))
     return table
 
 

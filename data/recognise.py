@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data.formats.description import image_files
+from data.formats.text import read_text
 from data.images import is_image_path
 
 ROBOFLOW_COCO = "_annotations.coco.json"
@@ -39,8 +40,8 @@ def _is_image_set(entry: Path) -> bool:
     has_annotations = any((parent / "Annotations").is_dir() for parent in list(entry.parents)[:3])
     if not has_annotations or not entry.is_file():
         return False
-    words = entry.read_text(encoding="utf-8", errors="replace").split()
-    return bool(words) and not is_image_path(words[0])
+    lines = entry.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return bool(lines) and not is_image_path(lines[0].strip())
 
 
 def yaml_in(folder: Path) -> Path | None:
@@ -98,6 +99,6 @@ def _class_list(folder: Path) -> list[str]:
     for name in CLASS_LISTS:
         file = folder / name
         if file.is_file():
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = read_text(file).splitlines()
             return [line.strip() for line in lines if line.strip()]
     return []

@@ -18,9 +18,12 @@ import numpy as np
 from data.formats.description import DataConfig, Listing
 from data.formats.faults import Fault, raise_if_fatal
 from data.formats.table import Headers, Rows, Table, read_headers
+from data.formats.text import read_text
 from utils.errors import DatasetError
 
 Json = dict[str, Any]
+ID_BITS = {"images": 63, "categories": 53}
+"""How long ids may be: images keep theirs in arrays, those of categories also pass as floats."""
 
 
 def load(path: Path) -> Json:
@@ -30,12 +33,9 @@ def load(path: Path) -> Json:
         DatasetError: no JSON, or not the lists of objects that COCO has.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            document = json.load(file)
+        document = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise DatasetError(f"{path}: got no JSON ({error}), expected COCO annotations.") from error
-    except OSError as error:
-        raise DatasetError(f"{path}: cannot be read - got {error.strerror}.") from error
     wanted = {
         "images": ("id", "file_name"),
         "categories": ("id", "name"),
@@ -51,6 +51,11 @@ def load(path: Path) -> Json:
             absent = [f for f in fields if not isinstance(row, dict) or f not in row]
             if absent:
                 raise DatasetError(f"{path} {key}[{number}]: no {absent[0]!r}, expected it.")
+            wrong = [f for f in fields if isinstance(row[f], (list, dict))]
+            if wrong:
+                raise DatasetError(
+                    f"{path} {key}[{number}]: {wrong[0]} - got {row[wrong[0]]!r}, expected one value."
+                )
     return document
 
 
@@ -151,6 +156,9 @@ def _check_ids(path: str, key: str, rows: Sequence[Json], faults: list[Fault]) -
         identity, place = row["id"], f"{key}[{number}]"
         if not isinstance(identity, int) or isinstance(identity, bool):
             faults.append(Fault(path, place, f"id - got {identity!r}, expected a whole number"))
+        elif identity.bit_length() > ID_BITS[key]:
+            problem = f"id - got {identity}, expected at most {ID_BITS[key]} bits"
+            faults.append(Fault(path, place, problem))
         elif identity in seen:
             faults.append(Fault(path, place, f"id - got {identity} again, expected each id once"))
         else:
@@ -175,7 +183,8 @@ def _place(row: Json, number: int | None = None) -> str:
 
 def _compare_size(file: str, image: Json, headers: Headers, k: int, faults: list[Fault]) -> None:
     height, width = (int(value) for value in headers.sizes[k])
-    stated = (image.get("height", height), image.get("width", width))
+    # Nothing, or zero, is what some exporters write for "not known".
+    stated = (image.get("height") or height, image.get("width") or width)
     if stated != (height, width):
         problem = f"got {width} x {height}, expected {stated[1]} x {stated[0]} as annotated"
         faults.append(Fault(file, "", problem, "size"))

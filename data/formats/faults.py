@@ -68,6 +68,11 @@ def raise_if_fatal(faults: Iterable[Fault], advice: str) -> None:
     raise LabelError(f"{shown}. {advice}", fatal)
 
 
+def count_backgrounds(faults: Iterable[Fault]) -> int:
+    """Images without a label file."""
+    return sum(fault.kind == "background" for fault in faults)
+
+
 def summarise(faults: Sequence[Fault], split: str) -> list[str]:
     """One line per kind of mended fault: how many, what was done, the first one."""
     counts = Counter(fault.kind for fault in faults if fault.kind and fault.kind not in ORDINARY)

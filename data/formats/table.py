@@ -245,9 +245,12 @@ def read_headers(paths: Sequence[str], faults: list[Fault]) -> Headers:
 
 
 def image_ids_from_names(paths: Sequence[str]) -> list[int]:
-    """Ids for images that have none: the number that every name is (COCO), else 1, 2, 3."""
+    """Ids for images that have none: the number that every name is (COCO), else 1, 2, 3.
+
+    Numbers beyond 15 digits are no ids: not every reader of the JSON files would keep them exact.
+    """
     stems = [os.path.splitext(os.path.basename(path))[0] for path in paths]
-    if all(stem.isascii() and stem.isdigit() and len(stem) < 18 for stem in stems):
+    if all(stem.isascii() and stem.isdigit() and len(stem) <= 15 for stem in stems):
         numbers = [int(stem) for stem in stems]
         if len(set(numbers)) == len(numbers):
             return numbers

@@ -20,6 +20,7 @@ import numpy as np
 from data.formats.description import DataConfig, Listing
 from data.formats.faults import Fault
 from data.formats.table import Headers, Rows, Table, image_ids_from_names, read_headers
+from data.formats.text import read_text
 from data.images import is_image_path
 from utils.errors import DatasetError
 
@@ -49,10 +50,19 @@ def xml_files(entry: Path) -> list[str]:
         if (parent / "Annotations").is_dir():
             annotations = parent / "Annotations"
             break
-    lines = [line.split() for line in entry.read_text(encoding="utf-8").splitlines()]
-    # Per-class lists have a second column: -1 means that the class is not in the image.
-    chosen = [line[0] for line in lines if line and line[1:2] != ["-1"]]
-    return [str(annotations / f"{name.removesuffix('.xml')}.xml") for name in chosen]
+    names = [_chosen_name(line.strip()) for line in read_text(entry).splitlines()]
+    return [str(annotations / f"{name.removesuffix('.xml')}.xml") for name in names if name]
+
+
+def _chosen_name(line: str) -> str:
+    """The image id of a line, which may hold spaces; empty if the line leaves the image out.
+
+    Per-class lists have a last column: -1 means that the class is not in the image.
+    """
+    fields = line.rsplit(None, 1)
+    if len(fields) < 2 or fields[1] not in ("-1", "0", "1"):
+        return line
+    return "" if fields[1] == "-1" else fields[0]
 
 
 def names_of(entries: Iterable[Path]) -> tuple[str, ...]:
@@ -177,7 +187,7 @@ def _read_object(node: ET.Element, config: DataConfig) -> tuple[int, tuple[float
 
 def _compare_size(image: str, root: ET.Element, size: tuple[int, int], faults: list[Fault]) -> None:
     stated = (root.findtext("size/height"), root.findtext("size/width"))
-    numbers = tuple(int(text) if text and text.strip().isdigit() else 0 for text in stated)
+    numbers = tuple(int(text) if text and text.strip().isdecimal() else 0 for text in stated)
     # Zero is what some labelling tools write for "not known".
     if all(numbers) and numbers != size:
         problem = f"got {size[1]} x {size[0]}, expected {numbers[1]} x {numbers[0]} as annotated"

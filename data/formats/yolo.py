@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from data.formats.description import DataConfig, Listing, image_files
 from data.formats.faults import Fault
 from data.formats.table import Rows, Table, image_ids_from_names, read_headers
+from data.formats.text import read_text
 from data.images import is_image_path
 from utils.errors import DatasetError
 
@@ -65,7 +66,7 @@ def read_list(path: Path, root: Path) -> list[str]:
     A relative name is looked for beside the list, then in the data set's folder, then in the
     current one.
     """
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = read_text(path).splitlines()
     names = [line.strip() for line in lines if line.strip()]
     return [_place(name, (path.parent, root, Path.cwd())) for name in names]
 

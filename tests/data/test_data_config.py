@@ -29,6 +29,14 @@ def test_names_may_be_a_list_a_mapping_or_a_number(tmp_path):
         assert load_data_config(write(tmp_path / "d.yaml", head + text)).names == names
 
 
+@pytest.mark.parametrize("name", ["", " "])
+def test_no_name_is_not_the_current_folder(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "data.yaml", "train: t\nval: v\nnc: 1\n")
+    with pytest.raises(DatasetError, match="--data: got nothing"):
+        load_data_config(name)
+
+
 def test_path_is_relative_to_the_yaml_and_defaults_to_its_folder(tmp_path):
     (tmp_path / "there").mkdir()
     for text, expected in {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import cv2
@@ -12,8 +13,9 @@ from PIL import Image as PillowImage
 
 from data.config import load_data_config
 from data.formats.faults import Fault, LabelError, raise_if_fatal, summarise
-from data.formats.table import Texts
+from data.formats.table import Texts, image_ids_from_names
 from data.formats.yolo import label_path
+from data.ground_truth import coco_ground_truth
 from data.label_cache import load_table
 from utils.errors import DatasetError
 
@@ -156,6 +158,18 @@ def test_a_missing_label_file_means_background(tiny, config_of, caplog):
     assert [fault.kind for fault in table.faults] == ["background"]
 
 
+@pytest.mark.parametrize(("missing", "level"), [("ab", logging.INFO), ("abc", logging.WARNING)])
+def test_missing_label_files_are_counted(tiny, config_of, caplog, missing, level):
+    for name in missing:
+        (tiny / f"labels/train/{name}.txt").unlink()
+    for _ in range(2):  # the second time from the cache
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="yoke.data"):
+            load_table(config_of("yolo"), "train")
+        told = f"train: {len(missing)} of 4 images have no label file (background)"
+        assert [(r.levelno, r.getMessage()) for r in caplog.records] == [(level, told)]
+
+
 def test_no_label_file_at_all_is_an_error(tiny, config_of):
     (tiny / "labels" / "train").rename(tiny / "labels" / "other")
     with pytest.raises(DatasetError, match="none of 4 images has a label file"):
@@ -226,6 +240,18 @@ COCO_ROWS = [
     (lambda d: d["annotations"][2].update(bbox=[1, 2, None, 3]), "annotation 3: bbox - got"),
     (lambda d: d["images"][1].update(id=10), "images[1]: id - got 10 again"),
     (lambda d: d["images"][1].update(id="b"), "images[1]: id - got 'b', expected a whole number"),
+    (
+        lambda d: d["images"][1].update(id=2**64),
+        "images[1]: id - got 18446744073709551616, expected",
+    ),
+    (lambda d: d["categories"][1].update(id=2**60), "categories[1]: id - got 11529215046"),
+    (
+        lambda d: d["categories"][1].update(id=[3]),
+        "categories[1]: id - got [3], expected one value",
+    ),
+    (lambda d: d["annotations"][0].update(image_id=[1]), "image_id - got [1], expected one value"),
+    (lambda d: d["annotations"][0].update(category_id={}), "category_id - got {}, expected one"),
+    (lambda d: d["annotations"][0].update(image_id=None), "image_id - got None, expected the id"),
     (lambda d: d.pop("categories"), "no list 'categories'"),
     (lambda d: d["annotations"][0].pop("image_id"), "annotations[0]: no 'image_id'"),
     (lambda d: d["images"][0].update(file_name="z.png"), "image 'z.png' not found in"),
@@ -239,6 +265,19 @@ def test_faults_of_a_coco_file_are_named(tiny, config_of, change, message):
     with pytest.raises(DatasetError) as caught:
         load_table(config_of("coco"), "train")
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_size_of_null_is_not_known(tiny, config_of, caplog):
+    edit_json(tiny / "annotations/train.json", lambda d: d["images"][0].update(height=None))
+    assert not load_table(config_of("coco"), "train").faults and not caplog.records
+
+
+@pytest.mark.parametrize(("key", "expected"), [("area", 24 * 16), ("iscrowd", 0)])
+def test_null_in_a_coco_file_is_the_default(tiny, config_of, key, expected):
+    edit_json(tiny / "annotations/train.json", lambda d: d["annotations"][0].update({key: None}))
+    config = config_of("coco")
+    truth = coco_ground_truth(config, "train", load_table(config, "train"))
+    assert truth["annotations"][0][key] == expected
 
 
 def test_a_coco_file_that_is_no_json_is_named(tiny, config_of):
@@ -321,6 +360,14 @@ def test_ids_are_the_numbers_that_files_are_named_by(tiny, config_of):
             )
     assert load_table(config_of("yolo"), "val").image_ids.tolist() == [139, 285]
     assert load_table(config_of("coco"), "train").image_ids.tolist() == [10, 11, 12, 13]
+
+
+@pytest.mark.parametrize(
+    ("stem", "ids"), [("202401150930123{}", [1, 2]), ("20240115093012{}", None)]
+)
+def test_names_of_too_many_digits_are_no_ids(stem, ids):
+    paths = [stem.format(k) + ".jpg" for k in (4, 5)]
+    assert image_ids_from_names(paths) == (ids or [int(path[:-4]) for path in paths])
 
 
 def test_texts_keep_every_string():
