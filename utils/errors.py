@@ -6,6 +6,7 @@ The form is *where: what - got, expected. what to do.*
 from __future__ import annotations
 
 import difflib
+import io
 import sys
 from collections.abc import Callable, Iterable
 
@@ -39,11 +40,25 @@ def nearest(word: str, candidates: Iterable[str]) -> str:
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run a script's `main`; a `UserError` becomes one line on stderr and exit code 2."""
+    """Run a script's `main`; what a user can mend becomes one line on stderr and exit code 2.
+
+    That is a `UserError`, or what the system refuses: a file for a folder, a full disk. Characters
+    that the terminal's encoding lacks are printed as escapes.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        reason = " ".join((error.strerror or str(error)).split())
+        print(f"error: {place}{reason}. Check the path, its rights and the disk.", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
