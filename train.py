@@ -8,9 +8,10 @@ torchrun --nproc_per_node 2 train.py --cfg yolov5s.yaml --data my.yaml --batch-s
 
 from __future__ import annotations
 
+import math
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from engine.evolve import evolve
 from engine.outputs import RunRecorder
 from engine.run import Run, prepare, whole_val_loader
 from engine.state import find_resumable, finish, load_resumable, restore, save
-from engine.training_flags import EPOCHS, parse_options
+from engine.training_flags import CHANGEABLE, COMMAND_LINE_ONLY, EPOCHS, given_flags, parse_options
 from models.backends import load_backend
 from models.losses import total_loss
+from utils.checkpoint import load_checkpoint
 from utils.config import increment_path
 from utils.device import describe_device, memory_used, select_device
 from utils.distributed import (
@@ -55,13 +57,14 @@ def train(
     log = get_logger(world.rank)
     folder = Path(broadcast_object(str(_run_folder(options, checkpoint))))
     log.info(f"device: {describe_device(device)}, torch {torch.__version__}")
-    run = prepare(options, folder, device, world)
+    run = prepare(options, folder, device, world, hyp=checkpoint["hyp"] if checkpoint else None)
     if checkpoint:
         restore(run, checkpoint)
     recorder = RunRecorder(run)
     recorder.start()
-    start, stopped = time.time(), False
-    for epoch in range(run.epoch, options.epochs):
+    start = time.time()
+    while run.epoch < options.epochs and not _is_out_of_patience(run):
+        epoch = run.epoch
         losses = train_one_epoch(run, epoch, recorder)
         run.epoch = epoch + 1
         is_last = run.epoch == options.epochs
@@ -69,25 +72,33 @@ def train(
         if evaluation and evaluation.metrics.fitness >= run.best_fitness:
             run.best_fitness, run.best_epoch = evaluation.metrics.fitness, epoch
         recorder.epoch(epoch, losses, val_losses, evaluation, time.time() - start)
-        stopped = evaluation is not None and 0 < options.patience <= epoch - run.best_epoch
-        if world.is_main and (not options.nosave or is_last or stopped):
+        if world.is_main and (not options.nosave or is_last or _is_out_of_patience(run)):
             _save(run, epoch)
-        if stopped:
-            log.info(
-                f"stopped: no better epoch since epoch {run.best_epoch + 1} (--patience {options.patience})"
-            )
-            break
+    if run.epoch < options.epochs:
+        log.info(
+            f"stopped: no better epoch since epoch {run.best_epoch + 1} (--patience {options.patience})"
+        )
     return _conclude(run, recorder)
 
 
+def _is_out_of_patience(run: Run) -> bool:
+    """Whether so many epochs were measured without a better one that the training ends early."""
+    waited = run.epoch - 1 - run.best_epoch
+    return not run.options.noval and 0 < run.options.patience <= waited
+
+
 def train_one_epoch(run: Run, epoch: int, recorder: RunRecorder) -> dict[str, float]:
-    """One pass over the training data; returns the mean of each loss term."""
+    """One pass over the training data.
+
+    Returns:
+        The mean of each loss term over the batches that were used; nan where none was.
+    """
     torch.manual_seed(run.options.seed + 1_000_003 * (epoch + 1) + run.world.rank)
     run.wrapped.train()
     for module in run.frozen:
         module.eval()
     run.train_loader.sampler.set_epoch(epoch)
-    steps, means = len(run.train_loader), {}
+    steps, used, sums = len(run.train_loader), 0, dict[str, float]()
     bar = Progress(
         run.train_loader,
         steps,
@@ -107,6 +118,7 @@ def train_one_epoch(run: Run, epoch: int, recorder: RunRecorder) -> dict[str, fl
             raw = run.wrapped(images, targets)
         losses = run.criterion(raw, targets)
         total = total_loss(run.criterion, losses, len(images) * run.world.size)
+        sums = sums or dict.fromkeys(losses, 0.0)
         if not _is_finite(run, total, losses, epoch, step):
             continue
         run.scaler.scale(total).backward()
@@ -115,13 +127,15 @@ def train_one_epoch(run: Run, epoch: int, recorder: RunRecorder) -> dict[str, fl
         if iteration - run.last_step >= run.warmup.accumulate(iteration, run.accumulate):
             optimizer_step(run)
             run.last_step = iteration
-        means = {k: (means.get(k, 0.0) * step + v.item()) / (step + 1) for k, v in losses.items()}
+        used += 1
+        sums = {name: sums[name] + value.item() for name, value in losses.items()}
+        means = {name: value / used for name, value in sums.items()}
         bar.status(
             train_status(
                 means, len(targets.labels), tuple(images.shape[2:]), memory_used(run.device)
             )
         )
-    return means
+    return {name: value / used if used else math.nan for name, value in sums.items()}
 
 
 def optimizer_step(run: Run) -> None:
@@ -207,20 +221,28 @@ def _check_gradients(run: Run) -> None:
 
 
 def _save(run: Run, epoch: int) -> None:
+    """Write the checkpoints of an epoch; last.pt last, so that a resumed run lacks none of them."""
     weights = run.folder / "weights"
-    save(run, weights / "last.pt", epoch)
-    if run.best_epoch == epoch or not (weights / "best.pt").exists():
+    is_only_one = run.options.nosave or not (weights / "best.pt").exists()
+    if run.best_epoch == epoch or is_only_one:
         save(run, weights / "best.pt", epoch)
     if run.options.save_period > 0 and (epoch + 1) % run.options.save_period == 0:
         save(run, weights / f"epoch{epoch}.pt", epoch)
+    save(run, weights / "last.pt", epoch)
 
 
 def _conclude(run: Run, recorder: RunRecorder) -> Metrics | None:
-    """On the main process: reduce the checkpoints, measure the best one once more, draw the pictures."""
+    """On the main process: measure the best checkpoint once more, draw the pictures, reduce the checkpoints.
+
+    They are reduced last: until then a killed run can be resumed, and comes here again.
+    """
     if not run.world.is_main:
         return None
-    finish(run.folder / "weights")
-    backend = load_backend(run.folder / "weights" / "best.pt", run.device)
+    if run.ema.updates == 0:
+        _warn_of_no_step(run)
+    best = run.folder / "weights" / "best.pt"
+    best_epoch = load_checkpoint(best)["epoch"]
+    backend = load_backend(best, run.device, allow_code=run.options.allow_code)
     evaluation = evaluate(
         lambda images, targets: backend(images),
         backend.postprocess_kind,
@@ -230,35 +252,72 @@ def _conclude(run: Run, recorder: RunRecorder) -> Metrics | None:
         on_batch=recorder.val_batch,
     )
     recorder.finish(evaluation)
+    finish(run.folder / "weights")
     print(class_table(evaluation.metrics))
     print(
-        f"best epoch {run.best_epoch + 1}: mAP50 {evaluation.metrics.map50:.4f}, "
+        f"best epoch {best_epoch + 1}: mAP50 {evaluation.metrics.map50:.4f}, "
         f"mAP50-95 {evaluation.metrics.map50_95:.4f}; results in {run.folder}"
     )
     return evaluation.metrics
 
 
+def _warn_of_no_step(run: Run) -> None:
+    get_logger().warning(
+        f"the weights were never changed: {run.epoch * len(run.train_loader)} batches, but an optimiser step needs "
+        f"{run.accumulate} with a finite loss (nbs {run.hyp['nbs']} / --batch-size {run.options.batch_size}). "
+        "Lower nbs in the recipe, or raise --epochs."
+    )
+
+
 def _run_folder(options: Namespace, checkpoint: dict[str, Any] | None) -> Path:
     if checkpoint:
-        return Path(options.resume).parent.parent
+        return Path(options.resume).parent.parent  # find_resumable saw to it
     return increment_path(options.project, options.name, options.exist_ok)
 
 
-def _resume(options: Namespace) -> tuple[Namespace, dict[str, Any]]:
-    """The flags of the interrupted run, with `--epochs` raised if a larger number is given."""
+def _resume(options: Namespace, given: Set[str]) -> tuple[Namespace, dict[str, Any]]:
+    """The flags of the interrupted run, with those of `given` that may be changed, and what it had become.
+
+    Args:
+        options: flags of the command line.
+        given: names of those that stand on it.
+
+    Raises:
+        ConfigError, CheckpointError: nothing to resume, or `--epochs` lowered.
+    """
     path = find_resumable(options.resume, options.project)
     checkpoint = load_resumable(path)
-    merged = Namespace(
-        **{**vars(options), **checkpoint["opt"], "resume": str(path), "device": options.device}
-    )
+    own, now = checkpoint["opt"], vars(options)
+    kept = {
+        name: value
+        for name, value in own.items()
+        if name in now and name not in COMMAND_LINE_ONLY and name not in given & CHANGEABLE
+    }
+    merged = Namespace(**{**now, **kept, "resume": str(path)})
     if options.epochs is not None and options.epochs < merged.epochs:
         raise ConfigError(
             f"--epochs: got {options.epochs}, but the run was started for {merged.epochs}; it may only be raised."
         )
     merged.epochs = options.epochs or merged.epochs
     merged.config = checkpoint["config"]
-    get_logger().info(f"resume: {path}, epoch {checkpoint['epoch'] + 2} of {merged.epochs}")
+    others = (given & kept.keys()) - {"epochs", "project"}  # a project is where to look for the run
+    _tell_resumed(path, checkpoint["epoch"] + 1, merged, {name: now[name] for name in others})
     return merged, checkpoint
+
+
+def _tell_resumed(path: Path, done: int, merged: Namespace, given: Mapping[str, Any]) -> None:
+    """Say what is resumed after `done` epochs, and which of the given flags the run's own values overrule."""
+    log = get_logger()
+    is_trained = done >= merged.epochs
+    left = "the last measurement" if is_trained else f"epoch {done + 1} of {merged.epochs}"
+    log.info(f"resume: {path}, {left}")
+    overruled = [
+        f"--{name.replace('_', '-')} {value} ({getattr(merged, name)})"
+        for name, value in sorted(given.items())
+        if value != getattr(merged, name)
+    ]
+    if overruled:
+        log.warning(f"resume: the run's own values hold, not {', '.join(overruled)}")
 
 
 def _train_anew(options: Namespace, device: torch.device, world: World) -> Metrics | None:
@@ -270,7 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train from the command line."""
     options, checkpoint = parse_options(arguments), None
     if options.resume:
-        options, checkpoint = _resume(options)
+        options, checkpoint = _resume(options, given_flags(arguments))
     options.epochs = options.epochs or EPOCHS
     world = read_world()
     device = select_device(options.device, world.local_rank if world.is_distributed else None)

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data.config import DataConfig
 from data.dataset import DetectionDataset, build_dataset
 from data.loader import build_loader
-from engine.setup import automatic_batch_size, check_anchors, freeze, open_data, recipe
+from engine.setup import automatic_batch_size, check_anchors, complete, freeze, open_data, recipe
 from engine.weights import build_from_flags
 from models.losses import build_criterion
 from models.yolo import DetectionModel
@@ -86,8 +86,22 @@ class Run:
     skipped: int = 0
 
 
-def prepare(options: Any, folder: Path, device: torch.device, world: World) -> Run:
+def prepare(
+    options: Any,
+    folder: Path,
+    device: torch.device,
+    world: World,
+    *,
+    hyp: Mapping[str, Any] | None = None,
+) -> Run:
     """Build every part of a training.
+
+    Args:
+        options: flags.
+        folder: where the run writes.
+        device: where the model goes.
+        world: this process among all.
+        hyp: recipe of a run that is resumed, as it was settled then; None reads the family's and `--hyp`.
 
     Raises:
         ConfigError, DatasetError, CheckpointError: what a user can mend, before anything is trained.
@@ -96,9 +110,8 @@ def prepare(options: Any, folder: Path, device: torch.device, world: World) -> R
     names = ("object",) if options.single_cls and len(data.names) > 1 else data.names
     model = build_from_flags(options, names)
     imgsz = parse_imgsz(options.imgsz, model.max_stride)
-    hyp = _recipe(options, model)
-    for key in getattr(model.head, "recipe_attributes", ()):
-        setattr(model.head, key, hyp[key])
+    hyp = _recipe(options, model) if hyp is None else complete(hyp, model.head.family)
+    _set_recipe_attributes(model.head, hyp)
     model.to(device, memory_format=torch.channels_last)
     frozen = freeze(model, options.freeze) if options.freeze else []
     batch_size = options.batch_size
@@ -140,6 +153,13 @@ def prepare(options: Any, folder: Path, device: torch.device, world: World) -> R
         evaluator=CocoEvaluator(val_set.coco_ground_truth(), val_set.category_ids, val_set.names),
         val_criterion=build_criterion(ema.model.head, hyp, imgsz),
     )  # fmt: skip
+
+
+def _set_recipe_attributes(head: Any, hyp: Mapping[str, Any]) -> None:
+    """Give the head the numbers it takes from the recipe; what its YAML switched off with a 0 stays off."""
+    for key in getattr(head, "recipe_attributes", ()):
+        if getattr(head, key) != 0:
+            setattr(head, key, hyp[key])
 
 
 def _recipe(options: Any, model: DetectionModel) -> dict[str, Any]:

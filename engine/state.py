@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from utils.checkpoint import (
 from utils.errors import CheckpointError, ConfigError
 from utils.logger import get_logger
 from utils.optim import load_optimizer_state_by_name, optimizer_state_by_name
+
+NEEDED = ("model", "ema", "config", "names", "hyp", "opt", "epoch", "last_step", "scaler", "rng")
 
 
 def checkpoint_of(run: Run, finished_epoch: int) -> dict[str, Any]:
@@ -50,10 +53,11 @@ def save(run: Run, path: Path, finished_epoch: int) -> None:
 
 
 def find_resumable(resume: str | bool, project: str) -> Path:
-    """The checkpoint that `--resume [path]` means: the newest `last.pt` of the project when no path is given.
+    """The checkpoint that `--resume [path]` means: the newest `last.pt` of the project that is not finished
+    when no path is given. The path is absolute, its run's folder stands two above it.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or it does not stand in a folder `weights`.
     """
     if isinstance(resume, str):
         path = Path(resume)
@@ -63,13 +67,26 @@ def find_resumable(resume: str | bool, project: str) -> Path:
             raise ConfigError(
                 f"--resume: {path} is not there. Give the last.pt of the run to go on with."
             )
+        path = path.resolve()
+        if path.parent.name != "weights":
+            raise ConfigError(
+                f"--resume: got {path}, expected it in the folder `weights` of its run. Put it back there, or start "
+                "a new run from it with --weights."
+            )
         return path
-    found = sorted(Path(project).glob("**/last.pt"), key=lambda p: p.stat().st_mtime)
+    found = sorted(Path(project).glob("**/weights/last.pt"), key=lambda p: -p.stat().st_mtime)
     if not found:
         raise ConfigError(
             f"--resume: no last.pt under {project}. Give its path: --resume runs/train/exp/weights/last.pt."
         )
-    return found[-1]
+    return next((path for path in found if _is_resumable(path)), found[0]).resolve()
+
+
+def _is_resumable(path: Path) -> bool:
+    try:
+        return "optimizer" in load_checkpoint(path)
+    except CheckpointError:
+        return False
 
 
 def load_resumable(path: Path) -> dict[str, Any]:
@@ -81,16 +98,36 @@ def load_resumable(path: Path) -> dict[str, Any]:
     checkpoint = load_checkpoint(path)
     if "optimizer" not in checkpoint:
         raise CheckpointError(
-            f"{path}: its training is finished after {checkpoint.get('epochs', '?')} epochs, nothing to resume. "
+            f"{path}: its training is finished after {_count_epochs(checkpoint)} epochs, nothing to resume. "
             "Start a new one from it with --weights."
+        )
+    missing = [key for key in NEEDED if key not in checkpoint]
+    if missing:
+        raise CheckpointError(
+            f"{path}: has no {', '.join(missing)}, nothing to resume. Start a new run from it with --weights."
         )
     return checkpoint
 
 
+def _count_epochs(checkpoint: Mapping[str, Any]) -> int | str:
+    epoch = checkpoint.get("epoch")
+    return epoch + 1 if isinstance(epoch, int) else "?"
+
+
 def restore(run: Run, checkpoint: dict[str, Any]) -> None:
-    """Bring a freshly prepared run to where the checkpoint was written."""
-    run.model.load_state_dict(checkpoint["model"])
-    run.ema.load_state_dict(checkpoint["ema"])
+    """Bring a freshly prepared run to where the checkpoint was written.
+
+    Raises:
+        CheckpointError: the data has other classes by now, or the weights do not fit the model.
+    """
+    _check_names(run, checkpoint["names"])
+    try:
+        run.model.load_state_dict(checkpoint["model"])
+        run.ema.load_state_dict(checkpoint["ema"])
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"resume: the weights do not fit the run's model - {' '.join(str(error).split())[:300]}"
+        ) from error
     missing = load_optimizer_state_by_name(run.optimizer, checkpoint["optimizer"])
     if missing and run.hyp["optimizer"] == "SGD" and checkpoint["last_step"] >= 0:
         get_logger().info(f"resume: {len(missing)} parameters have no optimiser state yet")
@@ -104,8 +141,19 @@ def restore(run: Run, checkpoint: dict[str, Any]) -> None:
     restore_rng(checkpoint["rng"])
 
 
+def _check_names(run: Run, names: Sequence[str]) -> None:
+    now = list(run.model.names)
+    if now == list(names):
+        return
+    told = ", ".join(map(str, names))
+    raise CheckpointError(
+        f"{run.options.data}: got the classes {', '.join(now)}, expected those that the run was started with: {told}. "
+        "Restore them, or start a new run with --weights."
+    )
+
+
 def finish(folder: Path) -> None:
-    """Reduce `best.pt` and `last.pt` to what inference needs."""
-    for name in ("last.pt", "best.pt"):
+    """Reduce `best.pt` and `last.pt` to what inference needs; the one that a run resumes from comes last."""
+    for name in ("best.pt", "last.pt"):
         if (folder / name).exists():
             finalize_checkpoint(folder / name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
 
 from engine.flags import (
@@ -18,14 +18,40 @@ from utils.config import ArgumentParser, integer, number
 from utils.device import AMP_CHOICES
 
 EPOCHS = 100
+TRIALS = 300
+HIGHEST_SEED = 2**31 - 1  # every library takes it, also with an epoch or a trial added
 IGNORED = {
     "bucket": "", "quad": False, "local_rank": -1, "entity": None, "upload_dataset": None, "bbox_interval": -1,
     "artifact_alias": None, "evolve_population": None, "min_items": None,
 }  # fmt: skip
+COMMAND_LINE_ONLY = frozenset("resume device allow_code download evolve resume_evolve".split())
+"""A resumed run has these from its own command line alone: a checkpoint may be a stranger's."""
+CHANGEABLE = frozenset("data workers cache patience noval noplots save_period".split())
+"""What may be given anew when a run is resumed: where it reads, how fast, and what it writes."""
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     """Read the command line of train.py."""
+    options = _parser().parse_args(arguments)
+    say_ignored(options, IGNORED)
+    options.config = None
+    if options.freeze == ["0"]:  # the customary default: nothing is frozen
+        options.freeze = []
+    if options.resume_evolve and not options.evolve:
+        options.evolve = TRIALS
+    return options
+
+
+def given_flags(arguments: Sequence[str] | None = None) -> frozenset[str]:
+    """Names of the flags that stand on a command line; those without effect left out."""
+    parser, nothing = _parser(), object()
+    names = [name for name in vars(parser.parse_args([])) if name not in IGNORED]
+    blank = Namespace(**dict.fromkeys(names, nothing))  # argparse fills in what is not there yet
+    options = vars(parser.parse_args(arguments, blank))
+    return frozenset(name for name in names if options[name] is not nothing)
+
+
+def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         description="Train a detector.",
         epilog="Example: python train.py --cfg yolov5n-emo.yaml --data data/shapes.yaml --imgsz 320",
@@ -35,12 +61,14 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     _add_optimisation_group(parser)
     _add_output_group(parser)
     add_ignored_flags(parser, IGNORED)
-    options = parser.parse_args(arguments)
-    say_ignored(options, IGNORED)
-    options.config = None
-    if options.freeze == ["0"]:  # the customary default: nothing is frozen
-        options.freeze = []
-    return options
+    return parser
+
+
+def _seed(text: str) -> int:
+    value = integer(0)(text)
+    if value > HIGHEST_SEED:
+        raise ArgumentTypeError(f"got {value}, expected 0 to {HIGHEST_SEED}")
+    return value
 
 
 def _add_model_group(parser: ArgumentParser) -> None:
@@ -108,10 +136,10 @@ def _add_optimisation_group(parser: ArgumentParser) -> None:
         help="epochs without a better one before stopping; 0: never",
     )
     add("--amp", default="auto", choices=AMP_CHOICES, help="mixed precision")
-    add("--seed", type=integer(0), default=0, help="of everything random")
+    add("--seed", type=_seed, default=0, help="of everything random")
     add_device_flag(parser)
     add(
-        "--evolve", nargs="?", type=integer(1), const=300, default=0,
+        "--evolve", nargs="?", type=integer(1), const=TRIALS, default=0,
         help="search the recipe by so many trainings (needs optuna)",
     )  # fmt: skip
     add("--resume_evolve", "--resume-evolve", default=None, help="folder of a search to go on with")

@@ -10,7 +10,7 @@ import pytest
 
 import detect
 import val
-from engine.training_flags import parse_options
+from engine.training_flags import given_flags, parse_options
 
 PARSERS: dict[str, Callable[[list[str]], Any]] = {
     "train": parse_options,
@@ -119,10 +119,19 @@ def test_what_is_left_out_has_the_customary_value(script: str, expected: dict[st
             ["convnext_tiny", "pretrained=true"],
         ),
         (["--epochs", "100"], "epochs", 100),
+        (["--resume_evolve", "a"], "evolve", 300),
+        (["--resume_evolve", "a", "--evolve", "5"], "evolve", 5),
+        (["--evolve"], "evolve", 300),
     ],
 )
 def test_values_of_train_flags(words: list[str], name: str, expected: Any):
     assert vars(parse_options(words))[name] == expected
+
+
+def test_flags_that_stand_on_the_command_line_are_known_from_defaults():
+    words = "--resume --workers 8 --imgsz 64 96 --batch 4 --noval --quad --cache".split()
+    assert given_flags(words) == {"resume", "workers", "imgsz", "batch_size", "noval", "cache"}
+    assert given_flags([]) == set()
 
 
 @pytest.mark.parametrize(
@@ -135,6 +144,7 @@ def test_values_of_train_flags(words: list[str], name: str, expected: Any):
         ("train", ["--imgsz", "big"], "got 'big', expected a whole number"),
         ("train", ["--imgsz", "0"], "got 0, expected 1 or more"),
         ("train", ["--label-smoothing", "2"], "got 2, expected 0 to 1"),
+        ("train", ["--seed", str(2**64)], f"got {2**64}, expected 0 to {2**31 - 1}"),
         ("train", ["--optimizer", "Lion"], "invalid choice: 'Lion'"),
         ("train", ["--cache", "moon"], "invalid choice: 'moon'"),
         ("val", ["--task", "tset"], "invalid choice: 'tset'"),

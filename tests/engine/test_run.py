@@ -256,7 +256,7 @@ def test_a_finished_checkpoint_is_small_and_cannot_be_resumed(
     assert (tmp_path / "last.pt").stat().st_size < 0.6 * before
     content = load_checkpoint(tmp_path / "last.pt")
     assert same(content["model"], run.ema.state_dict()["model"])
-    with pytest.raises(CheckpointError, match="its training is finished after 2 epochs"):
+    with pytest.raises(CheckpointError, match="its training is finished after 1 epochs"):
         load_resumable(tmp_path / "last.pt")
 
 
@@ -282,3 +282,16 @@ def test_a_model_alone_on_its_process_is_not_wrapped(
 ):
     run = run_of(tiny_cfg, shared_data, tmp_path)
     assert run.wrapped is run.model and isinstance(run.wrapped, nn.Module)
+
+
+@pytest.mark.parametrize(("denoising", "expected"), [(0, 0), (10, 100)])
+def test_a_head_built_without_denoising_keeps_it_off(
+    denoising: int, expected: int, tiny_cfg: Path, shared_data: Path, tmp_path: Path
+):
+    options = "hidden: 16, num_queries: 20, num_heads: 2, num_layers: 1, feedforward: 16"
+    head = f"RTDETRDecoder, [nc, {{{options}, num_denoising: {denoising}}}]"
+    tiny_cfg.write_text(tiny_cfg.read_text().replace("Detect, [nc, anchors]", head))
+    run = run_of(tiny_cfg, shared_data, tmp_path)
+    assert (run.model.head.num_denoising, run.hyp["num_denoising"]) == (expected, 100)
+    trained(run)
+    assert run.skipped == 0

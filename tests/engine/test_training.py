@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,8 +19,9 @@ import val
 from engine.outputs import RunRecorder
 from engine.run import Run, prepare
 from engine.state import save
-from engine.training_flags import parse_options
+from engine.training_flags import given_flags, parse_options
 from models.losses import build_criterion
+from utils.checkpoint import load_checkpoint
 from utils.distributed import World
 from utils.errors import ConfigError, UserError
 from utils.optim import build_optimizer
@@ -109,6 +111,22 @@ def test_a_loss_that_is_not_finite_is_told_and_left_out(run: Run, monkeypatch, c
     assert "step 2: loss is not finite" not in told
     assert all(bool(p.isfinite().all()) for p in run.model.parameters())
     assert run.skipped == 0  # counted in a row, and the second batch was fine
+
+
+def test_batches_left_out_do_not_count_in_the_means(run: Run, monkeypatch):
+    """The second batch alone; of an epoch without any good one the terms are there, as nan."""
+    spoil(run, monkeypatch, {0, 2, 3})
+    recorder = RunRecorder(run)
+    recorder.start()
+    means = [train.train_one_epoch(run, epoch, recorder) for epoch in (1, 0)]
+    assert all(value > 0 for value in means[0].values())
+    assert set(means[0]) == set(means[1]) == {"box", "obj", "cls"}
+    assert all(math.isnan(value) for value in means[1].values())
+    for epoch, losses in enumerate(reversed(means)):
+        recorder.epoch(epoch, losses, {}, None, 0.0)
+    rows = results(run.folder)
+    assert rows[0]["train/box_loss"] == "nan"
+    assert float(rows[1]["train/box_loss"]) == pytest.approx(means[0]["box"], rel=1e-4)
 
 
 def test_losses_that_stay_so_end_the_run(run: Run, monkeypatch):
@@ -224,6 +242,38 @@ def test_checkpoints_are_kept_as_asked(tiny_cfg: Path, shared_data: Path, tmp_pa
     assert names == [["best.pt", "epoch0.pt", "epoch1.pt", "last.pt"], ["best.pt", "last.pt"]]
 
 
+def test_with_the_last_checkpoint_alone_its_epoch_is_told(
+    tiny_cfg: Path, shared_data: Path, tmp_path: Path, monkeypatch, capsys
+):
+    """Also where an earlier run left a best.pt in the folder, and where an earlier epoch was better."""
+    best = tmp_path / "exp" / "weights" / "best.pt"
+    best.parent.mkdir(parents=True)
+    best.write_text("of another model")
+    validate, fitness = train.validate, iter([0.5, 0.25])
+
+    def worse(run: Run) -> Any:
+        evaluation, losses = validate(run)
+        metrics = evaluation.metrics._replace(map50_95=next(fitness))
+        return evaluation._replace(metrics=metrics), losses
+
+    monkeypatch.setattr(train, "validate", worse)
+    train.main(arguments(tiny_cfg, shared_data, tmp_path, "--nosave", "--exist-ok"))
+    assert "best epoch 2: mAP50" in capsys.readouterr().out
+    assert load_checkpoint(best)["epoch"] == 1
+
+
+@pytest.mark.parametrize(("nbs", "told"), [(64, True), (4, False)])
+def test_a_training_without_a_step_is_told(
+    nbs: int, told: bool, tiny_cfg: Path, shared_data: Path, tmp_path: Path, capsys
+):
+    hyp = tmp_path / "hyp.yaml"
+    hyp.write_text(f"warmup_epochs: 0\nnbs: {nbs}\n")
+    words = ["--hyp", str(hyp), "--noval", "--epochs", "1"]
+    train.main(arguments(tiny_cfg, shared_data, tmp_path, *words))
+    message = "the weights were never changed: 2 batches, but an optimiser step needs 16"
+    assert (message in capsys.readouterr().err) == told
+
+
 @pytest.mark.parametrize(("given", "expected"), [((), 2), (("--epochs", "3"), 3)])
 def test_a_resumed_run_keeps_its_flags_and_may_get_more_epochs(
     given: tuple[str, ...], expected: int, run: Run, tmp_path: Path
@@ -231,8 +281,8 @@ def test_a_resumed_run_keeps_its_flags_and_may_get_more_epochs(
     run.options.seed = 5
     (tmp_path / "exp" / "weights").mkdir(parents=True)
     train.save(run, tmp_path / "exp" / "weights" / "last.pt", 0)
-    options = parse_options(["--resume", str(tmp_path / "exp"), "--batch-size", "9", *given])
-    merged, checkpoint = train._resume(options)
+    words = ["--resume", str(tmp_path / "exp"), "--batch-size", "9", *given]
+    merged, checkpoint = train._resume(parse_options(words), given_flags(words))
     assert (merged.epochs, merged.batch_size, merged.seed) == (expected, 4, 5)
     assert merged.config == run.model.config and checkpoint["epoch"] == 0
 
@@ -242,7 +292,7 @@ def test_a_resumed_run_cannot_get_fewer_epochs(run: Run, tmp_path: Path):
     train.save(run, tmp_path / "exp" / "weights" / "last.pt", 0)
     options = parse_options(["--resume", str(tmp_path / "exp"), "--epochs", "1"])
     with pytest.raises(ConfigError, match="--epochs: got 1, but the run was started for 2"):
-        train._resume(options)
+        train._resume(options, {"resume", "epochs"})
 
 
 def test_one_batch_is_learned_by_heart(run: Run):
