@@ -31,6 +31,7 @@ from models.pretrained import load_weights, require_whole
 from models.program_file import read_program
 from models.reparam import fuse as fuse_model
 from models.yolo import DetectionModel, build_model
+from utils.channels import as_channels
 from utils.errors import CheckpointError, ConfigError
 from utils.structures import Decoded, Detections
 
@@ -135,7 +136,7 @@ class Backend:
             ConfigError: images larger than a fixed-size artifact takes, or not multiples of the
                 stride.
         """
-        images = self._fit(images.to(self.device))
+        images = self._fit(as_channels(images.to(self.device), self.info.channels))
         imgsz = (images.shape[-2], images.shape[-1])
         parts = [self.run(part)[0] for part in self._portions(images)]
         output = (torch.cat(parts) if len(parts) > 1 else parts[0])[: len(images)]
@@ -253,7 +254,7 @@ def model_info(model: DetectionModel) -> ArtifactInfo:
     any_size = all(getattr(module, "any_size", True) for module in model.modules())
     return ArtifactInfo(
         model.names, model.max_stride, model.imgsz, None, any_size, model.head.family,
-        model.head.postprocess, "decoded", int(model.config.get("ch", 3)),
+        model.head.postprocess, "decoded", model.channels,
     )  # fmt: skip
 
 

@@ -134,7 +134,7 @@ def _gives_maps(row: RowSpec) -> bool:
 
 def _is_backbone(layer: Layer, args: list[Any]) -> bool:
     try:
-        return layer.rule([3], args, Scaling()).channels is None
+        return _plan(layer, [3], args, Scaling()).channels is None
     except LayerError:
         return False
 
@@ -181,11 +181,11 @@ def _build_row(state: _State, row: RowSpec) -> None:
         spec.width, spec.max_channels, spec.outputs, spec.size, spec.repeats(row.repeats),
         tuple(slot.stride for slot in sources), state.imgsz,
     )  # fmt: skip
-    plan = layer.rule([slot.channels for slot in sources], row.args, scaling)
+    plan = _plan(layer, [slot.channels for slot in sources], row.args, scaling)
     copies = 1 if plan.repeats_inside else scaling.repeats
     built = [_construct(layer, plan, row)]
     for _ in range(copies - 1):  # the first may change the width, the others take what it gives
-        built.append(_construct(layer, layer.rule([plan.channels], row.args, scaling), row))
+        built.append(_construct(layer, _plan(layer, [plan.channels], row.args, scaling), row))
     module = built[0] if copies == 1 else nn.Sequential(*built)
     takes_list = isinstance(row.source, list) or hasattr(
         module, "decode"
@@ -194,9 +194,9 @@ def _build_row(state: _State, row: RowSpec) -> None:
     output = _propagate(module, values if takes_list else values[0])
     is_backbone = plan.channels is None
     new, map_slots = (
-        backbone_slots(module, output, first, state.imgsz[0])
+        backbone_slots(module, output, first, state.imgsz)
         if is_backbone
-        else ([plain_slot(plan.channels, output, state.imgsz[0])], None)
+        else ([plain_slot(plan.channels, output, state.imgsz)], None)
     )
     state.slots.extend(new)
     _remember_names(state, row, first, new, is_backbone)
@@ -209,6 +209,15 @@ def _build_row(state: _State, row: RowSpec) -> None:
         row.module.removeprefix("nn."), printed, tuple(s for slot in filled for s in shapes_of(slot.value)),
         tuple(slot.stride for slot in filled), row.section, row.place,
     ))  # fmt: skip
+
+
+def _plan(layer: Layer, channels: list[Any], args: list[Any], scaling: Scaling) -> Plan:
+    try:
+        return layer.rule(channels, args, scaling)
+    except LayerError:
+        raise
+    except BUILD_ERRORS as error:
+        raise LayerError(f"does not take {args} - {_one_line(error)}") from error
 
 
 def _resolve_sources(state: _State, row: RowSpec) -> list[int]:

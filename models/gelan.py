@@ -100,10 +100,9 @@ class RepConvN(nn.Module):
 def _folded(branch: Conv) -> tuple[Tensor, Tensor]:
     """Weight and bias of the one convolution that equals `branch` in eval mode."""
     conv, norm = branch.conv, branch.bn
-    if not isinstance(norm, nn.BatchNorm2d):  # folded before, by `fuse`
+    if getattr(norm, "running_mean", None) is None:  # folded before, by `fuse`
         bias = conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
         return conv.weight.detach().clone(), bias.detach().clone()
-    assert norm.running_mean is not None and norm.running_var is not None
     weight, bias = fuse_conv_bn_weights(
         conv.weight,
         conv.bias,

@@ -160,9 +160,8 @@ def _folded(branch: Conv) -> tuple[Tensor, Tensor]:
     """
     kernel, norm = branch.conv.weight, branch.bn
     bias = kernel.new_zeros(kernel.shape[0]) if branch.conv.bias is None else branch.conv.bias
-    if not isinstance(norm, nn.BatchNorm2d):
+    if getattr(norm, "running_mean", None) is None:
         return kernel, bias
-    assert norm.running_mean is not None and norm.running_var is not None
     gain = norm.weight / torch.sqrt(norm.running_var + norm.eps)
     return kernel * gain[:, None, None, None], norm.bias + (bias - norm.running_mean) * gain
 

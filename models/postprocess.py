@@ -100,9 +100,11 @@ def _suppress(found: Detections, iou_thres: float, agnostic: bool, max_det: int)
         return found
     from torchvision.ops import batched_nms, nms  # seconds of start-up that --help need not pay
 
+    # torchvision keeps classes apart by moving them, which boxes left of or above the image would undo
+    boxes = found.boxes - found.boxes.amin().clamp(max=0)
     if agnostic:
-        kept = nms(found.boxes, found.scores, iou_thres)
+        kept = nms(boxes, found.scores, iou_thres)
     else:
-        kept = batched_nms(found.boxes, found.scores, found.labels, iou_thres)
+        kept = batched_nms(boxes, found.scores, found.labels, iou_thres)
     kept = kept.sort().values[:max_det]  # candidate order is score order, equal scores included
     return Detections(found.boxes[kept], found.scores[kept], found.labels[kept])

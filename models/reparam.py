@@ -186,7 +186,7 @@ def _sample_for(model: Any) -> Tensor:
     height, width = (5 * stride, 6 * stride) if is_ranking else (2 * stride, 3 * stride)
     if any(getattr(module, "any_size", True) is False for module in model.modules()):
         height, width = model.imgsz
-    channels = int(getattr(model, "config", {}).get("ch", 3))
+    channels = getattr(model, "channels", 3)
     generator = torch.Generator().manual_seed(0)
     return torch.rand(1, channels, height, width, generator=generator)
 

@@ -168,7 +168,8 @@ def parse_spec(file: str, config: dict[str, Any], lines: Mapping[str, Sequence[i
         raise ConfigError("\n".join(problems))
     anchors = config.get("anchors")
     per_level = len(anchors[0]) // 2 if isinstance(anchors, list) else anchors or 0
-    outputs = num_classes if config.get("scales") else per_level * (num_classes + 5)
+    # Without scales a YAML may end in plain convolutions of an anchor head's width.
+    outputs = -1 if config.get("scales") else per_level * (num_classes + 5)
     imports = config.get("imports") or ()
     return ModelSpec(
         file, config, tuple(rows), num_classes, depth, width, max_channels, outputs, size,

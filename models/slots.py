@@ -34,18 +34,20 @@ def brief(shapes: list[tuple[int, ...]]) -> str:
     return ", ".join("x".join(map(str, shape)) for shape in shapes)
 
 
-def stride_of(value: Any, height: int) -> int:
-    """Stride of a map of images of this height; a power of two where the size allows it, since sizes that do not
-    divide are rounded. 0 for what is not a map."""
+def stride_of(value: Any, imgsz: tuple[int, int]) -> int:
+    """Stride of a map of images of this size, told by the longer side; a power of two where the size allows it, since
+    sizes that do not divide are rounded. 0 for what is not a map."""
     shape = shapes_of(value)
     if not shape or len(shape[0]) != 3:
         return 0
-    extent = shape[0][1]
+    height, extent = max(zip(imgsz, shape[0][1:]), key=lambda pair: pair[0])
     power = 2 ** max(round(math.log2(height / extent)), 0)
     return power if abs(height / power - extent) < 1 else max(round(height / extent), 1)
 
 
-def plain_slot(channels: int | list[int] | None, output: Any, height: int) -> Slot:
+def plain_slot(
+    channels: int | list[int] | None, output: Any, imgsz: tuple[int, int]
+) -> Slot:
     """The slot of a layer that is no backbone.
 
     Raises:
@@ -59,7 +61,7 @@ def plain_slot(channels: int | list[int] | None, output: Any, height: int) -> Sl
             f"returns {_told(output)}, but its rule says one map of {channels} channels. Return one map, or register it "
             "with @register(backbone) if it makes all maps from the image."
         )
-    return Slot(output, channels, stride_of(output, height))
+    return Slot(output, channels, stride_of(output, imgsz))
 
 
 def _told(value: Any) -> str:
@@ -90,7 +92,7 @@ def declared_channels(module: nn.Module) -> list[int] | None:
 
 
 def backbone_slots(
-    module: nn.Module, output: Any, first: int, height: int
+    module: nn.Module, output: Any, first: int, imgsz: tuple[int, int]
 ) -> tuple[list[Slot], tuple[int | None, ...]]:
     """The slots P1, P2, ... of a backbone from index `first` on, and the index that each of its maps goes to.
 
@@ -113,7 +115,13 @@ def backbone_slots(
         raise LayerError(
             f"says channels {declared}, but its outputs have {found}. Mend `channels`."
         )
-    strides = [stride_of(m, height) for m in maps]
+    strides = [stride_of(m, imgsz) for m in maps]
+    for m, stride in zip(maps, strides):
+        if any(abs(side / stride - extent) >= 1 for side, extent in zip(imgsz, m.shape[2:])):
+            raise LayerError(
+                f"gives a map {brief(shapes_of(m))} for an image of {imgsz[0]}x{imgsz[1]}, expected (C, H, W) with one stride "
+                "in height and width. Permute maps whose channels come last: x.permute(0, 3, 1, 2)."
+            )
     said = getattr(module, "strides", None)
     if isinstance(said, (list, tuple)) and list(said) != strides:
         raise LayerError(

@@ -39,7 +39,7 @@ def count_gflops(model: nn.Module, imgsz: tuple[int, int], channels: int = 3) ->
 
 def measure(model: nn.Module, imgsz: tuple[int, int]) -> Totals:
     """Parameters and GFLOPs of `model` as it stands."""
-    return Totals(count_params(model), count_gflops(model, imgsz))
+    return Totals(count_params(model), count_gflops(model, imgsz, getattr(model, "channels", 3)))
 
 
 def row_records(model: Any) -> list[dict[str, Any]]:

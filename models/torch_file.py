@@ -12,6 +12,7 @@ safetensors.
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import math
@@ -290,8 +291,10 @@ def _widened(tensor: Tensor) -> Tensor:
 
 
 def _json(text: str) -> Any:
-    """A value from text, None where it is no JSON."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
+    """A value from text, JSON or a Python literal; None where it is neither."""
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return None

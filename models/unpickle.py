@@ -123,7 +123,8 @@ NUMBERS_AND_TEXT = frozenset(
 
 def shown(text: object) -> str:
     """`text` from a file, fit for a one-line message: printable and short."""
-    clean = ascii(str(text))[1:-1]
+    plain = isinstance(text, (str, int, float, BaseException))
+    clean = ascii(str(text))[1:-1] if plain else type(text).__name__
     return clean if len(clean) <= MAX_TEXT else f"{clean[:MAX_TEXT]}..."
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from models import common, csp, gelan, hg_blocks, modules, transformer  # noqa: F401  (they register layers)
-from models.build import apply_activation, build_rows, require_backbone
+from models.build import BUILD_ERRORS, apply_activation, build_rows, require_backbone
 from models.graft import forget_weights, replace_backbone, row_slots
 from models.heads import ddetect, detect, rtdetr  # noqa: F401
 from models.registry import LayerError
@@ -24,6 +24,7 @@ from models.reparam import reparameterize_model
 from models.rows import ModelSpec, parse_spec, read_model_config, resolve
 from models.table import format_table, measure, row_records
 from models.wiring import Row
+from utils.channels import as_channels
 from utils.config import ArgumentParser, integer, parse_imgsz
 from utils.errors import CheckpointError, ConfigError, nearest, run_cli
 from utils.structures import Decoded, Targets
@@ -63,17 +64,32 @@ class DetectionModel(nn.Module):
         return self.model[-1]
 
     @property
+    def channels(self) -> int:
+        """Of an image."""
+        return int(self.config.get("ch", 3))
+
+    @property
     def strides(self) -> tuple[int, ...]:
         """Strides of the maps that the head reads."""
         return self.head.strides
 
     @property
     def max_stride(self) -> int:
-        """Image sizes must be multiples of this."""
-        return max(32, *(stride for row in self.rows for stride in row.strides))
+        """Image sizes must be multiples of this: the largest stride of a map, not of what was pooled to one cell."""
+        maps = (
+            stride
+            for row in self.rows
+            for shape, stride in zip(row.shape, row.strides)
+            if len(shape) == 3 and max(shape[1:]) > 1
+        )
+        return max(32, *self.strides, *maps)
 
     def forward(self, images: Tensor, targets: Targets | None = None) -> Any:
-        """Raw predictions for images (B, 3, H, W) in [0, 1]; `targets` serve heads that train with denoising."""
+        """Raw predictions for images (B, 3, H, W) in [0, 1]; `targets` serve heads that train with denoising.
+
+        A model with `ch: 1` takes (B, 1, H, W) and makes colour images grey.
+        """
+        images = as_channels(images, self.channels)
         slots: dict[int, Any] = {-1: images}
         output: Any = images
         for row, module in zip(self.rows, self.model, strict=True):
@@ -82,7 +98,9 @@ class DetectionModel(nn.Module):
             if row.map_slots is None:
                 slots[row.index] = output
             else:
-                maps = output.values() if isinstance(output, Mapping) else output
+                maps = list(output.values()) if isinstance(output, Mapping) else output
+                if not isinstance(maps, (list, tuple)) or len(maps) != len(row.map_slots):
+                    raise ConfigError(_other_maps(row, maps))
                 slots.update(
                     {
                         slot: m
@@ -97,6 +115,14 @@ class DetectionModel(nn.Module):
     def decode(self, raw: Any) -> Decoded:
         """Boxes (B, A, 4) in xyxy pixels and scores (B, A, C)."""
         return self.head.decode(raw)
+
+
+def _other_maps(row: Row, maps: Any) -> str:
+    got = f"{len(maps)} things" if isinstance(maps, (list, tuple)) else f"a {type(maps).__name__}"
+    return (
+        f"{row.place} {row.module}: got {got}, expected the {len(row.map_slots or ())} maps that it gave when it was built. "
+        "A backbone returns the same maps in training and evaluation."
+    )
 
 
 def build_model(
@@ -114,7 +140,7 @@ def build_model(
     Args:
         cfg: a path, a bare name such as `yolo11s`, or a mapping.
         num_classes: instead of the file's `nc`.
-        names: class names.
+        names: class names; their number stands for `num_classes` where that is not given.
         scale: size letter of a file with `scales`.
         imgsz: size (height, width) that shapes are worked out for, and fixed-size backbones are made for.
         backbone: `["convnext_tiny", "pretrained=true"]` replaces the backbone rows.
@@ -123,6 +149,7 @@ def build_model(
     Raises:
         ConfigError: with every problem of the file, one line each.
     """
+    num_classes = num_classes if num_classes is not None or not names else len(names)
     file, config, lines = read_model_config(cfg, num_classes=num_classes, scale=scale)
     spec = parse_spec(file, config, lines)
     _import_code(spec, allow_code)
@@ -194,12 +221,33 @@ def parse_model(
     for row in rows:
         filled = sorted(slot for slot in row.map_slots or () if slot is not None)
         strides.update(zip(filled, row.strides))
-    head.initialize([strides[slot] for slot in rows[-1].inputs])
+    _check_head(spec, rows[-1], head, names)
+    try:
+        head.initialize([strides[slot] for slot in rows[-1].inputs])
+    except BUILD_ERRORS as error:
+        raise ConfigError(
+            f"{spec.file} {rows[-1].place} {rows[-1].module}: cannot be set up with strides "
+            f"{[strides[slot] for slot in rows[-1].inputs]} - {error or type(error).__name__}."
+        ) from error
     for module in built:
         if spec.activation:
             apply_activation(module, _activation(spec))
     names = tuple(names) if names else tuple(f"class{i}" for i in range(spec.num_classes))
     return DetectionModel(built, rows, spec.config, names, imgsz)
+
+
+def _check_head(spec: ModelSpec, row: Row, head: Any, names: Sequence[str] | None) -> None:
+    """Refuse a head that was given another number of classes than the file, or the data, says."""
+    count = getattr(head, "num_classes", spec.num_classes)
+    if count != spec.num_classes and "nc" in spec.config:
+        raise ConfigError(
+            f"{spec.file} {row.place} {row.module}: got {count} classes, expected the {spec.num_classes} of nc. Write nc "
+            "there, which follows the data."
+        )
+    if names and len(names) != count:
+        raise ConfigError(
+            f"{spec.file}: got {len(names)} class names for {count} classes, expected one each. Mend names or nc."
+        )
 
 
 def _activation(spec: ModelSpec) -> Callable[[], nn.Module]:
@@ -232,6 +280,7 @@ def model_from_checkpoint(
     """Rebuild the model of one of our checkpoints (EMA weights if it has them); `allow_code` as in `build_model`."""
     model = build_model(
         forget_weights(checkpoint["config"]),
+        num_classes=checkpoint["config"].get("nc"),
         names=checkpoint["names"],
         imgsz=tuple(checkpoint.get("imgsz", (640, 640))),
         allow_code=allow_code,

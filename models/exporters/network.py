@@ -30,6 +30,7 @@ class ExportOptions:
     Attributes:
         imgsz: traced size (height, width).
         batch: traced batch.
+        channels: of the images.
         dynamic: "" for fixed shapes, "batch", or "all" for batch, height and width.
         half: float16 weights; decoding and softmax stay float32.
         int8: integer weights and activations; head and decoding stay float32.
@@ -45,6 +46,7 @@ class ExportOptions:
 
     imgsz: tuple[int, int] = (640, 640)
     batch: int = 1
+    channels: int = 3
     dynamic: str = ""
     half: bool = False
     int8: bool = False
@@ -127,7 +129,8 @@ def build_network(
 
 def example(options: ExportOptions, batch: int | None = None) -> Tensor:
     """Images of the traced shape, smooth blobs rather than noise, always the same ones."""
-    return blobs(batch or options.batch, options.imgsz, seed=0).to(options.device)
+    images = blobs(batch or options.batch, options.imgsz, seed=0).to(options.device)
+    return images[:, :1].expand(-1, options.channels, -1, -1) if options.channels != 3 else images
 
 
 def blobs(batch: int, imgsz: tuple[int, int], seed: int) -> Tensor:
@@ -164,7 +167,7 @@ def metadata(model: DetectionModel, options: ExportOptions, stem: str) -> dict[s
         "batch": str(options.batch),
         "imgsz": str(list(options.imgsz)),
         "dynamic": options.dynamic,
-        "channels": str(int(model.config.get("ch", 3))),
+        "channels": str(model.channels),
         "half": str(options.half),
         "int8": str(options.int8),
         "names": str(names),

@@ -121,7 +121,7 @@ class RTDETRDecoder(nn.Module):
         feedforward: width of the decoder's feed-forward parts.
         num_denoising: about how many noisy copies of objects, right and wrong ones each, an image
             trains with; also the most objects of one image that are copied. 0 switches denoising
-            off.
+            off, here for good; the attribute may be set to 0 and back at any time.
         label_noise: twice the probability that a copy gets a random class.
         box_noise: how far a copy's corners move, in half sides (wrong copies: up to twice as far).
     """
@@ -198,7 +198,7 @@ class RTDETRDecoder(nn.Module):
         selected = self._select(memory, sizes)
         content, boxes = selected.features.detach(), selected.boxes.detach()
         noisy, allowed = None, None
-        if self.training and self.num_denoising:
+        if self.training and hasattr(self, "denoising_class_embed"):
             noisy = self._noisy_queries(targets, content, image_size)
             noisy_content, noisy_boxes = self._embed(noisy, content)
             if noisy is not None:
@@ -266,7 +266,7 @@ class RTDETRDecoder(nn.Module):
     def _noisy_queries(
         self, targets: Targets | None, content: Tensor, image_size: tuple[int, int]
     ) -> NoisyQueries | None:
-        if targets is None:
+        if targets is None or not self.num_denoising:
             return None
         return noisy_queries(
             targets,

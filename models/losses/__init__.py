@@ -11,6 +11,7 @@ from torch import Tensor
 from models.losses.anchor import AnchorLoss, scaled_gains
 from models.losses.hungarian import HungarianLoss
 from models.losses.task_aligned import DualTaskAlignedLoss, TaskAlignedLoss
+from utils.errors import ConfigError
 
 CRITERIA = {
     "anchor": AnchorLoss,
@@ -22,9 +23,18 @@ CRITERIA = {
 
 def build_criterion(head: Any, hyp: Mapping[str, Any], imgsz: tuple[int, int]) -> Any:
     """The criterion that `head` trains with at `imgsz` (height, width), with the numbers of `hyp`."""
-    if head.loss == "anchor":
-        hyp = scaled_gains(hyp, head.num_classes, len(head.strides), imgsz)
-    return CRITERIA[head.loss](head, hyp)
+    if head.loss not in CRITERIA:
+        raise ConfigError(
+            f"{type(head).__name__}.loss: got {head.loss!r}, expected one of {', '.join(CRITERIA)}."
+        )
+    try:
+        if head.loss == "anchor":
+            hyp = scaled_gains(hyp, head.num_classes, len(head.strides), imgsz)
+        return CRITERIA[head.loss](head, hyp)
+    except KeyError as error:
+        raise ConfigError(
+            f"recipe: lacks {error}, which {head.loss!r} reads - expected the keys of data/hyps/{head.family}.yaml."
+        ) from error
 
 
 def total_loss(criterion: Any, losses: Mapping[str, Tensor], batch_size: int) -> Tensor:

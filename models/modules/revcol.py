@@ -373,6 +373,8 @@ class RevCol(nn.Module):
         self.channels, self.strides = list(size.channels), [4, 8, 16, 32]
         self.columns, self.blocks = size.columns, sum(size.depths)
         self.drop_path = size.drop_path if drop_path is None else drop_path
+        if not 0 <= self.drop_path < 1:
+            raise LayerError(f"drop_path - got {self.drop_path!r}, expected a number in [0, 1)")
         stem = nn.Conv2d(3, size.channels[0], 4, stride=4)
         self.stem = nn.Sequential(stem, ChannelNorm(size.channels[0]))
         rates = linear_rates(self.drop_path, self.blocks)

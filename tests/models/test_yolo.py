@@ -137,7 +137,7 @@ def test_a_checkpoint_needs_no_file_that_its_config_once_named(tmp_path: Path):
 
 def test_weights_that_do_not_fit_their_config_are_one_line():
     model = build_model(SMALL, imgsz=(64, 64))
-    wrong = {**checkpoint_of(model), "config": {**SMALL, "nc": 5}}
+    wrong = {**checkpoint_of(model), "config": {**SMALL, "nc": 5}, "names": list("abcde")}
     with pytest.raises(CheckpointError, match="do not fit their own config") as caught:
         model_from_checkpoint(wrong)
     assert "\n" not in str(caught.value)
