@@ -74,7 +74,9 @@ def load_candidate(
     path = Path(name)
     if path.suffix in (".pt", ".safetensors"):
         if options.backbone:
-            raise ConfigError(f"--backbone: belongs to configs; {name} says what it is. Leave one of them out.")
+            raise ConfigError(
+                f"--backbone: belongs to configs; {name} says what it is. Leave one of them out."
+            )
         allow = options.allow_code
         model = load_weights(path, allow_code=allow).model if path.suffix == ".pt" else None
         backend = load_backend(name, device, allow_code=allow)

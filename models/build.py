@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from models import modules
-from models.meta import run_on_meta
+from models.meta import idle_parameters, run_on_meta
 from models.registry import (
     Layer,
     LayerError,
@@ -30,21 +30,8 @@ from models.registry import (
 from models.rows import ModelSpec, RowSpec
 from models.slots import PYRAMID_SLOTS, backbone_slots, brief, plain_slot, shapes_of
 from models.wiring import Row, Slot
-from utils.errors import CheckpointError, ConfigError, nearest
+from utils.errors import FOREIGN_ERRORS, CheckpointError, ConfigError, nearest
 
-BUILD_ERRORS = (
-    TypeError,
-    ValueError,
-    RuntimeError,
-    AssertionError,
-    LookupError,
-    AttributeError,
-    ImportError,
-    OSError,
-    ConfigError,
-    NotImplementedError,
-    ArithmeticError,
-)
 IMAGE = -1
 BROKEN = "broken"
 LONGEST_REASON = 300  # characters of a library's own message inside ours
@@ -97,12 +84,18 @@ def build_rows(spec: ModelSpec, imgsz: tuple[int, int]) -> tuple[list[nn.Module]
 
 
 def _select_maps(state: _State) -> None:
-    """Tell every backbone that can drop maps (`select_strides`) which ones are read: no weight is left without a use."""
+    """Tell every backbone which of its maps are read: no weight that trains is left without a use.
+
+    One that can drop maps (`select_strides`) does so; in another the parameters that serve no map that is read are frozen.
+    """
     read = {slot for row in state.rows for slot in row.inputs}
     for number, (row, module) in enumerate(zip(state.rows, state.modules, strict=True)):
         select = getattr(module, "select_strides", None)
         filled = sorted(slot for slot in row.map_slots or () if slot is not None)
         kept = [k for k, slot in enumerate(filled) if slot in read]
+        if select is None and kept and len(kept) < len(filled):
+            slots = row.map_slots or ()
+            _freeze_idle(state, row, module, [slots.index(filled[k]) for k in kept])
         if select is not None and kept:
             select([row.strides[k] for k in kept])
             state.rows[number] = row._replace(
@@ -110,6 +103,12 @@ def _select_maps(state: _State) -> None:
                 shape=tuple(row.shape[k] for k in kept),
                 strides=tuple(row.strides[k] for k in kept),
             )
+
+
+def _freeze_idle(state: _State, row: Row, module: nn.Module, kept: list[int]) -> None:
+    value = (state.image() if row.inputs[0] == IMAGE else state.slots[row.inputs[0]]).value
+    for name in idle_parameters(module, [value] if row.takes_list else value, kept):
+        module.get_parameter(name).requires_grad_(False)
 
 
 def _leave_broken(state: _State, row: RowSpec) -> None:
@@ -198,6 +197,8 @@ def _build_row(state: _State, row: RowSpec) -> None:
         if is_backbone
         else ([plain_slot(plan.channels, output, state.imgsz)], None)
     )
+    if hasattr(module, "decode"):  # predictions are no map
+        new = [slot._replace(stride=0) for slot in new]
     state.slots.extend(new)
     _remember_names(state, row, first, new, is_backbone)
     shown = ", ".join(f"{key}={value!r}" for key, value in row.kwargs.items())
@@ -216,7 +217,7 @@ def _plan(layer: Layer, channels: list[Any], args: list[Any], scaling: Scaling) 
         return layer.rule(channels, args, scaling)
     except LayerError:
         raise
-    except BUILD_ERRORS as error:
+    except FOREIGN_ERRORS as error:
         raise LayerError(f"does not take {args} - {_one_line(error)}") from error
 
 
@@ -272,7 +273,7 @@ def _construct(layer: Layer, plan: Plan, row: RowSpec) -> nn.Module:
             ) from error
     try:
         module = layer.build(*plan.args, **row.kwargs)
-    except BUILD_ERRORS as error:
+    except FOREIGN_ERRORS as error:
         given = " ".join(str(part) for part in (plan.args, row.kwargs) if part) or "no arguments"
         raise LayerError(f"cannot be built with {given} - {_one_line(error)}") from error
     if not isinstance(module, nn.Module):

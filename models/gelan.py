@@ -100,14 +100,15 @@ class RepConvN(nn.Module):
 def _folded(branch: Conv) -> tuple[Tensor, Tensor]:
     """Weight and bias of the one convolution that equals `branch` in eval mode."""
     conv, norm = branch.conv, branch.bn
-    if getattr(norm, "running_mean", None) is None:  # folded before, by `fuse`
+    mean, variance = getattr(norm, "running_mean", None), getattr(norm, "running_var", None)
+    if mean is None or variance is None:  # folded before, by `fuse`
         bias = conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
         return conv.weight.detach().clone(), bias.detach().clone()
     weight, bias = fuse_conv_bn_weights(
         conv.weight,
         conv.bias,
-        norm.running_mean,
-        norm.running_var,
+        mean,
+        variance,
         norm.eps,
         norm.weight,
         norm.bias,

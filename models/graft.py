@@ -231,7 +231,9 @@ def _without_weights(row: Any) -> Any:
 def _parameters(module: Any) -> list[str]:
     """Names of the arguments that a backbone row may give by position."""
     layer = find(str(module)) or modules.find_unregistered(str(module))
-    if layer is None:  # timm's models take these two by position; others are not known before their file is imported
+    if (
+        layer is None
+    ):  # timm's models take these two by position; others are not known before their file is imported
         return list(WEIGHT_PARAMETERS[:2]) if is_known(str(module)) else []
     if layer.rule is not backbone_rule:
         return []

@@ -160,10 +160,11 @@ def _folded(branch: Conv) -> tuple[Tensor, Tensor]:
     """
     kernel, norm = branch.conv.weight, branch.bn
     bias = kernel.new_zeros(kernel.shape[0]) if branch.conv.bias is None else branch.conv.bias
-    if getattr(norm, "running_mean", None) is None:
+    mean, variance = getattr(norm, "running_mean", None), getattr(norm, "running_var", None)
+    if mean is None or variance is None:
         return kernel, bias
-    gain = norm.weight / torch.sqrt(norm.running_var + norm.eps)
-    return kernel * gain[:, None, None, None], norm.bias + (bias - norm.running_mean) * gain
+    gain = norm.weight / torch.sqrt(variance + norm.eps)
+    return kernel * gain[:, None, None, None], norm.bias + (bias - mean) * gain
 
 
 @register(stacked)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map
+
+from utils.errors import FOREIGN_ERRORS
 
 
 @contextmanager
@@ -29,20 +31,43 @@ def run_on_meta(module: nn.Module, *inputs: Any) -> Any:
     Parameters and buffers are replaced by meta tensors for the call: nothing is computed, no running
     statistic moves and no random number is drawn.
     """
-    shapes = {
-        f"{prefix}.{key}" if prefix else key: torch.empty_like(value, device="meta")
-        for prefix, submodule in module.named_modules()  # each once, however many names it has
-        for key, value in _own_tensors(submodule)
-    }
+    shapes = _meta_tensors(module)
     with evaluating(module), torch.no_grad():
         try:
             return _call_with(module, shapes, inputs)
         except RuntimeError:  # code that asks for the type of the device, as `torch.autocast` does
-            try:
+            with suppress(*FOREIGN_ERRORS):
                 return _run_as_cpu(module, shapes, inputs)
-            except Exception:
-                pass
             raise
+
+
+def idle_parameters(module: nn.Module, inputs: Any, kept: Sequence[int]) -> list[str]:
+    """Names of the parameters that the outputs number `kept` of `module` do not depend on.
+
+    Found by a backward pass of meta tensors in eval mode; empty for code that cannot be run so.
+    """
+    tensors = _meta_tensors(module)
+    parameters = {
+        key: tensors[key].requires_grad_()
+        for key, p in module.named_parameters()
+        if p.requires_grad
+    }
+    try:
+        with evaluating(module), torch.enable_grad():
+            outputs = _call_with(module, tensors, (inputs,))
+            maps = list(outputs.values()) if isinstance(outputs, Mapping) else outputs
+            torch.stack([maps[k].sum() for k in kept]).sum().backward()
+    except (RuntimeError, NotImplementedError, TypeError):
+        return []
+    return [key for key, tensor in parameters.items() if tensor.grad is None]
+
+
+def _meta_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        f"{prefix}.{key}" if prefix else key: torch.empty_like(value, device="meta")
+        for prefix, submodule in module.named_modules()  # each once, however many names it has
+        for key, value in _own_tensors(submodule)
+    }
 
 
 def _call_with(module: nn.Module, tensors: dict[str, torch.Tensor], inputs: Any) -> Any:

@@ -65,7 +65,9 @@ def read_program(path: Path, extra: str) -> tuple[Any, str]:
 
 def _fault(archive: zipfile.ZipFile) -> str:
     """What an archive has that it may not have; empty if nothing."""
-    if any(item.compress_type or item.file_size != item.compress_size for item in archive.infolist()):
+    if any(
+        item.compress_type or item.file_size != item.compress_size for item in archive.infolist()
+    ):
         return "it has compressed parts"
     for name in archive.namelist():
         inner = name.partition("/")[2]

@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -28,13 +27,11 @@ from torch.utils._pytree import tree_leaves
 
 from models.dataflow import Call, Record, record_run
 from models.folder import Folder
+from models.precision import default_type, in_type, own_type, widest_type
 from models.table import Totals, count_params, measure
 
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-4}
 PROTOCOLS = ("reparameterize", "switch_to_deploy", "fuse")
-WIDEN_UP_TO = 200_000_000
-"""Parameters of the largest network that is checked in float64 (which doubles its memory for a
-moment)."""
 
 
 class FuseError(RuntimeError):
@@ -108,10 +105,10 @@ def fuse(model: nn.Module, *, check: bool = True, sample: Tensor | None = None) 
     sample = _sample_for(model) if sample is None else sample
     imgsz: tuple[int, int] = getattr(model, "imgsz", None) or (sample.shape[-2], sample.shape[-1])
     report = FuseReport(_totals(model, imgsz), Totals(0, 0.0), imgsz)
-    wide = _widest_type(model)
+    wide = widest_type(model)
     before = _run_before(model, sample, wide) if check else None
-    running = before.dtype if before else _own_type(model)
-    with _in_type(model, running):
+    running = before.dtype if before else own_type(model)
+    with in_type(model, running):
         _convert(model, sample, wide, before, report)
     report.after = _totals(model, imgsz)
     return report
@@ -123,11 +120,11 @@ def _convert(
     """Drop, re-parameterize and fold; the arithmetic of weights is done in `wide`."""
     names = {module: name for name, module in model.named_modules()}
     report.dropped += _drop_rows(model)
-    with _in_type(model, wide), _default_type(wide):
+    with in_type(model, wide), default_type(wide):
         report.reparameterized += _call_protocols(model)
     _, record = _run(model, sample)
     folder = Folder(model, record, names)
-    with _in_type(model, wide):
+    with in_type(model, wide):
         folder.run()
     report.folded, report.left = folder.folded, folder.left
     _drop_idle(model, record, report, lambda: _run(model, sample))
@@ -152,9 +149,9 @@ def _run(model: nn.Module, sample: Tensor) -> tuple[list[Tensor], Record]:
 
 def _run_before(model: nn.Module, sample: Tensor, wide: torch.dtype) -> _Before:
     """The run to compare with: in the widest type, or in the network's own where its code insists on that."""
-    own = _own_type(model)
+    own = own_type(model)
     try:
-        with _in_type(model, wide):
+        with in_type(model, wide):
             outputs, record = _run(model, sample)
     except (RuntimeError, TypeError):
         if wide == own:
@@ -206,58 +203,6 @@ def _totals(model: nn.Module, imgsz: tuple[int, int]) -> Totals:
         return measure(model, imgsz)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError):
         return Totals(count_params(model), 0.0)
-
-
-def _own_type(model: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in model.parameters()), torch.float32)
-
-
-def _widest_type(model: nn.Module) -> torch.dtype:
-    """float64 where memory and device allow: rounding then hides no fault, and ranks no query
-    anew."""
-    parameter = next((p for p in model.parameters()), None)
-    if parameter is None:
-        return torch.float32
-    fits = parameter.dtype == torch.float32 and count_params(model) <= WIDEN_UP_TO
-    return torch.float64 if fits and parameter.device.type != "mps" else parameter.dtype
-
-
-@contextmanager
-def _in_type(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Run with float32 parameters and buffers widened to `dtype`; they are float32 afterwards.
-
-    Inside another such block nothing changes: what is made there stays wide until the outer one ends. They stay the same objects: a record of one run speaks of them in the next.
-    """
-    if dtype != torch.float64:
-        yield
-        return
-    tensors = [*model.parameters(), *model.buffers()]
-    if any(t.dtype == torch.float64 for t in tensors) and not any(
-        t.dtype == torch.float32 for t in tensors
-    ):
-        yield
-        return
-    stays = {id(t) for t in tensors if t.dtype == torch.float64}
-    for tensor in tensors:
-        if tensor.dtype == torch.float32:
-            tensor.data = tensor.data.double()
-    try:
-        yield
-    finally:
-        for tensor in (*model.parameters(), *model.buffers()):
-            if tensor.dtype == torch.float64 and id(tensor) not in stays:
-                tensor.data = tensor.data.float()
-
-
-@contextmanager
-def _default_type(dtype: torch.dtype) -> Iterator[None]:
-    """Layers that foreign code makes meanwhile have `dtype`, so that it rounds nothing."""
-    usual = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(usual)
 
 
 # --- dropping -------------------------------------------------------------------------------------

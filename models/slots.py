@@ -45,9 +45,7 @@ def stride_of(value: Any, imgsz: tuple[int, int]) -> int:
     return power if abs(height / power - extent) < 1 else max(round(height / extent), 1)
 
 
-def plain_slot(
-    channels: int | list[int] | None, output: Any, imgsz: tuple[int, int]
-) -> Slot:
+def plain_slot(channels: int | list[int] | None, output: Any, imgsz: tuple[int, int]) -> Slot:
     """The slot of a layer that is no backbone.
 
     Raises:

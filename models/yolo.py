@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from models import common, csp, gelan, hg_blocks, modules, transformer  # noqa: F401  (they register layers)
-from models.build import BUILD_ERRORS, apply_activation, build_rows, require_backbone
+from models.build import apply_activation, build_rows, require_backbone
 from models.graft import forget_weights, replace_backbone, row_slots
 from models.heads import ddetect, detect, rtdetr  # noqa: F401
 from models.registry import LayerError
@@ -26,7 +26,7 @@ from models.table import format_table, measure, row_records
 from models.wiring import Row
 from utils.channels import as_channels
 from utils.config import ArgumentParser, integer, parse_imgsz
-from utils.errors import CheckpointError, ConfigError, nearest, run_cli
+from utils.errors import FOREIGN_ERRORS, CheckpointError, ConfigError, nearest, run_cli
 from utils.structures import Decoded, Targets
 
 ACTIVATIONS = ("ReLU", "ReLU6", "SiLU", "GELU", "Hardswish", "LeakyReLU", "Mish", "ELU", "Identity")
@@ -78,7 +78,7 @@ class DetectionModel(nn.Module):
         """Image sizes must be multiples of this: the largest stride of a map, not of what was pooled to one cell."""
         maps = (
             stride
-            for row in self.rows
+            for row in self.rows[:-1]
             for shape, stride in zip(row.shape, row.strides)
             if len(shape) == 3 and max(shape[1:]) > 1
         )
@@ -89,7 +89,8 @@ class DetectionModel(nn.Module):
 
         A model with `ch: 1` takes (B, 1, H, W) and makes colour images grey.
         """
-        images = as_channels(images, self.channels)
+        if self.channels != 3:
+            images = as_channels(images, self.channels)
         slots: dict[int, Any] = {-1: images}
         output: Any = images
         for row, module in zip(self.rows, self.model, strict=True):
@@ -202,7 +203,7 @@ def _import_code(spec: ModelSpec, allowed: bool) -> None:
         path = path if path.is_file() else Path(name)
         try:
             modules.import_outside(path)
-        except Exception as error:  # a user's file may fail in any way
+        except FOREIGN_ERRORS as error:
             why = " ".join(f"{type(error).__name__}: {error}".split())
             raise ConfigError(f"{spec.file} imports: {name} cannot be imported - {why}.") from error
 
@@ -224,7 +225,7 @@ def parse_model(
     _check_head(spec, rows[-1], head, names)
     try:
         head.initialize([strides[slot] for slot in rows[-1].inputs])
-    except BUILD_ERRORS as error:
+    except FOREIGN_ERRORS as error:
         raise ConfigError(
             f"{spec.file} {rows[-1].place} {rows[-1].module}: cannot be set up with strides "
             f"{[strides[slot] for slot in rows[-1].inputs]} - {error or type(error).__name__}."

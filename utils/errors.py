@@ -27,6 +27,13 @@ class CheckpointError(UserError):
     """A weights file cannot be read, or does not fit the model."""
 
 
+FOREIGN_ERRORS = (
+    ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, MemoryError, NameError,
+    NotImplementedError, OSError, RuntimeError, SyntaxError, TypeError, ValueError, UserError,
+)  # fmt: skip
+"""What a user's code, or a library's, may raise on what it is given."""
+
+
 def nearest(word: str, candidates: Iterable[str]) -> str:
     """Return `" Did you mean 'X'?"` for the candidate closest to `word`, or an empty string."""
     names = list(candidates)

@@ -107,7 +107,9 @@ def trace_onnx(
 
 
 def _unknown_opset(options: ExportOptions, error: Exception) -> ConfigError:
-    return ConfigError(f"--opset: got {options.opset} - {' '.join(str(error).split())[:150]}. Take 17.")
+    return ConfigError(
+        f"--opset: got {options.opset} - {' '.join(str(error).split())[:150]}. Take 17."
+    )
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from models.backends import OPENVINO_FOLDER
+from models.artifact import OPENVINO_FOLDER
 from models.exporters.network import ExportOptions, metadata
 from models.exporters.onnx_file import export_onnx
 from models.openvino_library import import_openvino

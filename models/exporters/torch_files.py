@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from models.backends import METADATA_FILE
+from models.artifact import METADATA_FILE
 from models.exporters.network import ExportOptions, beside, build_network, example, metadata
 from models.exporters.onnx_file import dynamic_example, dynamic_shapes
 from models.yolo import DetectionModel

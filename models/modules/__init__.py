@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 from models.registry import Layer, backbone, registering_modules
+from utils.errors import FOREIGN_ERRORS
 
 _FILES: dict[str, ModuleType] = {}
 _BROKEN: dict[str, str] = {}
@@ -25,19 +26,21 @@ def _import_files() -> None:
     for info in pkgutil.iter_modules(__path__):
         try:
             _FILES[info.name] = importlib.import_module(f"{__name__}.{info.name}")
-        except Exception as error:
+        except FOREIGN_ERRORS as error:
             # One broken file of a user must not take every other model down; it is named on a failed look-up.
             _BROKEN[f"models/modules/{info.name}.py"] = f"{type(error).__name__}: {error}"
 
 
 def import_outside(path: Path) -> None:
-    """Run a user's Python file and offer what it registers or defines; the caller has been allowed to.
+    """Run a user's Python file, once a process, and offer what it registers or defines; the caller has been allowed to.
 
     Raises:
         OSError, ImportError, SyntaxError, ...: whatever the file's own code raises.
     """
     place = str(path.resolve())
     name = f"yoke_import_{path.stem}_{sha256(place.encode()).hexdigest()[:8]}"
+    if name in _FILES:
+        return
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImportError("is not a Python file")
@@ -45,7 +48,7 @@ def import_outside(path: Path) -> None:
     sys.modules[name] = module  # where dataclasses look for the names of annotations
     try:
         spec.loader.exec_module(module)
-    except BaseException:
+    except FOREIGN_ERRORS:
         del sys.modules[name]
         raise
     _FILES[name] = module

@@ -307,7 +307,9 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, OSError) as error:
-        is_foreign = isinstance(error, pickle.UnpicklingError)  # torch's own text advises unsafe loading
+        is_foreign = isinstance(
+            error, pickle.UnpicklingError
+        )  # torch's own text advises unsafe loading
         reason = "it holds more than tensors" if is_foreign else str(error).partition("\n")[0]
         raise CheckpointError(f"{path}: cannot be read as weights - {reason}") from error
     for key in ("net", "model", "state_dict"):

@@ -10,17 +10,17 @@ import torch
 from tiny_models import HEADS, tiny_model
 from torch import Tensor
 
-from models.backends import (
-    PAD_VALUE,
-    ArtifactInfo,
-    Backend,
-    load_backend,
-    model_backend,
-    parse_metadata,
-)
+from models.artifact import PAD_VALUE, ArtifactInfo, Backend, parse_metadata
+from models.backends import load_backend, model_backend
 from models.exporters.network import ExportOptions, blobs, metadata
-from models.exporters.torch_files import export_pt, export_safetensors
+from models.exporters.torch_files import (
+    export_pt,
+    export_pt2,
+    export_safetensors,
+    export_torchscript,
+)
 from models.layouts import read_detections, read_layout
+from models.runtimes import _move_constants
 from utils.errors import CheckpointError, ConfigError
 from utils.structures import Decoded
 
@@ -155,3 +155,25 @@ def test_a_file_that_cannot_be_run_is_told_in_one_line(
         load_backend(path)
     assert told in str(caught.value) and name in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_grids_of_a_traced_network_follow_the_device(tmp_path: Path):
+    path = export_torchscript(
+        tiny_model("channels"), ExportOptions(imgsz=(64, 96)), tmp_path / "a.pt"
+    )
+    network = torch.jit.load(str(path))
+    assert device_constants(network) == {"cpu"}
+    _move_constants(network, torch.device("cuda:0"))
+    assert device_constants(network) == {"cuda:0"}
+
+
+def device_constants(network: torch.jit.ScriptModule) -> set[str]:
+    graphs = [m.forward.graph for m in network.modules() if hasattr(m, "forward")]
+    nodes = (node for graph in graphs for node in graph.findAllNodes("prim::Constant"))
+    return {node.s("value") for node in nodes if str(node.output().type()) == "Device"}
+
+
+def test_a_program_runs_on_another_device_than_it_was_exported_on(tmp_path: Path):
+    path = export_pt2(tiny_model("channels"), ExportOptions(imgsz=(64, 96)), tmp_path / "a.pt")
+    backend = load_backend(path, "meta")
+    assert backend.run(torch.rand(1, 3, 64, 96, device="meta"))[0].is_meta

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from models.unpickle import shown
 from models.weights import read_weights
 from utils.errors import CheckpointError
 
@@ -377,3 +378,11 @@ def test_missing_files_and_folders_are_said_so(tmp_path: Path) -> None:
         read_weights(tmp_path / "none.pt")
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_weights(tmp_path)
+
+
+def test_a_message_does_not_spell_out_what_is_shared_without_end():
+    shared: list = ["x"]
+    for _ in range(60):
+        shared = [shared, shared]
+    assert shown(shared) == "list"
+    assert shown("a\nb") == "a\\nb" and shown(7) == "7"

@@ -113,3 +113,12 @@ def test_candidates_are_cut_to_the_best_before_suppression(monkeypatch: pytest.M
 def test_an_unknown_kind_is_named():
     with pytest.raises(ValueError, match="'soft'"):
         postprocess(decoded([[0.9]] * 4), "soft", **OPTIONS)
+
+
+def test_boxes_left_of_the_image_do_not_reach_into_other_classes():
+    """By hand: the two lie apart, in classes 0 and 1; moved by class they would lie upon each other."""
+    boxes = torch.tensor([[[600.0, 600, 640, 640], [-41, -41, -1, -1]]])
+    scores = torch.tensor([[[0.9, 0.0], [0.0, 0.8]]])
+    found = postprocess(Decoded(boxes, scores), "nms", conf_thres=0.1, iou_thres=0.5, max_det=10)[0]
+    assert found.labels.tolist() == [0, 1]
+    assert torch.equal(found.boxes, boxes[0])

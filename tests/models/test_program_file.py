@@ -133,3 +133,11 @@ def test_a_member_that_programs_do_not_have_is_refused(program: Path, tmp_path: 
 )
 def test_expressions_over_sizes_and_nothing_else(text: str, expected: bool):
     assert is_arithmetic(text) is expected
+
+
+def test_compressed_parts_are_refused(tmp_path):
+    path = tmp_path / "bomb.pt2"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb/data/weights/weight_0", bytes(1_000_000))
+    with pytest.raises(CheckpointError, match="compressed parts"):
+        read_program(path, "metadata.txt")

@@ -15,6 +15,12 @@ from models.reparam import FuseError, FuseReport, fuse, reparameterize_model
 SAMPLE = torch.rand(2, 3, 12, 16, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.fixture(autouse=True)
+def same_weights() -> None:
+    """With some random weights a ReLU gives nothing and hides a planted error."""
+    torch.manual_seed(0)
+
+
 def shake(module: nn.Module) -> nn.Module:
     """Give every norm statistics and weights that matter."""
     generator = torch.Generator().manual_seed(2)
@@ -257,6 +263,43 @@ def test_foreign_protocols_are_honoured_and_what_they_leave_is_folded():
     assert report.reparameterized == ["0", "2.0"] and report.folded == ["0 + 1"]
     assert report.after.params == 2 * 4 + 8 + 20
     assert fold(net).reparameterized == []
+
+
+class FixedType(nn.Module):
+    """Makes its maps float32 and blurs them with a constant: float64 weights do not fit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        blurred = nn.functional.conv2d(x.float(), torch.ones(4, 1, 3, 3) / 9, groups=4, padding=1)
+        return self.linear(blurred.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_code_that_insists_on_its_type_is_run_in_it(check: bool):
+    net = chain(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), FixedType()).eval()
+    with torch.no_grad():
+        before = net(SAMPLE)
+        report = fuse(net, sample=SAMPLE, check=check)
+        torch.testing.assert_close(net(SAMPLE), before, rtol=1e-4, atol=1e-5)
+    assert report.folded == ["0 + 1"] and (report.difference is not None) == check
+    assert all(p.dtype == torch.float32 for p in net.parameters())
+
+
+class Merges(nn.Module):
+    """Has a method that is called like folding and does something else."""
+
+    def fuse(self, a: Tensor, b: Tensor) -> Tensor:
+        return a + b
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fuse(x, x.relu())
+
+
+def test_a_method_called_fuse_that_takes_maps_is_left_alone():
+    assert fold(chain(conv(), Merges())).reparameterized == []
 
 
 def test_a_planted_error_in_a_module_is_found_and_named():

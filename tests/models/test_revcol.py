@@ -363,3 +363,9 @@ def test_two_gloo_ranks_average_to_the_plain_gradients(tmp_path: Path) -> None:
     for process in ranks:
         process.join(timeout=300)
     assert [process.exitcode for process in ranks] == [0, 0]
+
+
+@pytest.mark.parametrize("rate", [1.0, -0.1])
+def test_a_drop_path_that_is_no_probability_below_one_is_refused(rate: float) -> None:
+    with pytest.raises(LayerError, match=r"drop_path.*\[0, 1\)"):
+        small(drop_path=rate)

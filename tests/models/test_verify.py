@@ -11,7 +11,8 @@ from tiny_models import tiny_model
 from torch import Tensor
 
 import models.exporters.reference as reference_file
-from models.backends import Backend, model_info
+from models.artifact import Backend
+from models.backends import model_info
 from models.exporters.network import ExportOptions, blobs
 from models.exporters.reference import leads, roundings, take_reference, widen_reference
 from models.exporters.verify import HALF_TOLERANCE, OWN_ROUNDINGS, TOLERANCE, _limit, compare

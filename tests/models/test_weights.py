@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from models.graft import forget_weights
 from models.pretrained import dual_to_single, load_single, load_weights
 from models.transfer import align, match_keys, transfer
 from models.weights import load_backbone_weights, read_weights
@@ -99,7 +98,7 @@ def test_pickled_modules_of_another_project_are_read(
     assert weights.anchors == (((8.0, 16.0),), ((48.0, 64.0),))
     assert weights.config is not None and weights.config["nc"] == 2
     with pytest.raises(ConfigError, match="would run code"):
-        build_model(forget_weights(weights.config))
+        build_model(weights.config)
     assert weights.source == wrap
     assert "otherproject" not in sys.modules
 
@@ -393,8 +392,7 @@ def test_a_dual_checkpoint_is_read_in_its_single_form(tmp_path) -> None:
     torch.manual_seed(0)
     dual = build_model("yolov9-t", num_classes=3, names=("a", "b", "c"), imgsz=(64, 64)).eval()
     path = tmp_path / "dual.pt"
-    checkpoint = {"model": dual.state_dict(), "config": dual.config, "names": list(dual.names)}
-    save_checkpoint(path, checkpoint)
+    save_checkpoint(path, {"model": dual.state_dict(), "config": dual.config, "names": list("abc")})
     single = load_single(path, "gelan-t")
     assert single.names == ("a", "b", "c")
     assert sum(p.numel() for p in single.parameters()) < sum(p.numel() for p in dual.parameters())

@@ -1,0 +1,172 @@
+"""What an artifact says of itself, and the one call that every artifact answers.
+
+What it needs to be told lies in its metadata, so that nothing has to be said again. An artifact of a
+fixed batch is fed in portions of that batch, one of a fixed size gets smaller images padded.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.layouts import read_detections, read_layout
+from utils.channels import as_channels
+from utils.errors import CheckpointError, ConfigError
+from utils.structures import Decoded, Detections
+
+PAD_VALUE = 114 / 255
+METADATA_FILE = "metadata.txt"
+SUFFIXES = (".pt", ".onnx", ".torchscript", ".pt2", ".safetensors")
+OPENVINO_FOLDER = "_openvino_model"
+
+
+@dataclass(frozen=True)
+class ArtifactInfo:
+    """What an artifact says about itself.
+
+    Attributes:
+        names: class names.
+        stride: image sizes are multiples of it.
+        imgsz: size (height, width) it was made for.
+        batch: the only batch it takes; None for any.
+        dynamic: whether it takes other sizes than `imgsz`.
+        family: "yolov5", "yolov9", "yolo11" or "rtdetr".
+        postprocess_kind: "nms" or "topk".
+        layout: form of the output, see `models.layouts`.
+        channels: of the images.
+        half: whether its weights are float16.
+    """
+
+    names: tuple[str, ...]
+    stride: int
+    imgsz: tuple[int, int]
+    batch: int | None
+    dynamic: bool
+    family: str
+    postprocess_kind: str
+    layout: str
+    channels: int = 3
+    half: bool = False
+
+    @property
+    def end2end(self) -> bool:
+        """Whether the artifact does its own NMS or top-k."""
+        return self.layout == "end2end"
+
+
+def parse_metadata(metadata: Mapping[str, str], source: str) -> ArtifactInfo:
+    """Read the metadata that `export.py` writes.
+
+    Raises:
+        CheckpointError: a key is missing or cannot be read.
+    """
+    try:
+        names = ast.literal_eval(metadata["names"])
+        imgsz = ast.literal_eval(metadata["imgsz"])
+        dynamic = metadata["dynamic"]
+        return ArtifactInfo(
+            names=tuple(str(names[key]) for key in sorted(names)),
+            stride=int(metadata["stride"]),
+            imgsz=(int(imgsz[0]), int(imgsz[1])),
+            batch=None if dynamic in ("batch", "all") else int(metadata["batch"]),
+            dynamic=dynamic == "all",
+            family=metadata["family"],
+            postprocess_kind=metadata["postprocess"],
+            layout=metadata["layout"],
+            channels=int(metadata["channels"]),
+            half=metadata["half"] == "True",
+        )
+    except (KeyError, ValueError, SyntaxError, TypeError, IndexError) as error:
+        raise CheckpointError(
+            f"{source}: its metadata lacks or garbles {error} - "
+            "expected a file that export.py wrote."
+        ) from error
+
+
+class Backend:
+    """An artifact, loaded.
+
+    Attributes:
+        info: what it says about itself; its fields are attributes of the backend too.
+        run: images (B, 3, H, W) in [0, 1] on `device` -> output tensors, for sizes the artifact
+            takes.
+        device: where images are expected and results come out.
+    """
+
+    def __init__(
+        self, info: ArtifactInfo, run: Callable[[Tensor], Sequence[Tensor]], device: torch.device
+    ) -> None:
+        self.info, self.run, self.device = info, run, device
+        self.names, self.stride, self.imgsz = info.names, info.stride, info.imgsz
+        self.batch, self.dynamic, self.family = info.batch, info.dynamic, info.family
+        self.postprocess_kind, self.end2end = info.postprocess_kind, info.end2end
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Decoded | list[Detections]:
+        """Predictions in pixels of `images`.
+
+        Args:
+            images: RGB in [0, 1], (B, 3, H, W), float.
+
+        Returns:
+            Boxes and scores of every anchor point; detections if the artifact is end-to-end.
+
+        Raises:
+            ConfigError: images larger than a fixed-size artifact takes, or not multiples of the
+                stride.
+        """
+        images = self._fit(as_channels(images.to(self.device), self.info.channels))
+        imgsz = (images.shape[-2], images.shape[-1])
+        parts = [self.run(part)[0] for part in self._portions(images)]
+        output = (torch.cat(parts) if len(parts) > 1 else parts[0])[: len(images)]
+        output = output.to(self.device)
+        if self.end2end:
+            return read_detections(output)
+        return read_layout(output, self.info.layout, imgsz)
+
+    def _portions(self, images: Tensor) -> list[Tensor]:
+        """Pieces of the artifact's batch, the last one filled up with grey images."""
+        if self.batch is None or len(images) == self.batch:
+            return [images]
+        missing = -len(images) % self.batch
+        if missing:
+            grey = images.new_full((missing, *images.shape[1:]), PAD_VALUE)
+            images = torch.cat((images, grey))
+        return list(images.split(self.batch))
+
+    def _fit(self, images: Tensor) -> Tensor:
+        """Pad smaller images below and to the right for an artifact of a fixed size."""
+        height, width = images.shape[-2:]
+        if self.dynamic:
+            if height % self.stride or width % self.stride:
+                raise ConfigError(
+                    f"image size: got {height}x{width}, expected multiples of {self.stride}."
+                )
+            return images
+        below, right = self.imgsz[0] - height, self.imgsz[1] - width
+        if below < 0 or right < 0:
+            raise ConfigError(
+                f"image size: got {height}x{width}, but the artifact takes {self.imgsz[0]}x"
+                f"{self.imgsz[1]}. Give --imgsz {self.imgsz[0]} {self.imgsz[1]}, or export with "
+                "--dynamic."
+            )
+        return F.pad(images, (0, right, 0, below), value=PAD_VALUE) if below or right else images
+
+
+def missing_library(library: str, path: Path) -> ConfigError:
+    """The error for an artifact whose library is not installed."""
+    return ConfigError(
+        f"{path}: running it needs {library}, which is not installed. pip install {library}"
+    )
+
+
+def damaged(path: Path, error: Exception) -> CheckpointError:
+    """The error for a file that its library refuses."""
+    reason = " ".join(str(error).split())[:200]
+    return CheckpointError(f"{path}: cannot be loaded - {reason or type(error).__name__}.")
