@@ -32,6 +32,7 @@ from models.exporters.torch_files import (
 from models.exporters.verify import Case, verify
 from models.pretrained import load_single, load_weights, require_whole
 from models.reparam import fuse
+from models.transformer import SAMPLINGS, DeformableAttention, set_sampling
 from models.yolo import DetectionModel, build_model
 from utils.config import ArgumentParser, integer, number, parse_imgsz
 from utils.device import select_device
@@ -107,6 +108,7 @@ def export(
     log = get_logger()
     chosen = [_find(name, options) for name in include]
     model = copy.deepcopy(model).to(options.device).float().eval()
+    set_sampling(model, options.sampling)
     fused = copy.deepcopy(model)
     log.info(str(fuse(fused)))
     artifacts = []
@@ -199,6 +201,10 @@ def parse_options(arguments: Sequence[str] | None = None) -> Any:
         "--raw", action="store_true", help="what the head's layers give, no decoding"
     )
     parser.add_argument(
+        "--sampling", choices=SAMPLINGS, default=SAMPLINGS[0],
+        help="how RT-DETR reads its maps; gather is for runtimes without a (right) GridSample",
+    )  # fmt: skip
+    parser.add_argument(
         "--single",
         action="store_true",
         help="turn a dual YOLOv9 into the single form that --cfg names (gelan-c), checked",
@@ -227,12 +233,25 @@ def export_options(options: Any, model: DetectionModel) -> ExportOptions:
         )
     if options.half and options.int8:
         raise ConfigError("--half and --int8: got both, expected one of them.")
+    is_deformable = any(isinstance(m, DeformableAttention) for m in model.modules())
+    if options.sampling != SAMPLINGS[0] and not is_deformable:
+        raise ConfigError(
+            f"--sampling: got {options.sampling}, but this model samples nothing, expected an RT-DETR. Leave it out."
+        )
     imgsz = parse_imgsz(options.imgsz, model.max_stride) if options.imgsz else model.imgsz
+    queries = getattr(model.head, "num_queries", 0)
+    cells = sum((imgsz[0] // stride) * (imgsz[1] // stride) for stride in model.strides)
+    if cells < queries:
+        raise ConfigError(
+            f"--imgsz: got {imgsz[0]} {imgsz[1]}, whose maps have {cells} cells, expected the {queries} queries of the "
+            "head at least. Give a larger size, or a YAML with a smaller num_queries."
+        )
     return ExportOptions(
         imgsz=imgsz, batch=options.batch_size, dynamic=options.dynamic, half=options.half,
         int8=options.int8, simplify=options.simplify, opset=options.opset, dynamo=options.dynamo,
         end2end=end2end, raw=options.raw, conf_thres=options.conf_thres,
         iou_thres=options.iou_thres, max_det=options.max_det, device=select_device(options.device),
+        channels=model.channels, sampling=options.sampling,
     )  # fmt: skip
 
 

@@ -41,6 +41,7 @@ class ExportOptions:
         raw: no decoding.
         conf_thres, iou_thres, max_det: of the postprocessing inside an end2end graph.
         device: where the network is traced.
+        sampling: how deformable attention reads its maps, "grid_sample" or "gather".
         calibration: gives float images (B, 3, H, W) that int8 ranges are measured on.
     """
 
@@ -59,6 +60,7 @@ class ExportOptions:
     iou_thres: float = 0.45
     max_det: int = 300
     device: torch.device = torch.device("cpu")
+    sampling: str = "grid_sample"
     calibration: Callable[[], Any] | None = field(default=None, repr=False)
 
     def layout(self, model: DetectionModel) -> str:
