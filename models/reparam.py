@@ -185,7 +185,13 @@ def _sample_for(model: Any) -> Tensor:
         height, width = model.imgsz
     channels = getattr(model, "channels", 3)
     generator = torch.Generator().manual_seed(0)
-    return torch.rand(1, channels, height, width, generator=generator)
+    sample = torch.rand(1, channels, height, width, generator=generator)
+    try:
+        _run(model, sample)
+    except RuntimeError:  # too small for its kernels
+        height, width = getattr(model, "imgsz", (height, width))
+        sample = torch.rand(1, channels, height, width, generator=generator)
+    return sample
 
 
 def _predict(model: nn.Module, sample: Tensor) -> list[Tensor]:

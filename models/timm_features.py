@@ -147,12 +147,16 @@ def _try_plan(name: str, imgsz: tuple[int, int], options: dict[str, Any]) -> Fea
         maps = _run(net, imgsz)
     is_channels_last = str(getattr(net, "output_fmt", "NCHW")).endswith("NHWC")
     strides = [power_of_two(float(r)) for r in net.feature_info.reduction()]
+    other = (imgsz[0] + 32, imgsz[1] + 64)
+    other_maps = _maps_at(net, other)
     taps = tuple(_tap(m, s, imgsz, is_channels_last) for m, s in zip(maps, strides, strict=True))
+    if other_maps:  # some models round their maps up, which shows at one size and not at another
+        others = [_tap(m, s, other, is_channels_last) for m, s in zip(other_maps, strides)]
+        taps = tuple(t._replace(is_exact=t.is_exact and o.is_exact) for t, o in zip(taps, others))
     kept = {
         tap.stride: i for i, tap in enumerate(taps) if tap.stride > 1
     }  # of two with one stride the later
-    any_size = _works(net, (imgsz[0] + 32, imgsz[1] + 64))
-    return FeaturePlan(options, indices, taps, kept, is_channels_last, any_size)
+    return FeaturePlan(options, indices, taps, kept, is_channels_last, bool(other_maps))
 
 
 def narrow_plan(plan: FeaturePlan, strides: Sequence[int]) -> FeaturePlan:
@@ -197,11 +201,12 @@ def _run(net: nn.Module, imgsz: tuple[int, int]) -> list[Tensor]:
         return list(net(torch.empty(1, 3, *imgsz)))
 
 
-def _works(net: nn.Module, imgsz: tuple[int, int]) -> bool:
+def _maps_at(net: nn.Module, imgsz: tuple[int, int]) -> list[Tensor]:
+    """Maps at another size; none where the model does not take it."""
     try:
-        return len(_run(net, imgsz)) > 0
+        return _run(net, imgsz)
     except REFUSALS:
-        return False
+        return []
 
 
 def _tap(tap_map: Tensor, stride: int, imgsz: tuple[int, int], is_channels_last: bool) -> Tap:

@@ -150,19 +150,23 @@ class TimmBackbone(nn.Module):
         own = sorted({stride for stride, _ in self.sources})
         unused = find_unused(self.model_name, self.imgsz, self.plan, own)
         if unused and len(own) < len(self.plan.kept):
-            self.plan = narrow_plan(self.plan, own)
-            state = self.net.state_dict()
-            with torch.random.fork_rng(devices=[]):
-                self.net = create(
-                    self.model_name, {**self.plan.options, "out_indices": self.plan.indices}
-                )
-            self.net.load_state_dict({key: state[key] for key in self.net.state_dict()})
-            self.net.train(self.training)
+            self._narrow(own)
             unused = find_unused(self.model_name, self.imgsz, self.plan, own)
         self.unused = unused
         for name, parameter in self.net.named_parameters():
             if name in unused:
                 parameter.requires_grad_(False)
+
+    def _narrow(self, strides: list[int]) -> None:
+        """Build the timm model anew for `strides` alone, with the same weights; it stays as it is where these do not fit."""
+        plan = narrow_plan(self.plan, strides)
+        state = self.net.state_dict()
+        with torch.random.fork_rng(devices=[]):
+            net: nn.Module = create(self.model_name, {**plan.options, "out_indices": plan.indices})
+        wanted = {key: value.shape for key, value in net.state_dict().items()}
+        if all(key in state and state[key].shape == shape for key, shape in wanted.items()):
+            net.load_state_dict({key: state[key] for key in wanted})
+            self.plan, self.net = plan, net.train(self.training)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         height, width = x.shape[2:]

@@ -324,3 +324,20 @@ def test_a_size_that_timm_refuses_is_one_line():
         LayerError, match="timm cannot give features of 'nest_tiny' at 64x96 - .*square"
     ):
         TimmBackbone("nest_tiny", SIZE)
+
+
+def test_a_model_whose_weights_depend_on_its_maps_keeps_them_when_fewer_are_read():
+    net = TimmBackbone("efficientvim_m1", (64, 64)).eval()
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        before = dict(zip(net.strides, net(images)))
+        net.select_strides([16, 32])
+        for stride, after in zip(net.strides, net(images), strict=True):
+            torch.testing.assert_close(after, before[stride])
+
+
+def test_maps_that_a_model_rounds_up_get_their_size_at_every_image_size():
+    net = TimmBackbone("mobilevitv2_050", (64, 64)).eval()
+    with torch.no_grad():
+        shapes = [tuple(m.shape[2:]) for m in net(torch.rand(1, 3, 64, 96))]
+    assert shapes == [(64 // s, 96 // s) for s in net.strides]
