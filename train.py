@@ -28,10 +28,11 @@ from models.backends import load_backend
 from models.losses import total_loss
 from utils.checkpoint import load_checkpoint
 from utils.config import increment_path
-from utils.device import describe_device, memory_used, select_device
+from utils.device import autocast, describe_device, memory_used, select_device
 from utils.distributed import (
     World,
     all_gather_objects,
+    all_true,
     broadcast_object,
     process_group,
     read_world,
@@ -114,7 +115,7 @@ def train_one_epoch(run: Run, epoch: int, recorder: RunRecorder) -> dict[str, fl
         if run.options.multi_scale:
             images, targets = resize_randomly(images, targets, run, iteration)
         recorder.batch(epoch, step, batch)
-        with torch.autocast(run.device.type, dtype=run.autocast, enabled=run.autocast is not None):
+        with autocast(run.device, run.autocast):
             raw = run.wrapped(images, targets)
         losses = run.criterion(raw, targets)
         total = total_loss(run.criterion, losses, len(images) * run.world.size)
@@ -135,7 +136,18 @@ def train_one_epoch(run: Run, epoch: int, recorder: RunRecorder) -> dict[str, fl
                 means, len(targets.labels), tuple(images.shape[2:]), memory_used(run.device)
             )
         )
-    return {name: value / used if used else math.nan for name, value in sums.items()}
+    return _mean_of_ranks(sums, used)
+
+
+def _mean_of_ranks(sums: Mapping[str, float], count: int) -> dict[str, float]:
+    """Sums over `count` batches here, and those of all other processes, as means; nan of no batch at all."""
+    gathered = all_gather_objects((dict(sums), count))
+    total = sum(number for _, number in gathered)
+    names = dict.fromkeys(name for part, _ in gathered for name in part)
+    return {
+        name: sum(part.get(name, 0.0) for part, _ in gathered) / total if total else math.nan
+        for name in names
+    }
 
 
 def optimizer_step(run: Run) -> None:
@@ -170,7 +182,7 @@ def validate(run: Run) -> tuple[Evaluation, dict[str, float]]:
 
     def predict(images: Tensor, targets: Targets) -> Decoded:
         nonlocal batches
-        with torch.autocast(run.device.type, dtype=run.autocast, enabled=run.autocast is not None):
+        with autocast(run.device, run.autocast):
             raw = model(images)
         for name, value in run.val_criterion(raw, targets).items():
             sums[name] = sums.get(name, 0.0) + value.item()
@@ -188,7 +200,7 @@ def validate(run: Run) -> tuple[Evaluation, dict[str, float]]:
         thresholds=Thresholds(),
         gather=_gather,
     )
-    return evaluation, {name: value / max(batches, 1) for name, value in sums.items()}
+    return evaluation, _mean_of_ranks(sums, batches)
 
 
 def _gather(evaluator: CocoEvaluator) -> None:
@@ -197,11 +209,11 @@ def _gather(evaluator: CocoEvaluator) -> None:
 
 def _is_finite(run: Run, total: Tensor, losses: dict[str, Tensor], epoch: int, step: int) -> bool:
     """Whether to use this batch; a loss that is not finite is told with every term and left out."""
-    finite = all(all_gather_objects(bool(torch.isfinite(total.detach()))))
-    if finite:
+    if all_true(torch.isfinite(total.detach())):
         run.skipped = 0
         return True
     run.skipped += 1
+    _mend_buffers(run)
     terms = ", ".join(f"{name} {value.item():.4g}" for name, value in losses.items())
     get_logger().warning(
         f"epoch {epoch + 1} step {step + 1}: loss is not finite ({terms}), the batch is left out"
@@ -212,6 +224,13 @@ def _is_finite(run: Run, total: Tensor, losses: dict[str, Tensor], epoch: int, s
             "Lower lr0 in the recipe, or train with --amp off."
         )
     return False
+
+
+def _mend_buffers(run: Run) -> None:
+    """Take statistics that an overflow has reached already, in the forward pass, from the averaged model."""
+    for own, average in zip(run.model.buffers(), run.ema.model.buffers(), strict=True):
+        if own.is_floating_point() and not own.isfinite().all():
+            own.copy_(average)
 
 
 def _check_gradients(run: Run) -> None:
@@ -332,6 +351,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options, checkpoint = _resume(options, given_flags(arguments))
     options.epochs = options.epochs or EPOCHS
     world = read_world()
+    if options.download and world.is_distributed:
+        raise ConfigError(
+            "--download: got several processes, expected one. Fetch the data first: python val.py --download --data ..."
+        )
     device = select_device(options.device, world.local_rank if world.is_distributed else None)
     seed_everything(options.seed)
     with process_group(world, device):

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from data.images import Image
 from data.storage import write_atomically
+from utils.distributed import local_processes
 
 LOGGER = logging.getLogger("yoke.data")
 MEMORY_SHARE = 0.8
@@ -77,7 +78,7 @@ def cache_in_memory(sizes: NDArray[np.int32], load: Callable[[int], Image]) -> I
     """
     total = int(byte_offsets(sizes)[-1])
     free = available_memory()
-    if free is not None and total > free * MEMORY_SHARE:
+    if free is not None and total * local_processes(1) > free * MEMORY_SHARE:  # each keeps its own
         LOGGER.warning(
             "--cache ram: not done - %s, expected at most %.0f %% of the %.1f GB of free memory",
             f"the images take {total / 1e9:.1f} GB",
@@ -115,7 +116,7 @@ def cache_on_disk(
         return ImageCache(sizes, file=target)
     folder = next(parent for parent in target.parents if parent.is_dir())
     free = shutil.disk_usage(folder).free
-    if total > free * MEMORY_SHARE:
+    if total * local_processes(1) > free * MEMORY_SHARE:  # each writes before one of them is kept
         LOGGER.warning(
             "--cache disk: not done - %s, expected at most %.0f %% of the %.1f GB free at %s",
             f"the images take {total / 1e9:.1f} GB",

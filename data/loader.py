@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Sampler
 
 from data.dataset import DetectionDataset, Sample
+from utils.distributed import local_processes
 from utils.errors import DatasetError
 from utils.structures import Batch, Targets
 
@@ -174,7 +175,7 @@ def build_loader(
         block=batch_size if dataset.rect else 1,
         image_weights=image_weights,
     )
-    workers = bounded_workers(workers, dataset, batch_size, world_size)
+    workers = bounded_workers(workers, dataset, batch_size, local_processes(world_size))
     options: dict[str, Any] = {}
     if workers:
         options = {"prefetch_factor": PREFETCH, "persistent_workers": True}
@@ -213,7 +214,10 @@ def collate(samples: Sequence[Sample]) -> Batch:
 def bounded_workers(
     workers: int, dataset: DetectionDataset, batch_size: int, world_size: int = 1
 ) -> int:
-    """How many workers to start: no more than cores, nor than shared memory has room for."""
+    """How many workers to start: no more than cores, nor than shared memory has room for.
+
+    `world_size` counts the processes of this machine.
+    """
     cores = max(1, available_cores() // world_size)
     chosen = min(workers, cores)
     reason = f"{cores} cores per process"

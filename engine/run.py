@@ -22,7 +22,7 @@ from models.losses import build_criterion
 from models.yolo import DetectionModel
 from utils.config import parse_imgsz
 from utils.device import autocast_dtype
-from utils.distributed import World
+from utils.distributed import World, all_gather_objects
 from utils.ema import ModelEMA
 from utils.errors import ConfigError
 from utils.logger import get_logger
@@ -113,14 +113,17 @@ def prepare(
     hyp = _recipe(options, model) if hyp is None else complete(hyp, model.head.family)
     _set_recipe_attributes(model.head, hyp)
     model.to(device, memory_format=torch.channels_last)
-    frozen = freeze(model, options.freeze) if options.freeze else []
     batch_size = options.batch_size
     if batch_size == -1:
-        batch_size = options.batch_size = automatic_batch_size(model, imgsz, device)
+        fits = min(all_gather_objects(automatic_batch_size(model, imgsz, device)))
+        batch_size = options.batch_size = fits * world.size
     if batch_size % world.size:
         raise ConfigError(
             f"--batch-size: got {batch_size}, expected a multiple of the {world.size} processes."
         )
+    if options.sync_bn and world.is_distributed:
+        model = with_shared_norms(model)
+    frozen = freeze(model, options.freeze) if options.freeze else []
     train_set, train_loader = _train_data(options, data, hyp, imgsz, model.max_stride, world)
     val_set, val_loader = _val_data(options, data, imgsz, model.max_stride, world)
     if model.head.loss == "anchor" and not (options.noautoanchor or options.resume):
@@ -128,8 +131,6 @@ def prepare(
     accumulate = max(round(hyp["nbs"] / batch_size), 1)
     hyp = _settle_optimizer(hyp, model.head.num_classes, len(train_set), options)
     decay = hyp["weight_decay"] * batch_size * accumulate / hyp["nbs"]
-    if options.sync_bn and world.is_distributed:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     optimizer = build_optimizer(
         model,
         hyp["optimizer"],
@@ -245,6 +246,17 @@ def _val_data(
     return dataset, loader
 
 
+def with_shared_norms(model: Any) -> Any:
+    """The model with BatchNorm statistics over all processes."""
+    try:
+        from timm.layers import (
+            convert_sync_batchnorm,  # torch's own loses the activation inside timm's norms
+        )
+    except ImportError:
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return convert_sync_batchnorm(model)
+
+
 def _sizes_at(dataset: DetectionDataset, imgsz: tuple[int, int]) -> np.ndarray:
     """Object sizes in pixels, images scaled to fit `imgsz`."""
     sizes, image_sizes = dataset.box_sizes_wh()
@@ -265,4 +277,5 @@ def whole_val_loader(run: Run) -> Any:
     """All validation images, not this process's share only."""
     if not run.world.is_distributed:
         return run.val_loader
-    return build_loader(run.val_set, 2 * run.options.batch_size, workers=run.options.workers)
+    share = 2 * run.options.batch_size // run.world.size
+    return build_loader(run.val_set, share, workers=run.options.workers)

@@ -145,7 +145,7 @@ def check_anchors(model: DetectionModel, sizes: np.ndarray, threshold: float, se
     """
     log, head = get_logger(), model.head
     strides = head.anchors.new_tensor(head.strides).view(-1, 1, 1)
-    current = (head.anchors * strides).reshape(-1, 2).double().cpu().numpy()
+    current = (head.anchors * strides).reshape(-1, 2).cpu().double().numpy()
     if len(sizes) == 0:
         return
     fit = anchor_fit(sizes, current, threshold)
@@ -177,6 +177,13 @@ def automatic_batch_size(
         return 16
     free, _ = torch.cuda.mem_get_info(device)
     used = _memory_of_steps(copy.deepcopy(model), imgsz, device)
+    if not used:
+        raise ConfigError(
+            f"--batch-size -1: not one image of {imgsz[0]}x{imgsz[1]} fits into {free / 2**30:.1f} GiB. Give a smaller "
+            "--imgsz or model."
+        )
+    if len(used) == 1:
+        return 1
     slope, offset = np.polyfit([b for b, _ in used], [m for _, m in used], 1)
     fits = max(int((free * share - offset) / slope), 1)
     size = 2 ** int(np.log2(fits))
@@ -189,13 +196,17 @@ def automatic_batch_size(
 def _memory_of_steps(
     model: nn.Module, imgsz: tuple[int, int], device: torch.device
 ) -> list[tuple[int, int]]:
-    """Bytes that a step takes, for some batch sizes; moves the model's BatchNorm statistics."""
+    """Bytes that a step takes, for some batch sizes, as long as they fit; moves the model's BatchNorm statistics."""
     used = []
     for batch in (1, 2, 4, 8):
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        raw = model(torch.zeros(batch, 3, *imgsz, device=device))
-        sum(t.float().sum() for t in _tensors(raw)).backward()
+        try:
+            raw = model(torch.zeros(batch, 3, *imgsz, device=device))
+            sum(t.float().sum() for t in _tensors(raw)).backward()
+        except torch.cuda.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            break
         model.zero_grad(set_to_none=True)
         used.append((batch, torch.cuda.max_memory_allocated(device) - before))
     return used

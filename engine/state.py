@@ -25,7 +25,9 @@ NEEDED = ("model", "ema", "config", "names", "hyp", "opt", "epoch", "last_step",
 
 def checkpoint_of(run: Run, finished_epoch: int) -> dict[str, Any]:
     """The run after `finished_epoch` as tensors and plain data."""
-    pending = {n: p.grad for n, p in run.model.named_parameters() if p.grad is not None}
+    scale = run.scaler.get_scale()  # 1 without a scaler; another device may want another
+    named = run.model.named_parameters()
+    pending = {name: p.grad / scale for name, p in named if p.grad is not None}
     return {
         "model": run.model.state_dict(),
         "ema": run.ema.state_dict(),
@@ -132,9 +134,10 @@ def restore(run: Run, checkpoint: dict[str, Any]) -> None:
     if missing and run.hyp["optimizer"] == "SGD" and checkpoint["last_step"] >= 0:
         get_logger().info(f"resume: {len(missing)} parameters have no optimiser state yet")
     parameters = dict(run.model.named_parameters())
+    if checkpoint["scaler"]:
+        run.scaler.load_state_dict(checkpoint["scaler"])
     for name, gradient in checkpoint["optimizer"]["pending"].items():
-        parameters[name].grad = gradient.to(parameters[name])
-    run.scaler.load_state_dict(checkpoint["scaler"])
+        parameters[name].grad = gradient.to(parameters[name]) * run.scaler.get_scale()
     run.epoch = checkpoint["epoch"] + 1
     run.last_step = checkpoint["last_step"]
     run.best_fitness, run.best_epoch = checkpoint["best_fitness"], checkpoint["best_epoch"]

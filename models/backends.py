@@ -104,9 +104,12 @@ def model_backend(
 ) -> Backend:
     """The same call around a network in memory, which is moved to `device` and fused in place."""
     device = torch.device(device)
-    model = model.to(device).eval()
+    model = model.eval()
     if fuse:
-        fuse_model(model, check=False)
+        fuse_model(
+            model.cpu(), check=False
+        )  # in float64, which some devices lack and others are slow in
+    model = model.to(device)
     if half and device.type == "cuda":
         model = model.half()
     backend = _ModelBackend(model_info(model), lambda images: (), device)

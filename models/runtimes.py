@@ -25,6 +25,7 @@ from models.artifact import (
 from models.openvino_library import import_openvino
 from models.program_file import read_program
 from utils.errors import CheckpointError, ConfigError
+from utils.logger import get_logger
 
 
 def open_artifact(
@@ -81,10 +82,20 @@ def _load_onnx(
             f"{path}: got provider {unknown[0]!r}, expected one of {', '.join(available)}."
         )
     source = _with_taps(path, taps) if taps else str(path)
+    settings = [
+        {"device_id": device.index or 0} if name == "CUDAExecutionProvider" else {}
+        for name in providers
+    ]
     try:
-        session = onnxruntime.InferenceSession(source, options, providers=list(providers))
+        session = onnxruntime.InferenceSession(
+            source, options, providers=list(providers), provider_options=settings
+        )
     except (states.InvalidProtobuf, states.InvalidGraph, states.Fail, states.NoModel) as error:
         raise damaged(path, error) from error
+    if device.type == "cuda" and session.get_providers()[0] == "CPUExecutionProvider":
+        get_logger().warning(
+            f"{path}: runs on the CPU, onnxruntime has no working CUDA here. pip install onnxruntime-gpu"
+        )
     info = parse_metadata(session.get_modelmeta().custom_metadata_map, str(path))
     name = session.get_inputs()[0].name
 
@@ -137,13 +148,27 @@ def _load_exported(path: Path, device: torch.device) -> Backend:
     info = parse_metadata(_as_metadata(text, path), str(path))
     # The guards that newer versions add also say how tensors happened to lie in memory: they would
     # refuse sizes that the program computes rightly. Ranges of batch and size are checked anyway.
-    if device.type != "cpu":  # grids and other constants
-        from torch.export.passes import move_to_device_pass  # torch 2.6 and newer
-
-        program = move_to_device_pass(program, device)
+    if any(place.type != device.type for place in _written_devices(program)):
+        program = _moved(program, device, path)
     known = "check_guards" in inspect.signature(program.module).parameters
     network = program.module(**({"check_guards": False} if known else {})).to(device)
     return Backend(info, lambda images: (network(images.float()),), device)
+
+
+def _written_devices(program: Any) -> set[torch.device]:
+    """Devices that the program's own operations make tensors on."""
+    places = (node.kwargs.get("device") for node in program.graph.nodes)
+    return {torch.device(place) for place in places if place is not None}
+
+
+def _moved(program: Any, device: torch.device, path: Path) -> Any:
+    try:
+        from torch.export.passes import move_to_device_pass
+    except ImportError as error:
+        raise ConfigError(
+            f"{path}: was exported on another device than {device}, expected torch 2.6 or newer to move it."
+        ) from error
+    return move_to_device_pass(program, device)
 
 
 def _load_openvino(

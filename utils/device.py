@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,6 +14,11 @@ from utils.errors import ConfigError, nearest
 from utils.logger import get_logger
 
 AMP_CHOICES = ("auto", "bf16", "fp16", "off")
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """Compute in `dtype` inside the block; None changes nothing, also on devices without autocast."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
 def select_device(text: str = "", local_rank: int | None = None) -> torch.device:
@@ -47,7 +54,7 @@ def select_device(text: str = "", local_rank: int | None = None) -> torch.device
         raise ConfigError(
             f"--device {text}: GPU {absent[0]} is not here - {here}. Use --device cpu."
         )
-    return torch.device("cuda", _of_rank(numbers, local_rank, text))
+    return _current(torch.device("cuda", _of_rank(numbers, local_rank, text)))
 
 
 def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
@@ -132,8 +139,15 @@ def _best_device(local_rank: int) -> torch.device:
                 f"--device: local rank {local_rank} has no GPU - {count} here. "
                 f"Start torchrun with --nproc_per_node {count}, or use --device cpu."
             )
-        return torch.device("cuda", local_rank)
+        return _current(torch.device("cuda", local_rank))
     return torch.device("mps") if torch.backends.mps.is_available() else torch.device("cpu")
+
+
+def _current(device: torch.device) -> torch.device:
+    """Make it the one that libraries take which are not told: pinned memory, questions about its abilities."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device)
+    return device
 
 
 def _of_rank(numbers: list[int], local_rank: int | None, text: str) -> int:

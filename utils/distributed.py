@@ -78,16 +78,15 @@ def process_group(
     if not world.is_distributed:
         yield
         return
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)  # what gathers Python objects uses the current device
     dist.init_process_group(
         backend, rank=world.rank, world_size=world.size, timeout=timedelta(minutes=timeout_minutes)
     )
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    # Not after an error: leaving would wait for the others, who wait here for what will not come. torchrun ends them.
+    dist.destroy_process_group()
 
 
 def is_initialized() -> bool:
@@ -114,13 +113,19 @@ def broadcast_object(value: T) -> T:
     return received
 
 
-def mean_over_ranks(values: Tensor) -> Tensor:
-    """Mean of a tensor over all processes."""
+def all_true(flag: Tensor) -> bool:
+    """Whether `flag` (a single truth value) holds in every process."""
     if not is_initialized():
-        return values
-    total = values.detach().clone()
-    dist.all_reduce(total)
-    return total / dist.get_world_size()
+        return bool(flag)
+    least = flag.int()
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return bool(least)
+
+
+def local_processes(world_size: int) -> int:
+    """How many of the processes share this machine's cores and memory."""
+    text = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return int(text) if text.isdigit() and int(text) else world_size
 
 
 def share_buffers(model: nn.Module) -> None:

@@ -165,10 +165,10 @@ class CocoEvaluator:
             number = self._numbers.get(int(image_id))
             if number is None:
                 raise ValueError(f"image id {image_id} is not in the ground truth")
-            scores = found.scores.detach().double().cpu().numpy()
+            scores = found.scores.detach().cpu().double().numpy()
             order = np.argsort(-scores, kind="stable")
             self._detections[number] = ImageDetections(
-                found.boxes.detach().double().cpu().numpy()[order],
+                found.boxes.detach().cpu().double().numpy()[order],
                 scores[order],
                 found.labels.detach().long().cpu().numpy()[order],
             )
@@ -314,7 +314,7 @@ class ConfusionMatrix:
         predicted = detections.labels.cpu().numpy()[keep]
         true = labels.cpu().numpy().astype(np.int64)
         overlap = overlaps(
-            detections.boxes.double().cpu().numpy()[keep], boxes.double().cpu().numpy()
+            detections.boxes.cpu().double().numpy()[keep], boxes.cpu().double().numpy()
         )
         matched_k, matched_g = _best_pairs(overlap, self.iou)
         alone, missed = np.delete(predicted, matched_k), np.delete(true, matched_g)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -124,6 +126,22 @@ def verify(path: Path, model: DetectionModel, options: ExportOptions) -> list[Ca
         ExportMismatchError: a difference is beyond the tolerance; both values are told. Integer
             artifacts are only required to be finite: what they lose is measured as mAP.
     """
+    with _exact_convolutions():
+        return _verify(path, model, options)
+
+
+@contextmanager
+def _exact_convolutions() -> Iterator[None]:
+    """Convolutions of a GPU in float32, which may round their factors to 10 bits otherwise."""
+    kept = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = kept
+
+
+def _verify(path: Path, model: DetectionModel, options: ExportOptions) -> list[Case]:
     if options.raw:
         backend = open_artifact(path, options.device)
     elif options.end2end:

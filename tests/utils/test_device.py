@@ -9,13 +9,14 @@ import torch
 import torch.multiprocessing as mp
 from torch import nn
 
-from utils.device import agrees_with_float32, autocast_dtype, memory_used, select_device
+from utils.device import agrees_with_float32, autocast, autocast_dtype, memory_used, select_device
 from utils.distributed import (
     World,
     all_gather_objects,
+    all_true,
     broadcast_object,
     is_initialized,
-    mean_over_ranks,
+    local_processes,
     process_group,
     read_world,
     unused_parameters,
@@ -39,10 +40,13 @@ def with_gpus(monkeypatch, count: int) -> None:
 
 def test_the_best_device_is_the_gpu_of_the_local_rank(monkeypatch) -> None:
     with_gpus(monkeypatch, 2)
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert select_device("") == torch.device("cuda", 0)
     assert select_device("", local_rank=1) == torch.device("cuda", 1)
     assert select_device("cuda:1") == torch.device("cuda", 1)
     assert select_device("1,0", local_rank=0) == torch.device("cuda", 1)
+    assert [device.index for device in current] == [0, 1, 1, 1]
     with pytest.raises(ConfigError, match="local rank 2 has no GPU"):
         select_device("", local_rank=2)
     with pytest.raises(ConfigError, match="local rank 2 has no GPU in the list"):
@@ -127,7 +131,21 @@ def test_one_process_alone_needs_no_group() -> None:
         assert not is_initialized()
         assert all_gather_objects("a") == ["a"]
         assert broadcast_object("a") == "a"
-        assert mean_over_ranks(torch.tensor(2.0)).item() == 2
+        assert all_true(torch.tensor(True)) and not all_true(torch.tensor(False))
+
+
+def test_processes_of_this_machine_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert local_processes(16) == 16
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert local_processes(16) == 8
+
+
+def test_no_type_means_no_autocast() -> None:
+    with autocast(torch.device("meta"), None):
+        assert torch.ones(1).dtype == torch.float32
+    with autocast(CPU, torch.bfloat16):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
 
 
 def test_parameters_without_gradient_are_named() -> None:
@@ -147,7 +165,7 @@ def run_rank(rank: int, port: int, queue) -> None:
     with process_group(World(rank, rank, 2), CPU):
         gathered = all_gather_objects({"rank": rank})
         first = broadcast_object(f"from {rank}")
-        mean = mean_over_ranks(torch.tensor([float(rank), 4.0])).tolist()
+        mean = [all_true(torch.tensor(flag)) for flag in (True, rank == 0, False)]
         wrapped = nn.parallel.DistributedDataParallel(nn.Linear(1, 1))
         queue.put((rank, gathered, first, mean, type(unwrap(wrapped)).__name__))
     assert not is_initialized()
@@ -161,5 +179,5 @@ def test_two_gloo_processes_exchange_what_they_have() -> None:
     mp.spawn(run_rank, args=(port, queue), nprocs=2)
     results = sorted(queue.get() for _ in range(2))
     for rank, result in enumerate(results):
-        expected = (rank, [{"rank": 0}, {"rank": 1}], "from 0", [0.5, 4.0], "Linear")
+        expected = (rank, [{"rank": 0}, {"rank": 1}], "from 0", [True, False, False], "Linear")
         assert result == expected

@@ -1,0 +1,115 @@
+"""What only shows on GPUs or with several processes, as far as one CPU can tell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import train
+from engine import run as run_module
+from engine import setup
+from engine.run import Run, prepare, whole_val_loader, with_shared_norms
+from engine.state import checkpoint_of, load_resumable, restore, save
+from engine.training_flags import parse_options
+from models.yolo import build_model
+from utils.distributed import World
+from utils.errors import ConfigError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def run(tiny_cfg: Path, shared_data: Path, tmp_path: Path) -> Run:
+    return new_run(tiny_cfg, shared_data, tmp_path)
+
+
+def new_run(cfg: Path, data: Path, folder: Path) -> Run:
+    words = ["--cfg", str(cfg), "--data", str(data), "--imgsz", "64", "--batch-size", "4"]
+    options = parse_options([*words, "--workers", "0", "--epochs", "2", "--noplots"])
+    return prepare(options, folder / "exp", CPU, World())
+
+
+def test_an_overflow_in_the_forward_pass_does_not_stay_in_the_statistics(run: Run):
+    norm = next(m for m in run.model.modules() if isinstance(m, nn.BatchNorm2d))
+    norm.running_var[0] = torch.inf
+    norm.running_mean[0] = torch.nan
+    expected = run.ema.model.state_dict()
+    assert not train._is_finite(run, torch.tensor(torch.inf), {}, 0, 0)
+    own = run.model.state_dict()
+    assert all(torch.equal(own[key], expected[key]) for key in own)
+
+
+class Scaler:
+    """A loss scaler that only knows its factor."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def get_scale(self) -> float:
+        return self.scale
+
+    def state_dict(self) -> dict:
+        return {}
+
+
+def test_waiting_gradients_are_kept_without_the_scale_of_the_loss(
+    run: Run, tiny_cfg: Path, shared_data: Path, tmp_path: Path
+):
+    """By hand: true gradient 1, loss scaled by 65536 there and by 8 here."""
+    for parameter in run.model.parameters():
+        parameter.grad = torch.full_like(parameter, 65536.0)
+    run.scaler = Scaler(65536.0)
+    pending = checkpoint_of(run, 0)["optimizer"]["pending"]
+    assert all(bool((gradient == 1).all()) for gradient in pending.values()) and pending
+    path = tmp_path / "last.pt"
+    save(run, path, 0)
+    fresh = new_run(tiny_cfg, shared_data, tmp_path)
+    fresh.scaler = Scaler(8.0)
+    restore(fresh, load_resumable(path))
+    assert all(bool((p.grad == 8).all()) for p in fresh.model.parameters())
+
+
+def test_shared_norms_keep_the_activation_that_timm_puts_inside_them():
+    pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = build_model("yolov5n", backbone=["test_efficientnet"], imgsz=(64, 64)).eval()
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        before = model.decode(model(images))
+        keys = list(model.state_dict())
+        model = with_shared_norms(model).eval()
+        after = model.decode(model(images))
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert norms and all(isinstance(m, nn.SyncBatchNorm) for m in norms)
+    assert list(model.state_dict()) == keys
+    torch.testing.assert_close(after.scores, before.scores)
+
+
+def test_the_last_measurement_takes_one_process_share_at_a_time(run: Run, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(run_module, "build_loader", lambda data, size, **_: sizes.append(size))
+    run.options.batch_size, run.world = 128, World(0, 0, 8)
+    whole_val_loader(run)
+    assert sizes == [32]
+
+
+def test_a_model_of_which_few_images_fit_gets_a_batch_of_one(monkeypatch: pytest.MonkeyPatch):
+    model = nn.Conv2d(3, 1, 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**30))
+    for used, expected in (([], None), ([(1, 100)], 1)):
+        monkeypatch.setattr(setup, "_memory_of_steps", lambda *_, used=used: used)
+        if expected is None:
+            with pytest.raises(ConfigError, match="not one image of 64x64 fits"):
+                setup.automatic_batch_size(model, (64, 64), torch.device("cuda"))
+        else:
+            assert setup.automatic_batch_size(model, (64, 64), torch.device("cuda")) == expected
+
+
+def test_several_processes_do_not_fetch(monkeypatch: pytest.MonkeyPatch):
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="--download: got several processes"):
+        train.main(["--download", "--data", "absent.yaml"])
