@@ -29,6 +29,7 @@ from utils.logger import get_logger
 from utils.metrics import CocoEvaluator
 from utils.optim import Schedule, Warmup, build_optimizer, build_schedule
 
+ONEDNN_BLOCK = 16  # input channels that AVX-512 code computes at once; 8 with AVX2
 LEAST_WARMUP = 100  # iterations; three epochs of a small data set are too short to warm up
 
 
@@ -112,7 +113,7 @@ def prepare(
     imgsz = parse_imgsz(options.imgsz, model.max_stride)
     hyp = _recipe(options, model) if hyp is None else complete(hyp, model.head.family)
     _set_recipe_attributes(model.head, hyp)
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device, memory_format=memory_format_for(model, device))
     batch_size = options.batch_size
     if batch_size == -1:
         fits = min(all_gather_objects(automatic_batch_size(model, imgsz, device)))
@@ -244,6 +245,25 @@ def _val_data(
         dataset, batch_size, workers=options.workers, rank=world.rank, world_size=world.size
     )
     return dataset, loader
+
+
+def memory_format_for(model: nn.Module, device: torch.device) -> torch.memory_format:
+    """Channels last, which is faster, unless the device computes the model wrongly in it.
+
+    On CPUs oneDNN's gradient of a 1x1 convolution with a stride and fewer input channels than it computes at once writes
+    beyond its memory in this format (https://github.com/uxlfoundation/oneDNN/issues/6035, seen with torch 2.15). Such
+    branches stand in the stems of networks that re-parameterize.
+    """
+    faulty = (
+        isinstance(m, nn.Conv2d)
+        and m.kernel_size == (1, 1)
+        and max(m.stride) > 1
+        and m.groups == 1
+        and m.in_channels < ONEDNN_BLOCK
+        for m in model.modules()
+    )
+    is_faulty = device.type == "cpu" and any(faulty)
+    return torch.contiguous_format if is_faulty else torch.channels_last
 
 
 def with_shared_norms(model: Any) -> Any:

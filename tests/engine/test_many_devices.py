@@ -11,7 +11,7 @@ from torch import nn
 import train
 from engine import run as run_module
 from engine import setup
-from engine.run import Run, prepare, whole_val_loader, with_shared_norms
+from engine.run import Run, memory_format_for, prepare, whole_val_loader, with_shared_norms
 from engine.state import checkpoint_of, load_resumable, restore, save
 from engine.training_flags import parse_options
 from models.yolo import build_model
@@ -106,6 +106,23 @@ def test_a_model_of_which_few_images_fit_gets_a_batch_of_one(monkeypatch: pytest
                 setup.automatic_batch_size(model, (64, 64), torch.device("cuda"))
         else:
             assert setup.automatic_batch_size(model, (64, 64), torch.device("cuda")) == expected
+
+
+@pytest.mark.parametrize(
+    ("convolution", "device", "expected"),
+    [
+        (nn.Conv2d(3, 16, 1, 2), "cpu", torch.contiguous_format),
+        (nn.Conv2d(3, 16, 1, 2), "cuda", torch.channels_last),
+        (nn.Conv2d(3, 16, 1, 1), "cpu", torch.channels_last),
+        (nn.Conv2d(3, 16, 3, 2), "cpu", torch.channels_last),
+        (nn.Conv2d(15, 16, 1, 2), "cpu", torch.contiguous_format),
+        (nn.Conv2d(16, 16, 1, 2), "cpu", torch.channels_last),
+        (nn.Conv2d(16, 16, 1, 2, groups=16), "cpu", torch.channels_last),
+    ],
+)
+def test_a_format_that_the_cpu_computes_wrongly_is_not_chosen(convolution, device, expected):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), convolution)
+    assert memory_format_for(model, torch.device(device)) == expected
 
 
 def test_several_processes_do_not_fetch(monkeypatch: pytest.MonkeyPatch):
