@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +60,26 @@ def run_chunk(command: Sequence[str], names: Sequence[str], timeout: float) -> l
         name = names[len(results)]
         results.append({"name": name, "status": "fails", "step": "process", "reason": why})
     return results
+
+
+def run_open(
+    path: Path,
+    results: dict[str, Result],
+    command: Sequence[str],
+    timeout: float,
+    next_chunk: Callable[[], Sequence[str]],
+) -> None:
+    """Run pieces until none is open; each is written to `path`, added to `results` and told in a line a name.
+
+    Args:
+        path: file of results.
+        results: those so far, by name.
+        command, timeout: as in `run_chunk`.
+        next_chunk: names of the next piece, by what `results` holds then; empty to stop.
+    """
+    while chunk := next_chunk():
+        new = run_chunk(command, chunk, timeout)
+        append_results(path, new)
+        for result in new:
+            results[result["name"]] = result
+            print(f"{result['name']}: {result['status']} {result.get('reason', '')}", flush=True)

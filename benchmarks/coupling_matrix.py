@@ -36,8 +36,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import nn
 
-from benchmarks.children import append_results, read_results, run_chunk
+from benchmarks.children import read_results, run_open
 from benchmarks.settling import settle
+from benchmarks.tables import aligned
 from engine.setup import recipe
 from models.exporters.network import ExportOptions, blobs
 from models.exporters.onnx_file import export_onnx
@@ -240,9 +241,7 @@ def format_table(results: dict[str, dict[str, Any]], wanted: Sequence[str]) -> s
             *name.split(" x "), _count(r, "params"), _count(r, "params_fused"), size, f"{r['seconds']:.1f}",
             f"{r['fuse']:.1e}" if "fuse" in r else "-", held, r["status"],
         ))  # fmt: skip
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |" for row in rows]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    lines = aligned(rows)
     failed = [name for name in found if results[name]["status"] != "works"]
     lines += [f"fails: {n} at {results[n].get('step')}: {results[n]['reason']}" for n in failed]
     lines.append(f"{len(found) - len(failed)} of {len(found)} cells work; {len(wanted)} wanted")
@@ -279,13 +278,14 @@ def main() -> None:
     results = read_results(args.out)
     if args.again:
         results = {name: r for name, r in results.items() if r["status"] == "works"}
-    while not args.report and (todo := [name for name in wanted if name not in results]):
-        chunk = [n for n in todo if n.split(" x ")[0] == todo[0].split(" x ")[0]]
-        new = run_chunk([sys.executable, __file__, "--worker"], chunk, args.timeout)
-        append_results(args.out, new)
-        results.update({result["name"]: result for result in new})
-        for result in new:
-            print(f"{result['name']}: {result['status']} {result.get('reason', '')}", flush=True)
+
+    def next_backbone() -> list[str]:
+        todo = [name for name in wanted if name not in results]
+        return [name for name in todo if name.split(" x ")[0] == todo[0].split(" x ")[0]]
+
+    if not args.report:
+        command = [sys.executable, __file__, "--worker"]
+        run_open(args.out, results, command, args.timeout, next_backbone)
     print(format_table(results, wanted))
     if any(results[name]["status"] != "works" for name in wanted if name in results):
         raise SystemExit(1)

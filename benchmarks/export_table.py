@@ -32,8 +32,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.children import append_results, read_results, run_chunk
+from benchmarks.children import read_results, run_open
 from benchmarks.settling import settle
+from benchmarks.tables import aligned
 from export import EXPORTERS
 from models.backends import load_backend
 from models.exporters.network import ExportOptions
@@ -191,9 +192,7 @@ def format_table(results: dict[str, dict[str, Any]], wanted: Sequence[str]) -> s
     head = ("config", "format", "params (M)", "fuse cpu s", "cpu s", "wall s", "MB", "boxes", "scores", "status")  # fmt: skip
     found = [results[name] for name in wanted if name in results]
     rows = [head, *(_row(result) for result in found)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |" for row in rows]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    lines = aligned(rows)
     failed = [r for r in found if r["status"] != "works"]
     lines += [f"fails: {r['name']} at {r.get('step')}: {r['reason']}" for r in failed]
     lines += list(_extremes([r for r in found if r["status"] == "works"]))
@@ -255,13 +254,13 @@ def main() -> None:
         results = {name: r for name, r in results.items() if r["status"] == "works"}
     shapes = [["--imgsz", *map(str, sizes[0])], ["--other", *map(str, sizes[1])]]
     command = [sys.executable, __file__, *shapes[0], *shapes[1], "--worker"]
-    while not args.report and (todo := [name for name in wanted if name not in results]):
-        chunk = [name for name in todo if name.split()[0] == todo[0].split()[0]]
-        new = run_chunk(command, chunk, args.timeout)
-        append_results(args.out, new)
-        results.update({result["name"]: result for result in new})
-        for result in new:
-            print(f"{result['name']}: {result['status']} {result.get('reason', '')}", flush=True)
+
+    def next_config() -> list[str]:
+        todo = [name for name in wanted if name not in results]
+        return [name for name in todo if name.split()[0] == todo[0].split()[0]]
+
+    if not args.report:
+        run_open(args.out, results, command, args.timeout, next_config)
     print(format_table(results, wanted))
     if any(results[name]["status"] != "works" for name in wanted if name in results):
         raise SystemExit(1)

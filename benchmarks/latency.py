@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.settling import settle
+from benchmarks.tables import aligned
 from models.backends import load_backend, model_backend
 from models.exporters.network import ExportOptions, blobs
 from models.exporters.onnx_file import export_onnx
@@ -122,15 +123,7 @@ def format_forms(found: Sequence[Latency]) -> str:
             f"{line.report.difference:.1e}", str(line.threads), f"{line.before:.1f}", f"{line.after:.1f}",
             f"{line.after / line.before:.2f}",
         ))  # fmt: skip
-    return aligned(rows)
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as a Markdown table, the first one as its head."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |" for row in rows]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
+    return "\n".join(aligned(rows))
 
 
 def measure_runtimes(
@@ -199,7 +192,7 @@ def format_runtimes(found: Mapping[int, Mapping[str, float]]) -> str:
             (str(threads), name, f"{ms:.1f}", f"{ms / times['PyTorch']:.2f}", f"{ms / last:.2f}")
             for name, ms in times.items()
         ]
-    return aligned(rows)
+    return "\n".join(aligned(rows))
 
 
 def parse_args() -> argparse.Namespace:

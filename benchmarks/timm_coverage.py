@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.children import append_results, read_results, run_chunk
+from benchmarks.children import read_results, run_open
 from models.reparam import FuseError, fuse
 from models.table import count_params
 from models.timm_features import REFUSALS, create, known_names
@@ -189,17 +189,12 @@ def main() -> None:
     results = read_results(args.out)
     limits = ["--memory", str(args.memory), "--max-params", str(args.max_params)]
     command = [sys.executable, __file__, *limits, "--worker"]
-    while not args.report and (
-        todo := [name for name in wanted if is_open(results.get(name), args.max_params)]
-    ):
-        new = run_chunk(command, todo[: args.chunk], args.timeout)
-        append_results(args.out, new)
-        results.update({result["name"]: result for result in new})
-        last = new[-1]
-        print(
-            f"{len(wanted) - len(todo) + len(new)}/{len(wanted)} {last['name']}: {last['status']}",
-            flush=True,
-        )
+
+    def next_models() -> list[str]:
+        return [n for n in wanted if is_open(results.get(n), args.max_params)][: args.chunk]
+
+    if not args.report:
+        run_open(args.out, results, command, args.timeout, next_models)
     print_report(results, wanted)
 
 

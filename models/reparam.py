@@ -181,17 +181,24 @@ def _sample_for(model: Any) -> Tensor:
     is_ranking = getattr(getattr(model, "head", None), "postprocess", "nms") == "topk"
     stride = getattr(model, "max_stride", 32)
     height, width = (5 * stride, 6 * stride) if is_ranking else (2 * stride, 3 * stride)
-    if any(getattr(module, "any_size", True) is False for module in model.modules()):
-        height, width = model.imgsz
-    channels = getattr(model, "channels", 3)
+    own: tuple[int, int] = getattr(model, "imgsz", (height, width))
+    is_fixed = any(getattr(module, "any_size", True) is False for module in model.modules())
+    shape = (1, getattr(model, "channels", 3))
     generator = torch.Generator().manual_seed(0)
-    sample = torch.rand(1, channels, height, width, generator=generator)
-    try:
-        _run(model, sample)
-    except RuntimeError:  # too small for its kernels
-        height, width = getattr(model, "imgsz", (height, width))
-        sample = torch.rand(1, channels, height, width, generator=generator)
+    sample = torch.rand(*shape, height, width, generator=generator)
+    if is_fixed or not _takes(model, sample):
+        sample = torch.rand(*shape, *own, generator=generator)
     return sample
+
+
+def _takes(model: nn.Module, sample: Tensor) -> bool:
+    """Whether the network runs on `sample`, which may be too small for its kernels."""
+    try:
+        with torch.no_grad():
+            model(sample.to(next((p for p in model.parameters()), sample)))
+    except RuntimeError:
+        return False
+    return True
 
 
 def _predict(model: nn.Module, sample: Tensor) -> list[Tensor]:
