@@ -146,10 +146,10 @@ def _move_constants(network: Any, device: torch.device) -> None:
 def _load_exported(path: Path, device: torch.device) -> Backend:
     program, text = read_program(path, METADATA_FILE)
     info = parse_metadata(_as_metadata(text, path), str(path))
-    # The guards that newer versions add also say how tensors happened to lie in memory: they would
-    # refuse sizes that the program computes rightly. Ranges of batch and size are checked anyway.
     if any(place.type != device.type for place in _written_devices(program)):
         program = _moved(program, device, path)
+    # The guards that newer versions add also say how tensors happened to lie in memory: they would
+    # refuse sizes that the program computes rightly. Ranges of batch and size are checked anyway.
     known = "check_guards" in inspect.signature(program.module).parameters
     network = program.module(**({"check_guards": False} if known else {})).to(device)
     return Backend(info, lambda images: (network(images.float()),), device)

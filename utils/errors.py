@@ -29,9 +29,9 @@ class CheckpointError(UserError):
 
 FOREIGN_ERRORS = (
     ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, MemoryError, NameError,
-    NotImplementedError, OSError, RuntimeError, SyntaxError, TypeError, ValueError, UserError,
+    NotImplementedError, OSError, RuntimeError, SyntaxError, TypeError, ValueError, ConfigError,
 )  # fmt: skip
-"""What a user's code, or a library's, may raise on what it is given."""
+"""What a user's code, or a library's, may raise on what it is given; weights that cannot be read keep their own error."""
 
 
 def nearest(word: str, candidates: Iterable[str]) -> str:

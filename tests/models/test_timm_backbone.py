@@ -341,3 +341,8 @@ def test_maps_that_a_model_rounds_up_get_their_size_at_every_image_size():
     with torch.no_grad():
         shapes = [tuple(m.shape[2:]) for m in net(torch.rand(1, 3, 64, 96))]
     assert shapes == [(64 // s, 96 // s) for s in net.strides]
+
+
+def test_weights_that_are_missing_are_told_alone_not_as_a_fault_of_the_yaml():
+    with pytest.raises(CheckpointError, match=r"^none.pth: no such file"):
+        build_model("yolo11n", backbone=["test_resnet", "weights=none.pth"], imgsz=SIZE)
