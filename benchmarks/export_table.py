@@ -40,8 +40,8 @@ from models.backends import load_backend
 from models.exporters.network import ExportOptions
 from models.exporters.reference import Reference, take_reference
 from models.exporters.verify import predict
+from models.parser.rows import read_model_config
 from models.reparam import FuseError, fuse
-from models.rows import read_model_config
 from models.table import count_params
 from models.yolo import DetectionModel, build_model
 from utils.config import parse_imgsz

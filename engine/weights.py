@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from models.graft import forget_weights
-from models.transfer import transfer
+from models.parser.graft import forget_weights
+from models.weight_files.transfer import transfer
 from models.weights import load_backbone_weights, read_weights
 from models.yolo import DetectionModel, build_model
 from utils.config import parse_imgsz

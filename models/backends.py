@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.artifact import ArtifactInfo, Backend, damaged, missing_library, parse_metadata
-from models.graft import forget_weights
+from models.parser.graft import forget_weights
 from models.pretrained import load_weights, require_whole
 from models.reparam import fuse as fuse_model
-from models.runtimes import open_artifact
+from models.runtimes.artifact import ArtifactInfo, Backend, damaged, missing_library, parse_metadata
+from models.runtimes.graphs import open_artifact
 from models.yolo import DetectionModel, build_model
 from utils.errors import CheckpointError, ConfigError
 from utils.structures import Decoded

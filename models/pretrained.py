@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.graft import forget_weights
-from models.transfer import ROW, TransferReport, match_keys, transfer
+from models.parser.graft import forget_weights
+from models.weight_files.transfer import ROW, TransferReport, match_keys, transfer
 from models.weights import ForeignWeights, read_weights
 from models.yolo import DetectionModel, build_model, model_from_checkpoint
 from utils.checkpoint import ForeignCheckpointError, load_checkpoint

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from models.dataflow import Call, Record, record_run
-from models.folder import Folder
-from models.precision import default_type, in_type, own_type, widest_type
+from models.fusing.dataflow import Call, Record, record_run
+from models.fusing.pairs import Folder
+from models.fusing.precision import default_type, in_type, own_type, widest_type
 from models.table import Totals, count_params, measure
 
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-4}

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.torch_file import TensorFile, open_file
-from models.transfer import ROW, TransferReport, transfer
-from models.unpickle import PickleError, Stub, shown
-from models.unpickle_names import NumpyArray, TensorRef
+from models.weight_files.torch_file import TensorFile, open_file
+from models.weight_files.transfer import ROW, TransferReport, transfer
+from models.weight_files.unpickle import PickleError, Stub, shown
+from models.weight_files.unpickle_names import NumpyArray, TensorRef
 from utils.errors import CheckpointError
 
 __all__ = ["ForeignWeights", "TransferReport", "load_backbone_weights", "read_weights", "transfer"]

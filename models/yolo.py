@@ -15,15 +15,16 @@ if __name__ == "__main__":  # run as a script: the folder above holds the packag
 import torch
 from torch import Tensor, nn
 
-from models import common, csp, gelan, hg_blocks, modules, transformer  # noqa: F401  (they register layers)
-from models.build import apply_activation, build_rows, require_backbone
-from models.graft import forget_weights, replace_backbone, row_slots
+from models import common, modules, transformer  # noqa: F401  (they register layers)
+from models.blocks import csp, gelan, hg  # noqa: F401
 from models.heads import ddetect, detect, rtdetr  # noqa: F401
+from models.parser.build import apply_activation, build_rows, require_backbone
+from models.parser.graft import forget_weights, replace_backbone, row_slots
+from models.parser.rows import ModelSpec, parse_spec, read_model_config, resolve
+from models.parser.wiring import Row
 from models.registry import LayerError
 from models.reparam import reparameterize_model
-from models.rows import ModelSpec, parse_spec, read_model_config, resolve
 from models.table import format_table, measure, row_records
-from models.wiring import Row
 from utils.channels import as_channels
 from utils.config import ArgumentParser, integer, parse_imgsz
 from utils.errors import FOREIGN_ERRORS, CheckpointError, ConfigError, nearest, run_cli

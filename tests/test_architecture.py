@@ -24,7 +24,7 @@ MOST_LINES = 400
 LONG_FILES = {
     "models/heads/rtdetr.py": 420,
     "models/modules/revcol.py": 460,
-    "models/unpickle.py": 440,
+    "models/weight_files/unpickle.py": 440,
 }
 MOST_FUNCTION_LINES = 60
 LICENCE_TRAPS = ("ultralytics", "albumentationsx", "yolov5", "thop")
@@ -132,20 +132,31 @@ BELOW = {
         "models.heads",
         "models.yolo",
         "models.losses",
-        "models.build",
+        "models.parser",
     ],
     "models.transformer": [
         "models.modules",
         "models.heads",
         "models.yolo",
         "models.losses",
-        "models.build",
+        "models.parser",
     ],
+    "models.blocks": [
+        "models.modules",
+        "models.heads",
+        "models.yolo",
+        "models.losses",
+        "models.parser",
+    ],
+    "models.parser": ["models.heads", "models.yolo", "models.losses", "models.postprocess"],
+    "models.fusing": ["models.parser", "models.heads", "models.yolo", "models.modules"],
+    "models.weight_files": ["models."],
+    "models.runtimes": ["models."],
     "models.modules": [
         "models.heads",
         "models.yolo",
         "models.losses",
-        "models.build",
+        "models.parser",
         "models.postprocess",
     ],
     "models.heads": [

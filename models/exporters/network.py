@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from models.layouts import layout_of
+from models.runtimes.layouts import layout_of
 from models.yolo import DetectionModel
 
 PRODUCER = "Yoke"
@@ -64,7 +64,7 @@ class ExportOptions:
     calibration: Callable[[], Any] | None = field(default=None, repr=False)
 
     def layout(self, model: DetectionModel) -> str:
-        """Form of the output, see `models.layouts`."""
+        """Form of the output, see `models.runtimes.layouts`."""
         return "end2end" if self.end2end else "raw" if self.raw else layout_of(model.head)
 
     def suffix(self) -> str:

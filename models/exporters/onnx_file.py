@@ -25,7 +25,7 @@ from models.exporters.network import (
     example,
     metadata,
 )
-from models.layouts import ANCHOR_AXES
+from models.runtimes.layouts import ANCHOR_AXES
 from models.yolo import DetectionModel
 from utils.errors import ConfigError
 from utils.logger import get_logger

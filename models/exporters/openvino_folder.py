@@ -8,10 +8,10 @@ from pathlib import Path
 
 import yaml
 
-from models.artifact import OPENVINO_FOLDER
 from models.exporters.network import ExportOptions, metadata
 from models.exporters.onnx_file import export_onnx
-from models.openvino_library import import_openvino
+from models.runtimes.artifact import OPENVINO_FOLDER
+from models.runtimes.openvino_library import import_openvino
 from models.yolo import DetectionModel
 from utils.errors import ConfigError
 

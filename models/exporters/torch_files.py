@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from models.artifact import METADATA_FILE
 from models.exporters.network import ExportOptions, beside, build_network, example, metadata
 from models.exporters.onnx_file import dynamic_example, dynamic_shapes
+from models.runtimes.artifact import METADATA_FILE
 from models.yolo import DetectionModel
 from utils.checkpoint import save_checkpoint
 from utils.errors import ConfigError

@@ -11,14 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.artifact import Backend
 from models.backends import load_backend
 from models.exporters.end2end import TAPS
 from models.exporters.network import ExportOptions
 from models.exporters.reference import Reference, take_reference, widen_reference
 from models.exporters.selection import selection_fault
-from models.layouts import read_detections
-from models.runtimes import open_artifact
+from models.runtimes.artifact import Backend
+from models.runtimes.graphs import open_artifact
+from models.runtimes.layouts import read_detections
 from models.yolo import DetectionModel
 from utils.errors import UserError
 from utils.structures import Decoded, Detections

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.layers import DropPath, LayerNorm2d, init_trunc_normal, linear_rates
+from models.blocks.layers import DropPath, LayerNorm2d, init_trunc_normal, linear_rates
 from models.registry import LayerError, backbone, register
 from utils.errors import CheckpointError
 

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from models.blocks.hg import HGBlock, HGStem
 from models.common import DWConv
-from models.hg_blocks import HGBlock, HGStem
 from models.registry import backbone, register
 
 

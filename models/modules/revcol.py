@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from models.layers import ChannelNorm, init_trunc_normal, keep_scale, linear_rates
+from models.blocks.layers import ChannelNorm, init_trunc_normal, keep_scale, linear_rates
 from models.registry import LayerError, backbone, register
 
 LEVELS = 4

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import ChannelNorm
+from models.blocks.layers import ChannelNorm
 from models.registry import Layer, LayerError, Plan, Scaling, backbone, register_fallback
 from models.timm_features import (
     FeaturePlan,

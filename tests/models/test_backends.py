@@ -10,7 +10,6 @@ import torch
 from tiny_models import HEADS, tiny_model
 from torch import Tensor
 
-from models.artifact import PAD_VALUE, ArtifactInfo, Backend, parse_metadata
 from models.backends import load_backend, model_backend
 from models.exporters.network import ExportOptions, blobs, metadata
 from models.exporters.torch_files import (
@@ -19,8 +18,9 @@ from models.exporters.torch_files import (
     export_safetensors,
     export_torchscript,
 )
-from models.layouts import read_detections, read_layout
-from models.runtimes import _move_constants
+from models.runtimes.artifact import PAD_VALUE, ArtifactInfo, Backend, parse_metadata
+from models.runtimes.graphs import _move_constants
+from models.runtimes.layouts import read_detections, read_layout
 from utils.errors import CheckpointError, ConfigError
 from utils.structures import Decoded
 

@@ -10,8 +10,8 @@ from small_configs import ALL, CONV, SIZE, build, config, error_of, maps_row
 from small_configs import with_maps as with_maps
 from torch import nn
 
-from models.build import Row, build_rows
-from models.rows import parse_spec, read_model_config
+from models.parser.build import Row, build_rows
+from models.parser.rows import parse_spec, read_model_config
 from models.yolo import build_model
 from utils.errors import ConfigError
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from models.losses import build_criterion, total_loss
+from models.parser.rows import DETECT_FOLDER
 from models.reparam import reparameterize_model
-from models.rows import DETECT_FOLDER
 from models.table import count_params
 from models.yolo import DetectionModel, build_model
 from utils.config import load_yaml

@@ -6,7 +6,7 @@ import pytest
 import torch
 from published import FOLDER, fill, golden, layout, needs_golden, read_json
 
-from models.csp import C2PSA, Attention, C2f, C3k, C3k2
+from models.blocks.csp import C2PSA, Attention, C2f, C3k, C3k2
 from models.registry import LayerError, Scaling, find
 from models.yolo import build_model
 

@@ -7,7 +7,7 @@ import torch
 from published import FOLDER, fill, golden, layout, needs_golden, read_json
 from torch import Tensor, nn
 
-from models.gelan import (
+from models.blocks.gelan import (
     ELAN1,
     SPPELAN,
     AConv,

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from models.graft import RowSlots, forget_weights, replace_backbone, row_slots
+from models.parser.graft import RowSlots, forget_weights, replace_backbone, row_slots
 from models.yolo import build_model
 from utils.errors import ConfigError
 

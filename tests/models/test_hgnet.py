@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models import registry
-from models.hg_blocks import HGBlock, HGStem, RepC3, RepConv
+from models.blocks.hg import HGBlock, HGStem, RepC3, RepConv
 from models.modules.hgnet import HGNetv2_L, HGNetv2_X
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.unpickle import shown
+from models.weight_files.unpickle import shown
 from models.weights import read_weights
 from utils.errors import CheckpointError
 

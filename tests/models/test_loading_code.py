@@ -14,7 +14,7 @@ from models import modules
 from models.backends import load_backend
 from models.exporters.network import ExportOptions
 from models.exporters.torch_files import export_safetensors
-from models.graft import forget_weights
+from models.parser.graft import forget_weights
 from models.pretrained import load_weights
 from models.yolo import build_model
 from utils.checkpoint import save_checkpoint

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.program_file import is_arithmetic, read_program
+from models.runtimes.program_file import is_arithmetic, read_program
 from utils.errors import CheckpointError
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import folder
+from models.fusing import pairs
 from models.reparam import FuseError, FuseReport, fuse, reparameterize_model
 
 SAMPLE = torch.rand(2, 3, 12, 16, generator=torch.Generator().manual_seed(1))
@@ -309,15 +309,15 @@ def test_a_planted_error_in_a_module_is_found_and_named():
 
 
 def test_a_planted_error_in_the_folding_is_found_and_named(monkeypatch: pytest.MonkeyPatch):
-    true_fold, planted = folder.fold_behind, []
+    true_fold, planted = pairs.fold_behind, []
 
-    def wrong(layer: nn.Module, affine: folder.Affine) -> None:
+    def wrong(layer: nn.Module, affine: pairs.Affine) -> None:
         true_fold(layer, affine)
         planted.append(layer)
         if len(planted) == 2:
             layer.weight.data *= 1.001
 
-    monkeypatch.setattr(folder, "fold_behind", wrong)
+    monkeypatch.setattr(pairs, "fold_behind", wrong)
     parts = [m for i in range(3) for m in (conv(), nn.BatchNorm2d(3), nn.ReLU())]
     with pytest.raises(FuseError, match=r"'4' \(BatchNorm2d\)"):
         fuse(chain(*parts), sample=SAMPLE)

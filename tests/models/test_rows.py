@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from models.rows import (
+from models.parser.rows import (
     DETECT_FOLDER,
     find_config,
     parse_spec,

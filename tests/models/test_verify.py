@@ -11,11 +11,11 @@ from tiny_models import tiny_model
 from torch import Tensor
 
 import models.exporters.reference as reference_file
-from models.artifact import Backend
 from models.backends import model_info
 from models.exporters.network import ExportOptions, blobs
 from models.exporters.reference import leads, roundings, take_reference, widen_reference
 from models.exporters.verify import HALF_TOLERANCE, OWN_ROUNDINGS, TOLERANCE, _limit, compare
+from models.runtimes.artifact import Backend
 from models.yolo import DetectionModel
 from utils.boxes import xyxy_to_cxcywh
 from utils.structures import Decoded

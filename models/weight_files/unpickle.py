@@ -3,7 +3,7 @@
 `pickletools.genops` splits a stream into opcodes without acting on them; this file gives the
 opcodes a meaning. A name that a stream mentions is never looked up and never imported. It becomes a
 `Name`, an object of it becomes a `Stub` (its name, its arguments, its state), and the few names of
-`models/unpickle_names.py` are rebuilt by code of ours into containers, numbers and `TensorRef`s,
+`models/weight_files/unpickle_names.py` are rebuilt by code of ours into containers, numbers and `TensorRef`s,
 which only describe a tensor. Names of the standard library, and calls of functions, are refused.
 
 The work is bounded: at most `MAX_OPCODES` opcodes, at most `MAX_COPIED` bytes copied by calls (a

@@ -2,7 +2,7 @@
 
 Tensors become `TensorRef`s: descriptions, every number of which is checked against the storage.
 Containers become dicts, lists and tuples, NumPy scalars become numbers. Whatever is not in these
-tables is a stub or is refused (`models/unpickle.py`).
+tables is a stub or is refused (`models/weight_files/unpickle.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from models.unpickle import Name, PickleError, Stub, check_key, refused, shown
+from models.weight_files.unpickle import Name, PickleError, Stub, check_key, refused, shown
 
 MAX_DIMENSIONS = 16
 STORAGE_TYPES = {

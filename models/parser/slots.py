@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from models.parser.wiring import Slot
 from models.registry import LayerError
-from models.wiring import Slot
 
 PYRAMID_SLOTS = 5
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models.dataflow import Call, Operation, Record, Value
-from models.folding import (
+from models.fusing.dataflow import Call, Operation, Record, Value
+from models.fusing.folding import (
     FOLDABLE,
     Affine,
     can_fold_before,

@@ -18,6 +18,9 @@ from torch import nn
 
 from models import modules
 from models.meta import idle_parameters, run_on_meta
+from models.parser.rows import ModelSpec, RowSpec
+from models.parser.slots import PYRAMID_SLOTS, backbone_slots, brief, plain_slot, shapes_of
+from models.parser.wiring import Row, Slot
 from models.registry import (
     Layer,
     LayerError,
@@ -27,9 +30,6 @@ from models.registry import (
     find,
     find_anywhere,
 )
-from models.rows import ModelSpec, RowSpec
-from models.slots import PYRAMID_SLOTS, backbone_slots, brief, plain_slot, shapes_of
-from models.wiring import Row, Slot
 from utils.errors import FOREIGN_ERRORS, CheckpointError, ConfigError, nearest
 
 IMAGE = -1

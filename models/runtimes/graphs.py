@@ -13,7 +13,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from models.artifact import (
+from models.runtimes.artifact import (
     METADATA_FILE,
     OPENVINO_FOLDER,
     SUFFIXES,
@@ -22,8 +22,8 @@ from models.artifact import (
     missing_library,
     parse_metadata,
 )
-from models.openvino_library import import_openvino
-from models.program_file import read_program
+from models.runtimes.openvino_library import import_openvino
+from models.runtimes.program_file import read_program
 from utils.errors import CheckpointError, ConfigError
 from utils.logger import get_logger
 

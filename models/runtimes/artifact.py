@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.layouts import read_detections, read_layout
+from models.runtimes.layouts import read_detections, read_layout
 from utils.channels import as_channels
 from utils.errors import CheckpointError, ConfigError
 from utils.structures import Decoded, Detections
@@ -38,7 +38,7 @@ class ArtifactInfo:
         dynamic: whether it takes other sizes than `imgsz`.
         family: "yolov5", "yolov9", "yolo11" or "rtdetr".
         postprocess_kind: "nms" or "topk".
-        layout: form of the output, see `models.layouts`.
+        layout: form of the output, see `models.runtimes.layouts`.
         channels: of the images.
         half: whether its weights are float16.
     """

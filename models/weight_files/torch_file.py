@@ -28,8 +28,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from models.unpickle import Interpreter, PickleError, shown
-from models.unpickle_names import REBUILD, VALUES, StorageRef, Storages, TensorRef, update
+from models.weight_files.unpickle import Interpreter, PickleError, shown
+from models.weight_files.unpickle_names import (
+    REBUILD,
+    VALUES,
+    StorageRef,
+    Storages,
+    TensorRef,
+    update,
+)
 from utils.errors import CheckpointError
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C

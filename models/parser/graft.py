@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from models import modules
+from models.parser.wiring import Row
 from models.registry import backbone as backbone_rule
 from models.registry import find
 from models.timm_features import is_known
-from models.wiring import Row
 from utils.errors import ConfigError
 
 CONTEXT_MODULES = ("SPP", "SPPF", "SPPELAN", "C2PSA", "PSA", "AIFI")

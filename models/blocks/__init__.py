@@ -1,0 +1,1 @@
+"""Blocks of single families, and small layers that backbones share."""

@@ -1,0 +1,1 @@
+"""What `models.reparam` works with: what flows where, which pairs fold, and the arithmetic."""

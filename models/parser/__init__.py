@@ -1,0 +1,1 @@
+"""From the rows of a model YAML to modules that are wired together."""
