@@ -170,46 +170,71 @@ def _unknown(name: str) -> LayerError:
 
 
 def _build_row(state: _State, row: RowSpec) -> None:
-    spec, first = state.spec, len(state.slots)
+    first = len(state.slots)
     layer = _find_layer(row.module)
     if layer is None:
         raise _unknown(row.module)
     inputs = _resolve_sources(state, row)
     sources = [state.image() if i == IMAGE else state.slots[i] for i in inputs]
-    scaling = Scaling(
-        spec.width, spec.max_channels, spec.outputs, spec.size, spec.repeats(row.repeats),
-        tuple(slot.stride for slot in sources), state.imgsz,
-    )  # fmt: skip
+    scaling = _scaling(state, row, sources)
     plan = _plan(layer, [slot.channels for slot in sources], row.args, scaling)
-    copies = 1 if plan.repeats_inside else scaling.repeats
-    built = [_construct(layer, plan, row)]
-    for _ in range(copies - 1):  # the first may change the width, the others take what it gives
-        built.append(_construct(layer, _plan(layer, [plan.channels], row.args, scaling), row))
-    module = built[0] if copies == 1 else nn.Sequential(*built)
-    takes_list = isinstance(row.source, list) or hasattr(
-        module, "decode"
-    )  # a head of one level may say -1
+    module = _module(layer, plan, row, scaling)
+    predicts = hasattr(module, "decode")
+    takes_list = isinstance(row.source, list) or predicts  # a head of one level may say -1
     values = [slot.value for slot in sources]
     output = _propagate(module, values if takes_list else values[0])
-    is_backbone = plan.channels is None
     new, map_slots = (
         backbone_slots(module, output, first, state.imgsz)
-        if is_backbone
+        if plan.channels is None
         else ([plain_slot(plan.channels, output, state.imgsz)], None)
     )
-    if hasattr(module, "decode"):  # predictions are no map
+    if predicts:  # predictions are no map
         new = [slot._replace(stride=0) for slot in new]
     state.slots.extend(new)
-    _remember_names(state, row, first, new, is_backbone)
-    shown = ", ".join(f"{key}={value!r}" for key, value in row.kwargs.items())
-    printed = str(plan.args)[:-1] + (", " if plan.args and shown else "") + shown + "]"
+    _remember_names(state, row, first, new, is_backbone=map_slots is not None)
     filled = [slot for slot in new if not slot.reason]
     state.modules.append(module)
-    state.rows.append(Row(
-        len(state.slots) - 1, tuple(inputs), takes_list, map_slots, (), row.source, scaling.repeats,
-        row.module.removeprefix("nn."), printed, tuple(s for slot in filled for s in shapes_of(slot.value)),
-        tuple(slot.stride for slot in filled), row.section, row.place,
-    ))  # fmt: skip
+    state.rows.append(
+        Row(
+            index=len(state.slots) - 1,
+            inputs=tuple(inputs),
+            takes_list=takes_list,
+            map_slots=map_slots,
+            release=(),
+            source=row.source,
+            repeats=scaling.repeats,
+            module=row.module.removeprefix("nn."),
+            args=_printed(plan.args, row.kwargs),
+            shape=tuple(shape for slot in filled for shape in shapes_of(slot.value)),
+            strides=tuple(slot.stride for slot in filled),
+            section=row.section,
+            place=row.place,
+        )
+    )
+
+
+def _scaling(state: _State, row: RowSpec, sources: list[Slot]) -> Scaling:
+    spec, strides = state.spec, tuple(slot.stride for slot in sources)
+    repeats = spec.repeats(row.repeats)
+    return Scaling(
+        spec.width, spec.max_channels, spec.outputs, spec.size, repeats, strides, state.imgsz
+    )
+
+
+def _module(layer: Layer, plan: Plan, row: RowSpec, scaling: Scaling) -> nn.Module:
+    """The row's layer, as often in a sequence as its rule leaves the repeats to us."""
+    first = _construct(layer, plan, row)
+    if plan.repeats_inside or scaling.repeats == 1:
+        return first
+    same = _plan(layer, [plan.channels], row.args, scaling)  # the first may change the width
+    return nn.Sequential(first, *(_construct(layer, same, row) for _ in range(scaling.repeats - 1)))
+
+
+def _printed(args: list[Any], kwargs: dict[str, Any]) -> str:
+    """Arguments as the table prints them: `[64, 3, bias=False]`."""
+    return (
+        f"[{', '.join([*map(repr, args), *(f'{key}={value!r}' for key, value in kwargs.items())])}]"
+    )
 
 
 def _plan(layer: Layer, channels: list[Any], args: list[Any], scaling: Scaling) -> Plan:

@@ -18,7 +18,7 @@ from utils.errors import ConfigError, nearest
 
 SECTIONS = ("backbone", "head")
 LITERALS = {"None": None, "True": True, "False": False, "none": None, "true": True, "false": False}
-DETECT_FOLDER = Path(__file__).parent / "detect"
+DETECT_FOLDER = Path(__file__).parents[1] / "detect"
 
 
 class RowSpec(NamedTuple):

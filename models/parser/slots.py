@@ -97,6 +97,26 @@ def backbone_slots(
     Raises:
         LayerError: the output is no list of maps, or not what the module says of itself.
     """
+    maps = _feature_maps(output)
+    strides = _common_strides(maps, imgsz)
+    _hold_against(module, [m.shape[1] for m in maps], strides)
+    levels = [round(math.log2(s)) if s & (s - 1) == 0 and s > 1 else 0 for s in strides]
+    has = ", ".join(f"P{level} (stride {2**level})" for level in sorted(set(levels) - {0}))
+    slots = [
+        Slot(None, None, 0, f"the backbone has no stride {2 ** (k + 1)}, only {has}")
+        for k in range(max(PYRAMID_SLOTS, *levels))
+    ]
+    chosen = {level: position for position, level in enumerate(levels) if level}
+    for level, position in chosen.items():
+        slots[level - 1] = Slot(maps[position], maps[position].shape[1], strides[position])
+    map_slots = tuple(
+        first + level - 1 if chosen.get(level) == position else None
+        for position, level in enumerate(levels)
+    )
+    return slots, map_slots
+
+
+def _feature_maps(output: Any) -> list[Tensor]:
     maps = list(output.values()) if isinstance(output, Mapping) else output
     if (
         not isinstance(maps, (list, tuple))
@@ -107,12 +127,11 @@ def backbone_slots(
             f"returns {_told(output)}, expected a list of feature maps (B, C, H, W); a layer with one output "
             "registers with a rule: @register(convolution)."
         )
-    found = [m.shape[1] for m in maps]
-    declared = declared_channels(module)
-    if declared is not None and declared != found:
-        raise LayerError(
-            f"says channels {declared}, but its outputs have {found}. Mend `channels`."
-        )
+    return list(maps)
+
+
+def _common_strides(maps: list[Tensor], imgsz: tuple[int, int]) -> list[int]:
+    """The stride of each map, which must be the same in height and width."""
     strides = [stride_of(m, imgsz) for m in maps]
     for m, stride in zip(maps, strides):
         if any(abs(side / stride - extent) >= 1 for side, extent in zip(imgsz, m.shape[2:])):
@@ -120,22 +139,17 @@ def backbone_slots(
                 f"gives a map {brief(shapes_of(m))} for an image of {imgsz[0]}x{imgsz[1]}, expected (C, H, W) with one stride "
                 "in height and width. Permute maps whose channels come last: x.permute(0, 3, 1, 2)."
             )
-    said = getattr(module, "strides", None)
+    return strides
+
+
+def _hold_against(module: nn.Module, channels: list[int], strides: list[int]) -> None:
+    """Refuse a module that says other channels or strides of itself than its maps have."""
+    declared, said = declared_channels(module), getattr(module, "strides", None)
+    if declared is not None and declared != channels:
+        raise LayerError(
+            f"says channels {declared}, but its outputs have {channels}. Mend `channels`."
+        )
     if isinstance(said, (list, tuple)) and list(said) != strides:
         raise LayerError(
             f"says strides {list(said)}, but its outputs have {strides}. Mend `strides`."
         )
-    levels = [round(math.log2(s)) if s & (s - 1) == 0 and s > 1 else 0 for s in strides]
-    count = max(PYRAMID_SLOTS, *levels)
-    has = ", ".join(f"P{level} (stride {2**level})" for level in sorted(set(levels) - {0}))
-    slots = [
-        Slot(None, None, 0, f"the backbone has no stride {2 ** (k + 1)}, only {has}")
-        for k in range(count)
-    ]
-    chosen: dict[int, int] = {level: position for position, level in enumerate(levels) if level}
-    for level, position in chosen.items():
-        slots[level - 1] = Slot(maps[position], found[position], strides[position])
-    map_slots = tuple(
-        first + lv - 1 if chosen.get(lv) == pos else None for pos, lv in enumerate(levels)
-    )
-    return slots, map_slots
