@@ -18,6 +18,7 @@ from data.transforms import letterbox
 from engine.detections import DetectionWriter
 from engine.flags import (
     add_device_flag,
+    add_foreign_flags,
     add_ignored_flags,
     add_run_flags,
     add_size_flag,
@@ -73,12 +74,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Any:
         required=True,
         help="image, folder, glob, list file, video, camera number or stream address",
     )
-    parser.add_argument("--cfg", default="", help="model YAML of foreign weights that carry none")
-    parser.add_argument(
-        "--allow-code",
-        action="store_true",
-        help="let the Python files run that the model's YAML imports",
-    )
+    add_foreign_flags(parser)
     add_size_flag(parser, default=None)
     add_threshold_flags(parser, conf=0.25, iou=0.45, max_det=1000)
     add_device_flag(parser)
@@ -154,8 +150,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.view_img:
         _check_display()
     backend = load_backend(
-        options.weights, device, half=options.half, cfg=options.cfg, allow_code=options.allow_code
-    )
+        options.weights, device, half=options.half, cfg=options.cfg, backbone=options.backbone,
+        allow_code=options.allow_code,
+    )  # fmt: skip
     options.classes = class_indices(options.classes, backend.names)
     options.imgsz = _size(options, backend)
     if options.rect and not backend.dynamic:

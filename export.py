@@ -287,12 +287,17 @@ def models_of(options: Any) -> list[tuple[DetectionModel, Path]]:
 
 def _load(weights: str, options: Any) -> DetectionModel:
     """The model of a weights file, whole."""
-    for flag in ("scale", "backbone"):
-        if getattr(options, flag):
-            raise ConfigError(
-                f"--{flag}: belongs to --cfg without weights; {weights} says what it is. Leave one of them out."
-            )
-    loaded = load_weights(weights, cfg=options.cfg or None, allow_code=options.allow_code)
+    if options.scale:
+        raise ConfigError(
+            f"--scale: belongs to --cfg without weights; {weights} says what it is. Leave one of them out."
+        )
+    if options.backbone and not options.cfg:
+        raise ConfigError(
+            f"--backbone: belongs to --cfg; {weights} says what it is. Leave one of them out."
+        )
+    loaded = load_weights(
+        weights, cfg=options.cfg or None, backbone=options.backbone, allow_code=options.allow_code
+    )
     if loaded.report is not None:
         require_whole(weights, loaded.report)
     return loaded.model

@@ -20,6 +20,7 @@ from data.loader import build_loader
 from engine.flags import (
     add_data_flag,
     add_device_flag,
+    add_foreign_flags,
     add_ignored_flags,
     add_run_flags,
     add_size_flag,
@@ -254,12 +255,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Any:
         default=["runs/train/exp/weights/best.pt"],
         help="one or more models",
     )
-    parser.add_argument("--cfg", default="", help="model YAML of foreign weights that carry none")
-    parser.add_argument(
-        "--allow-code",
-        action="store_true",
-        help="let the Python files run that the model's YAML imports",
-    )
+    add_foreign_flags(parser)
     add_data_flag(parser)
     parser.add_argument("--batch-size", type=integer(1), default=32, help="images a batch")
     add_size_flag(parser, default=None)
@@ -305,8 +301,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for weights in every:
         options.weights = weights
         backend = load_backend(
-            weights, device, half=options.half, cfg=options.cfg, allow_code=options.allow_code
-        )
+            weights, device, half=options.half, cfg=options.cfg, backbone=options.backbone,
+            allow_code=options.allow_code,
+        )  # fmt: skip
         run(options, backend, device)
 
 

@@ -80,6 +80,20 @@ def add_data_flag(parser: ArgumentParser) -> None:
     )
 
 
+def add_foreign_flags(parser: ArgumentParser) -> None:
+    """What a weights file belongs to, if it does not say so itself."""
+    parser.add_argument("--cfg", default="", help="model YAML of foreign weights that carry none")
+    parser.add_argument(
+        "--backbone", nargs="+", default=None, metavar="NAME",
+        help="what they have instead of that YAML's backbone: NAME [key=value ...]",
+    )  # fmt: skip
+    parser.add_argument(
+        "--allow-code",
+        action="store_true",
+        help="let the Python files run that the model's YAML imports",
+    )
+
+
 def add_model_flags(parser: ArgumentParser) -> None:
     """Which model to build."""
     parser.add_argument(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,9 @@ def freeze(model: DetectionModel, wanted: Sequence[str]) -> list[nn.Module]:
 
     Args:
         model: its parameters lose `requires_grad`.
-        wanted: `10` (rows whose index in the table is below 10), `0 3 4` (those rows), or names: `backbone`,
-            `head`, a module name of the table, or a pattern of parameter names such as `model.0.*`.
+        wanted: `10` (rows whose index in the table is below 10), `0 3 4` (those rows; any index from 0 to 4 means a
+            backbone that the table prints as 4), or names: `backbone`, `head`, a module name of the table, or a
+            pattern of parameter names such as `model.0.*`.
 
     Returns:
         The frozen modules; the caller keeps them in eval mode, so that their BatchNorm statistics stay too.
@@ -77,18 +79,8 @@ def freeze(model: DetectionModel, wanted: Sequence[str]) -> list[nn.Module]:
         ConfigError: a word that fits nothing.
     """
     numbers = [int(word) for word in wanted if word.isdigit()]
-    chosen = set(range(numbers[0])) if len(numbers) == 1 and len(wanted) == 1 else set(numbers)
-    frozen = [
-        m for row, m in zip(model.rows, model.model, strict=True) if _first_slot(row) in chosen
-    ]
-    highest = model.rows[-1].index
-    if chosen and max(chosen) > highest:
-        expected = f"indices from 0 to {highest}"
-        if len(wanted) == 1:
-            expected = f"a number of rows from 1 to {highest + 1}"
-        raise ConfigError(
-            f"--freeze: got {max(numbers)}, expected {expected}, as the table prints."
-        )
+    is_bound = len(numbers) == len(wanted) == 1
+    frozen = _freeze_below(model, numbers[0]) if is_bound else _freeze_listed(model, numbers)
     for word in wanted:
         if not word.isdigit():
             frozen += _freeze_by_name(model, word)
@@ -97,12 +89,24 @@ def freeze(model: DetectionModel, wanted: Sequence[str]) -> list[nn.Module]:
     return frozen
 
 
-def _first_slot(row: Any) -> int:
-    return (
-        min((slot for slot in row.map_slots if slot is not None), default=row.index)
-        if row.map_slots
-        else row.index
-    )
+def _freeze_below(model: DetectionModel, bound: int) -> list[nn.Module]:
+    rows = model.rows
+    lowest, highest = rows[0].index + 1, rows[-1].index + 1
+    if bound and not lowest <= bound <= highest:
+        raise ConfigError(
+            f"--freeze: got {bound}, expected a number from {lowest} to {highest}: rows below it are frozen, and the table "
+            f"prints {rows[0].module} as {rows[0].index}, {rows[-1].module} as {rows[-1].index}."
+        )
+    return [module for row, module in zip(rows, model.model, strict=True) if row.index < bound]
+
+
+def _freeze_listed(model: DetectionModel, numbers: Sequence[int]) -> list[nn.Module]:
+    ends = [row.index for row in model.rows]
+    if numbers and max(numbers) > ends[-1]:
+        raise ConfigError(
+            f"--freeze: got {max(numbers)}, expected indices from 0 to {ends[-1]}, as the table prints."
+        )
+    return [model.model[k] for k in sorted({bisect_left(ends, number) for number in numbers})]
 
 
 def _freeze_by_name(model: DetectionModel, word: str) -> list[nn.Module]:

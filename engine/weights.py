@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from models.parser.graft import forget_weights
 from models.weight_files.transfer import transfer
 from models.weights import load_backbone_weights, read_weights
 from models.yolo import DetectionModel, build_model
@@ -26,18 +26,18 @@ def build_from_flags(options: Any, names: tuple[str, ...]) -> DetectionModel:
         ConfigError, CheckpointError: what a user can mend.
     """
     weights = read_weights(options.weights) if options.weights and not options.resume else None
-    cfg: Any = forget_weights(options.config) if options.config else options.cfg
+    cfg: Any = options.config or options.cfg
     if not cfg and weights is not None:
         if weights.config is None:
             raise CheckpointError(
                 f"{options.weights}: carries no model YAML that is known here. Give it with --cfg."
             )
-        cfg = forget_weights(weights.config)
+        cfg = weights.config
     is_resumed = options.config is not None
     model = build_model(
         cfg or DEFAULT_CFG, num_classes=len(names), names=names, scale=None if is_resumed else options.scale,
         imgsz=parse_imgsz(options.imgsz, 32), backbone=None if is_resumed else options.backbone,
-        allow_code=options.allow_code,
+        allow_code=options.allow_code, fresh=isinstance(cfg, Mapping),
     )  # fmt: skip
     if weights is not None:
         report = transfer(

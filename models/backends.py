@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.parser.graft import forget_weights
 from models.pretrained import load_weights, require_whole
 from models.reparam import fuse as fuse_model
 from models.runtimes.artifact import ArtifactInfo, Backend, damaged, missing_library, parse_metadata
@@ -34,6 +33,7 @@ def load_backend(
     half: bool = False,
     fuse: bool = True,
     cfg: str = "",
+    backbone: Sequence[str] | None = None,
     allow_code: bool = False,
 ) -> Backend:
     """Load an artifact by what its name ends in.
@@ -48,6 +48,7 @@ def load_backend(
         half: run a `.pt` or `.safetensors` model in float16 (CUDA only).
         fuse: bring a `.pt` or `.safetensors` model into its deployed form.
         cfg: model YAML of a `.pt` that carries none that is known here.
+        backbone: what `cfg` was trained with instead of its own, as for `build_model`.
         allow_code: whether Python files that the model's YAML imports may run.
 
     Raises:
@@ -57,10 +58,14 @@ def load_backend(
     path, device = Path(path), torch.device(device)
     if not path.exists():
         raise CheckpointError(f"{path}: no such file. Give the path of a model.")
+    if backbone and not (cfg and path.suffix == ".pt"):
+        raise ConfigError(
+            f"--backbone: belongs to --cfg and a .pt file that carries no model; {path} says what it is. Leave it out."
+        )
     if path.suffix == ".safetensors":
         return model_backend(_read_safetensors(path, allow_code), device, half=half, fuse=fuse)
     if path.suffix == ".pt":
-        loaded = load_weights(path, cfg=cfg or None, allow_code=allow_code)
+        loaded = load_weights(path, cfg=cfg or None, backbone=backbone, allow_code=allow_code)
         if loaded.report is not None:
             require_whole(path, loaded.report)
         return model_backend(loaded.model, device, half=half, fuse=fuse)
@@ -141,7 +146,7 @@ def _read_safetensors(path: Path, allow_code: bool) -> DetectionModel:
             f"{path}: its config is a {type(config).__name__}, expected a mapping."
         )
     model = build_model(
-        forget_weights(config), names=info.names, imgsz=info.imgsz, allow_code=allow_code
+        config, names=info.names, imgsz=info.imgsz, allow_code=allow_code, fresh=True
     )
     try:
         model.load_state_dict(state)

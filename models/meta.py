@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from utils.errors import FOREIGN_ERRORS
+from utils.errors import ForeignError, foreign_code
 
 
 @contextmanager
@@ -36,8 +37,9 @@ def run_on_meta(module: nn.Module, *inputs: Any) -> Any:
         try:
             return _call_with(module, shapes, inputs)
         except RuntimeError:  # code that asks for the type of the device, as `torch.autocast` does
-            with suppress(*FOREIGN_ERRORS):
-                return _run_as_cpu(module, shapes, inputs)
+            with suppress(ForeignError), foreign_code(), _fake_tensors():
+                outputs = _call_with(module, _faked(shapes), tree_map(_fake, inputs))
+                return tree_map(_as_meta, outputs)
             raise
 
 
@@ -46,19 +48,26 @@ def idle_parameters(module: nn.Module, inputs: Any, kept: Sequence[int]) -> list
 
     Found by a backward pass of meta tensors in eval mode; empty for code that cannot be run so.
     """
-    tensors = _meta_tensors(module)
+    shapes = _meta_tensors(module)
+    with suppress(ForeignError), foreign_code():
+        return _without_gradient(module, shapes, inputs, kept)
+    with suppress(ForeignError), foreign_code(), _fake_tensors():
+        return _without_gradient(module, _faked(shapes), tree_map(_fake, inputs), kept)
+    return []
+
+
+def _without_gradient(
+    module: nn.Module, tensors: dict[str, torch.Tensor], inputs: Any, kept: Sequence[int]
+) -> list[str]:
     parameters = {
         key: tensors[key].requires_grad_()
         for key, p in module.named_parameters()
         if p.requires_grad
     }
-    try:
-        with evaluating(module), torch.enable_grad():
-            outputs = _call_with(module, tensors, (inputs,))
-            maps = list(outputs.values()) if isinstance(outputs, Mapping) else outputs
-            torch.stack([maps[k].sum() for k in kept]).sum().backward()
-    except (RuntimeError, NotImplementedError, TypeError):
-        return []
+    with evaluating(module), torch.enable_grad():
+        outputs = _call_with(module, tensors, (inputs,))
+        maps = list(outputs.values()) if isinstance(outputs, Mapping) else outputs
+        torch.stack([maps[k].sum() for k in kept]).sum().backward()
     return [key for key, tensor in parameters.items() if tensor.grad is None]
 
 
@@ -75,14 +84,22 @@ def _call_with(module: nn.Module, tensors: dict[str, torch.Tensor], inputs: Any)
     return torch.func.functional_call(module, tensors, inputs, tie_weights=False)
 
 
-def _run_as_cpu(module: nn.Module, shapes: dict[str, torch.Tensor], inputs: Any) -> Any:
-    """The same with tensors without memory that say they are on the CPU; what comes back is on the meta device."""
-    from torch._subclasses.fake_tensor import FakeTensorMode  # seldom wanted, slow to import
+@contextmanager
+def _fake_tensors() -> Iterator[None]:
+    """New tensors have no memory and say that they are on the CPU; what fails is raised, not logged as well."""
+    from torch._subclasses import fake_tensor  # seldom wanted, slow to import
 
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        fakes = {key: _fake(value) for key, value in shapes.items()}
-        outputs = _call_with(module, fakes, tree_map(_fake, inputs))
-    return tree_map(_as_meta, outputs)
+    log = logging.getLogger(fake_tensor.__name__)
+    was_disabled, log.disabled = log.disabled, True
+    try:
+        with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        log.disabled = was_disabled
+
+
+def _faked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: _fake(value) for key, value in tensors.items()}
 
 
 def _fake(value: Any) -> Any:

@@ -6,14 +6,13 @@ a YOLOv9 with an auxiliary branch into those of the network without it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from models.parser.graft import forget_weights
 from models.weight_files.transfer import ROW, TransferReport, match_keys, transfer
 from models.weights import ForeignWeights, read_weights
 from models.yolo import DetectionModel, build_model, model_from_checkpoint
@@ -41,6 +40,7 @@ def load_weights(
     *,
     cfg: str | Path | Mapping[str, Any] | None = None,
     num_classes: int | None = None,
+    backbone: Sequence[str] | None = None,
     allow_code: bool = False,
 ) -> Loaded:
     """Build the model that a weights file belongs to, in eval mode on the CPU.
@@ -49,6 +49,7 @@ def load_weights(
         path: our checkpoint, another project's, or safetensors.
         cfg: architecture; None takes the model YAML that the file carries.
         num_classes: None takes what the file says.
+        backbone: stands in for that of `cfg`, as for `build_model`.
         allow_code: whether Python files that the model YAML imports may run.
 
     Raises:
@@ -63,7 +64,7 @@ def load_weights(
         except ForeignCheckpointError:
             pass  # another project's file, or none: the reader below says
     weights = read_weights(path)
-    model = _build_for(path, weights, cfg, num_classes, allow_code)
+    model = _build_for(path, weights, cfg, num_classes, backbone, allow_code)
     report = transfer(model, weights.state, num_anchors=getattr(model.head, "num_anchors", None))
     return Loaded(model.eval(), report)
 
@@ -90,16 +91,22 @@ def _build_for(
     weights: ForeignWeights,
     cfg: str | Path | Mapping[str, Any] | None,
     num_classes: int | None,
+    backbone: Sequence[str] | None,
     allow_code: bool,
 ) -> DetectionModel:
     """The network for `weights`, with their class names where the counts agree."""
     if cfg is None and weights.config is None:
         raise CheckpointError(f"{path}: carries no model YAML. Say which one it is for with --cfg.")
-    config: Any = cfg if cfg is not None else forget_weights(weights.config or {})
+    config: Any = cfg if cfg is not None else weights.config
     classes = num_classes or (len(weights.names) if weights.names and cfg is not None else None)
     try:
         model = build_model(
-            config, num_classes=classes, imgsz=weights.imgsz or (640, 640), allow_code=allow_code
+            config,
+            num_classes=classes,
+            imgsz=weights.imgsz or (640, 640),
+            backbone=backbone,
+            allow_code=allow_code,
+            fresh=cfg is None,
         )
     except ConfigError as error:
         if cfg is not None:

@@ -177,10 +177,16 @@ def backbone(in_channels: Sequence[Any], args: Sequence[Any], scaling: Scaling) 
 
     The parser gives each map the slot of its stride, so this rule is also what makes a module a backbone.
     """
-    if single(in_channels) != 3:
+    channels = single(in_channels)
+    if channels != 3:
+        is_image = channels < 5  # of a file with `ch: 1` or `ch: 4`
         raise LayerError(
-            f"got an input of {in_channels[0]} channels, expected the image with 3: a backbone makes all its maps from "
-            "the image. Put it first, or behind a Silence row that it reads."
+            f"got an input of {channels} channels, expected the image with 3: a backbone makes all its maps from the image. "
+            + (
+                "Leave `ch` at 3."
+                if is_image
+                else "Put it first, or behind a Silence row that it reads."
+            )
         )
     return Plan(list(args), None, repeats_inside=True)
 

@@ -6,6 +6,7 @@ import ast
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ if __name__ == "__main__":  # run as a script: the folder above holds the packag
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from models import common, modules, transformer  # noqa: F401  (they register layers)
@@ -27,10 +29,12 @@ from models.reparam import reparameterize_model
 from models.table import format_table, measure, row_records
 from utils.channels import as_channels
 from utils.config import ArgumentParser, integer, parse_imgsz
-from utils.errors import FOREIGN_ERRORS, CheckpointError, ConfigError, nearest, run_cli
+from utils.errors import CheckpointError, ConfigError, ForeignError, foreign_code, nearest, run_cli
 from utils.structures import Decoded, Targets
 
 ACTIVATIONS = ("ReLU", "ReLU6", "SiLU", "GELU", "Hardswish", "LeakyReLU", "Mish", "ELU", "Identity")
+HOME = "imports_from"
+"""Key of a config: the folder that the files of `imports` were found from when the model was built."""
 
 
 class DetectionModel(nn.Module):
@@ -136,6 +140,7 @@ def build_model(
     imgsz: tuple[int, int] = (640, 640),
     backbone: Sequence[str] | None = None,
     allow_code: bool = False,
+    fresh: bool = False,
 ) -> DetectionModel:
     """Build a model from a YAML.
 
@@ -147,6 +152,7 @@ def build_model(
         imgsz: size (height, width) that shapes are worked out for, and fixed-size backbones are made for.
         backbone: `["convnext_tiny", "pretrained=true"]` replaces the backbone rows.
         allow_code: whether files that the YAML imports may run.
+        fresh: the weights come from elsewhere, so those that the rows ask for are neither read nor fetched.
 
     Raises:
         ConfigError: with every problem of the file, one line each.
@@ -155,9 +161,13 @@ def build_model(
     file, config, lines = read_model_config(cfg, num_classes=num_classes, scale=scale)
     spec = parse_spec(file, config, lines)
     _import_code(spec, allow_code)
+    if fresh:
+        spec = parse_spec(file, forget_weights(config), lines)
     if backbone:
         spec = _with_backbone(spec, lines, backbone)
-    return parse_model(spec, names=names, imgsz=imgsz)
+    model = parse_model(spec, names=names, imgsz=imgsz)
+    modules.tell_broken_files()
+    return model
 
 
 def _with_backbone(
@@ -169,26 +179,42 @@ def _with_backbone(
         require_backbone(name)
     except LayerError as error:
         raise ConfigError(f"--backbone: {error}") from error
-    draft = parse_spec(spec.file, forget_weights(spec.config), lines)
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        _, rows = build_rows(draft, (256, 256))
+    rows = _draft(parse_spec(spec.file, forget_weights(spec.config), lines))
     config = replace_backbone(spec.config, name, options, row_slots(rows))
     kept = {key: places for key, places in lines.items() if key == "head"}  # its rows all stay
     return parse_spec(f"{spec.file} (--backbone {name})", config, kept)
 
 
+def _draft(spec: ModelSpec) -> tuple[Row, ...]:
+    """How the rows of `spec` hang together; memory is taken only for code that cannot be built without."""
+    with torch.random.fork_rng(devices=[]):
+        with suppress(ConfigError), torch.device("meta"):
+            return build_rows(spec, (256, 256))[1]
+        return build_rows(spec, (256, 256))[1]
+
+
 def parse_options(words: Sequence[str]) -> dict[str, Any]:
-    """`["factor=0.5", "pretrained=true"]` as a mapping; values are literals, nothing is evaluated.
+    """`["factor=0.5", "widths=[8, 16]"]` as a mapping; values are read as in a YAML, nothing is evaluated.
 
     Raises:
-        ConfigError: a word without `=`.
+        ConfigError: a word without `=`, a value that is missing or broken, a key given twice.
     """
-    options = {}
+    options: dict[str, Any] = {}
     for word in words:
-        key, equals, value = word.partition("=")
+        key, equals, text = word.partition("=")
         if not equals or not key.isidentifier():
             raise ConfigError(
                 f"--backbone: got {word!r}, expected key=value such as pretrained=true."
+            )
+        if key in options:
+            raise ConfigError(f"--backbone: got {key} twice, expected it once. Leave one out.")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = None
+        if value is None and text not in ("None", "none", "null", "~"):
+            raise ConfigError(
+                f"--backbone: got {word!r}, expected a value behind the = such as 0.5, true, a path or [8, 16]."
             )
         options[key] = resolve(value, {})
     return options
@@ -200,13 +226,21 @@ def _import_code(spec: ModelSpec, allowed: bool) -> None:
             raise ConfigError(
                 f"{spec.file} imports: {name} would run code. Read it, then give --allow-code if you trust it."
             )
-        path = Path(name) if Path(name).is_absolute() else Path(spec.file).parent / name
-        path = path if path.is_file() else Path(name)
+        folders = [Path(spec.file).parent, Path(spec.config.get(HOME) or ""), Path()]
+        home = next((folder for folder in folders if (folder / name).is_file()), None)
+        if home is None:
+            places = dict.fromkeys(str(folder.resolve()) for folder in folders)
+            raise ConfigError(
+                f"{spec.file} imports: got {name}, expected a file beside the YAML; it is not in {', '.join(places)}. Put "
+                "it into one of them."
+            )
+        spec.config[HOME] = str(home.resolve())
         try:
-            modules.import_outside(path)
-        except FOREIGN_ERRORS as error:
-            why = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ConfigError(f"{spec.file} imports: {name} cannot be imported - {why}.") from error
+            modules.import_outside(home / name)
+        except ForeignError as error:
+            raise ConfigError(
+                f"{spec.file} imports: {name} cannot be imported - {error}."
+            ) from error
 
 
 def parse_model(
@@ -224,13 +258,13 @@ def parse_model(
         filled = sorted(slot for slot in row.map_slots or () if slot is not None)
         strides.update(zip(filled, row.strides))
     _check_head(spec, rows[-1], head, names)
+    read = [strides[slot] for slot in rows[-1].inputs]
     try:
-        head.initialize([strides[slot] for slot in rows[-1].inputs])
-    except FOREIGN_ERRORS as error:
-        raise ConfigError(
-            f"{spec.file} {rows[-1].place} {rows[-1].module}: cannot be set up with strides "
-            f"{[strides[slot] for slot in rows[-1].inputs]} - {error or type(error).__name__}."
-        ) from error
+        with foreign_code(users=modules.USER_CODE):
+            head.initialize(read)
+    except ForeignError as error:
+        place = f"{spec.file} {rows[-1].place} {rows[-1].module}"
+        raise ConfigError(f"{place}: cannot be set up with strides {read} - {error}.") from error
     for module in built:
         if spec.activation:
             apply_activation(module, _activation(spec))
@@ -281,11 +315,12 @@ def model_from_checkpoint(
 ) -> DetectionModel:
     """Rebuild the model of one of our checkpoints (EMA weights if it has them); `allow_code` as in `build_model`."""
     model = build_model(
-        forget_weights(checkpoint["config"]),
+        checkpoint["config"],
         num_classes=checkpoint["config"].get("nc"),
         names=checkpoint["names"],
         imgsz=tuple(checkpoint.get("imgsz", (640, 640))),
         allow_code=allow_code,
+        fresh=True,
     )
     state = checkpoint["ema"]["model"] if checkpoint.get("ema") else checkpoint["model"]
     try:

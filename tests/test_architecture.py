@@ -23,7 +23,7 @@ MOST_LINES = 400
 # Each of these holds one thing that does not fall apart into two; they may not grow.
 LONG_FILES = {
     "models/heads/rtdetr.py": 420,
-    "models/modules/revcol.py": 460,
+    "models/modules/revcol.py": 450,
     "models/weight_files/unpickle.py": 440,
 }
 MOST_FUNCTION_LINES = 60
@@ -291,6 +291,9 @@ CHECKS = {
     "a handler that catches everything": broad_handlers,
 }
 
+# `foreign_code`, where anything that a user's code raises becomes one line, is the only one.
+BOUNDARY = "a handler that catches everything"
+
 
 @pytest.mark.parametrize(
     ("check", "source"),
@@ -324,7 +327,9 @@ def test_the_checks_find_what_they_look_for(check: str, source: str):
 @pytest.mark.parametrize("check", CHECKS)
 def test_no_file_has(check: str):
     found = {str(path): result for path in PRODUCT if (result := CHECKS[check](parse(path)))}
+    allowed = found.pop("utils/errors.py", []) if check == BOUNDARY else []
     assert not found
+    assert len(allowed) == (check == BOUNDARY)
 
 
 def test_files_have_a_size_that_can_be_read():

@@ -6,7 +6,7 @@ import os
 import re
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,6 +19,26 @@ AMP_CHOICES = ("auto", "bf16", "fp16", "off")
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
     """Compute in `dtype` inside the block; None changes nothing, also on devices without autocast."""
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+class AutocastState(NamedTuple):
+    """The autocast state of a forward pass, to be entered again where a part of it is run once more."""
+
+    device: str
+    dtype: torch.dtype
+    enabled: bool
+
+    @classmethod
+    def now(cls, device: str) -> AutocastState:
+        """The state in force for tensors on `device`; the meta device has none."""
+        if not torch.amp.is_autocast_available(device):
+            return cls("cpu", torch.bfloat16, False)
+        return cls(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+
+    def again(self) -> AbstractContextManager[Any]:
+        """Enter the state. Without autocast's cache: a weight cast where no gradient is recorded
+        must not be handed to a later use that needs one."""
+        return torch.autocast(self.device, self.dtype, self.enabled, cache_enabled=False)
 
 
 def select_device(text: str = "", local_rank: int | None = None) -> torch.device:

@@ -8,7 +8,10 @@ from __future__ import annotations
 import difflib
 import io
 import sys
-from collections.abc import Callable, Iterable
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import PurePath
 
 
 class UserError(Exception):
@@ -27,11 +30,50 @@ class CheckpointError(UserError):
     """A weights file cannot be read, or does not fit the model."""
 
 
-FOREIGN_ERRORS = (
-    ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, MemoryError, NameError,
-    NotImplementedError, OSError, RuntimeError, SyntaxError, TypeError, ValueError, ConfigError,
-)  # fmt: skip
-"""What a user's code, or a library's, may raise on what it is given; weights that cannot be read keep their own error."""
+class ForeignError(UserError):
+    """Code of a user or of a library failed on what it was given; `__cause__` is its own error."""
+
+
+PLAIN_ERRORS = (RuntimeError, TypeError, ValueError, UserError)
+LONGEST_REASON = 300  # characters of a foreign message inside ours
+
+
+@contextmanager
+def foreign_code(*own: type[BaseException], users: tuple[str, ...] = ()) -> Iterator[None]:
+    """Whatever the block raises becomes a `ForeignError` of one line; a user's code may raise anything.
+
+    Args:
+        own: errors that pass as they are, beside those of weights that cannot be read.
+        users: how the names of Python modules begin whose file and line the message tells.
+
+    Raises:
+        ForeignError: the block failed.
+    """
+    passing: tuple[type[BaseException], ...] = (CheckpointError, *own)
+    try:
+        yield
+    except passing:
+        raise
+    except (Exception, SystemExit) as error:  # the one place that catches all, and raises again
+        raise ForeignError(_told(error, users)) from error
+
+
+def _told(error: BaseException, users: tuple[str, ...]) -> str:
+    """`NameError: name 'y' is not defined (net.py line 12)`; the kind is left out where the words say it."""
+    text = " ".join(str(error).split())
+    if not text or not isinstance(error, PLAIN_ERRORS) or isinstance(error, NotImplementedError):
+        text = f"{type(error).__name__}: {text}".removesuffix(": ")
+    if len(text) > LONGEST_REASON:
+        text = text[: LONGEST_REASON - 3] + "..."
+    lines = [
+        (frame.f_code.co_filename, line)
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if users and frame.f_globals.get("__name__", "").startswith(users)
+    ]
+    if not lines:
+        return text
+    file, line = lines[-1]
+    return f"{text} ({PurePath(file).name} line {line})"
 
 
 def nearest(word: str, candidates: Iterable[str]) -> str:

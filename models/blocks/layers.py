@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.registry import LayerError
+
 
 class LayerNorm2d(nn.Module):
     """Layer normalisation over the channels of a (B, C, H, W) map.
@@ -73,7 +75,13 @@ def keep_scale(noise: Tensor, rate: float, dtype: torch.dtype) -> Tensor:
 
 
 def linear_rates(last: float, count: int) -> list[float]:
-    """`count` drop path rates from 0 to `last` in equal steps."""
+    """`count` drop path rates from 0 to `last` in equal steps.
+
+    Raises:
+        LayerError: `last` is no probability below 1.
+    """
+    if isinstance(last, bool) or not isinstance(last, (int, float)) or not 0 <= last < 1:
+        raise LayerError(f"drop_path - got {last!r}, expected a number in [0, 1)")
     return [last * index / max(count - 1, 1) for index in range(count)]
 
 

@@ -326,8 +326,10 @@ def _build(
     """An EMO of `size`; see `EMO_1M` for the arguments."""
     if form not in (None, "paper", "se"):
         raise LayerError(f"form - got {form!r}, expected 'paper' or 'se'")
-    if weights is True:
-        raise LayerError("weights - got True, expected the path of a file, or False for none")
+    if weights is True or not isinstance(weights, (str, Path, bool, type(None))):
+        raise LayerError(
+            f"weights - got {weights!r}, expected the path of a file, or False for none"
+        )
     if form is None:
         form = "se" if weights is None else "paper"
     model = EMO(SIZES[size], "se" if form == "se" else "paper", drop_path)

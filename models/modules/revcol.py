@@ -16,7 +16,6 @@ Letters: B batch, C channels, H height, W width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +26,7 @@ from torch.nn import functional as F
 
 from models.blocks.layers import ChannelNorm, init_trunc_normal, keep_scale, linear_rates
 from models.registry import LayerError, backbone, register
+from utils.device import AutocastState
 
 LEVELS = 4
 ALPHA_START = 0.5
@@ -39,6 +39,8 @@ EPS = 1e-6
 # within 1e-4 of plain ones in float32, across seven they are off by percents, across fifteen they
 # are noise (benchmarks/revcol_memory.py). Keeping the last column alone is therefore no mode.
 SPARSE_SPAN = 3
+SMALLEST_DIVISOR = 0.1
+"""Maps are not worked back through smaller alphas: rounding grows by 1 / alpha at every step."""
 
 
 class Size(NamedTuple):
@@ -201,26 +203,6 @@ def _above(previous: Sequence[Tensor], level: int) -> Tensor | None:
     return previous[level + 1] if previous and level + 1 < LEVELS else None
 
 
-class Precision(NamedTuple):
-    """The autocast state of a forward pass, to be entered again when a level is rebuilt."""
-
-    device: str
-    dtype: torch.dtype
-    enabled: bool
-
-    @classmethod
-    def now(cls, device: str) -> Precision:
-        """The state in force for tensors on `device`; the meta device has none."""
-        if not torch.amp.is_autocast_available(device):
-            return cls("cpu", torch.bfloat16, False)
-        return cls(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-
-    def again(self) -> AbstractContextManager[Any]:
-        """Enter the state. Without autocast's cache: a weight cast where no gradient is recorded
-        must not be handed to a later use that needs one."""
-        return torch.autocast(self.device, self.dtype, self.enabled, cache_enabled=False)
-
-
 class Kept(NamedTuple):
     """Which maps a column saves for its backward pass; the others are rebuilt by then."""
 
@@ -254,7 +236,11 @@ class ReversibleColumn(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:  # fmt: skip
         joined = 0 if column.first else LEVELS
         previous = tensors[:joined]
-        ctx.column, ctx.rebuilt, ctx.precision = column, rebuilt, Precision.now(stem.device.type)
+        ctx.column, ctx.rebuilt, ctx.precision = (
+            column,
+            rebuilt,
+            AutocastState.now(stem.device.type),
+        )
         with ctx.precision.again():
             outputs = column(stem, previous, noise)
         kept_previous = previous if kept.previous else ()
@@ -288,7 +274,7 @@ class LevelPass(NamedTuple):
     noise: Tensor | None
 
     def differentiate(
-        self, precision: Precision, below: Tensor, above: Tensor | None, grad: Tensor
+        self, precision: AutocastState, below: Tensor, above: Tensor | None, grad: Tensor
     ) -> tuple[Tensor, list[Tensor | None]]:
         """Run the level once more, and pull `grad` back through it.
 
@@ -313,7 +299,7 @@ def _leaf(tensor: Tensor) -> Tensor:
 
 
 def _column_backward(
-    passes: Sequence[LevelPass], precision: Precision, stem: Tensor, outputs: Sequence[Tensor],
+    passes: Sequence[LevelPass], precision: AutocastState, stem: Tensor, outputs: Sequence[Tensor],
     previous: list[Any], alphas: Sequence[Tensor], grads: Sequence[Tensor],
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients of stem, previous maps, alphas and parameters from those of a column's outputs.
@@ -353,9 +339,9 @@ class RevCol(nn.Module):
     Args:
         size: widths, depths, number of columns.
         save_memory: what training keeps for its backward pass. True: the columns' outputs, which
-            gives plain autograd's gradients; "sparse": those of every third column, which gives
-            them but for rounding (in float32; errors grow as alpha gets smaller than 0.5); False:
-            everything, as plain autograd. Evaluation, export and `torch.compile` keep out of it.
+            gives plain autograd's gradients; "sparse": those of every third column, and those before
+            an alpha below 0.1, which gives them but for rounding in float32; False: everything, as
+            plain autograd. Evaluation, export and `torch.compile` keep out of it.
         drop_path: rate of a column's last block, growing linearly from 0; None is the size's own.
 
     Raises:
@@ -373,8 +359,6 @@ class RevCol(nn.Module):
         self.channels, self.strides = list(size.channels), [4, 8, 16, 32]
         self.columns, self.blocks = size.columns, sum(size.depths)
         self.drop_path = size.drop_path if drop_path is None else drop_path
-        if not 0 <= self.drop_path < 1:
-            raise LayerError(f"drop_path - got {self.drop_path!r}, expected a number in [0, 1)")
         stem = nn.Conv2d(3, size.channels[0], 4, stride=4)
         self.stem = nn.Sequential(stem, ChannelNorm(size.channels[0]))
         rates = linear_rates(self.drop_path, self.blocks)
@@ -409,8 +393,12 @@ class RevCol(nn.Module):
         return maps
 
     def _keeps(self, index: int) -> bool:
-        """Whether the outputs of column `index` are saved: every `span`-th from the last."""
-        return (self.columns - 1 - index) % self.span == 0
+        """Whether the outputs of column `index` are saved: every `span`-th from the last, and those that could only be
+        found again by dividing by almost nothing."""
+        if (self.columns - 1 - index) % self.span == 0:
+            return True
+        alphas = getattr(self, f"subnet{index + 1}").alphas()
+        return any(float(alpha.detach().abs().min()) < SMALLEST_DIVISOR for alpha in alphas)
 
     def _trains_reversibly(self) -> bool:
         """Whether this pass is a training step outside of export and compilation."""

@@ -108,6 +108,18 @@ class TimmBackbone(nn.Module):
             raise LayerError(
                 f"got pretrained {pretrained!r}, expected true or false; a file is given as weights: path"
             )
+        refused = sorted({"out_indices", "features_only"} & set(options))
+        if refused:
+            raise LayerError(
+                f"got {refused[0]}, which is not for a backbone to be told: the rows that read its maps by stride "
+                "decide. Leave it out."
+            )
+        if (
+            not isinstance(pyramid_width, int)
+            or isinstance(pyramid_width, bool)
+            or pyramid_width < 1
+        ):
+            raise LayerError(f"got pyramid_width {pyramid_width!r}, expected a number of channels")
         self.model_name = model_name
         self.imgsz = (int(imgsz[0]), int(imgsz[1]))
         self.plan: FeaturePlan = plan_features(model_name, self.imgsz, options)

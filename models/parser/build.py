@@ -27,14 +27,16 @@ from models.registry import (
     Plan,
     Scaling,
     all_names,
-    find,
     find_anywhere,
 )
-from utils.errors import FOREIGN_ERRORS, CheckpointError, ConfigError, nearest
+from utils.errors import CheckpointError, ConfigError, ForeignError, foreign_code, nearest
 
 IMAGE = -1
 BROKEN = "broken"
-LONGEST_REASON = 300  # characters of a library's own message inside ours
+VALUES_ADVICE = (
+    " Shapes are found on torch's meta device, where tensors have no values: leave .item(), .numpy() and decisions on "
+    "numbers out of forward, or behind `if self.training`."
+)
 
 
 @dataclass
@@ -125,7 +127,10 @@ def _leave_broken(state: _State, row: RowSpec) -> None:
 
 def _gives_maps(row: RowSpec) -> bool:
     """Whether a row that failed is a backbone; an unknown name in the first row is taken for one."""
-    layer = _find_layer(row.module)
+    try:
+        layer = _find_layer(row.module)
+    except LayerError:  # two backbones of one name
+        return True
     if layer is None:
         return row.section == "backbone" and row.number == 0
     return _is_backbone(layer, row.args)
@@ -155,7 +160,7 @@ def require_backbone(name: str) -> None:
 
 
 def _find_layer(name: str) -> Layer | None:
-    return find(name) or modules.find_unregistered(name) or find_anywhere(name)
+    return modules.find_backbone(name) or find_anywhere(name)
 
 
 def _unknown(name: str) -> LayerError:
@@ -179,7 +184,7 @@ def _build_row(state: _State, row: RowSpec) -> None:
     scaling = _scaling(state, row, sources)
     plan = _plan(layer, [slot.channels for slot in sources], row.args, scaling)
     module = _module(layer, plan, row, scaling)
-    predicts = hasattr(module, "decode")
+    predicts = plan.channels is not None and hasattr(module, "decode")
     takes_list = isinstance(row.source, list) or predicts  # a head of one level may say -1
     values = [slot.value for slot in sources]
     output = _propagate(module, values if takes_list else values[0])
@@ -239,11 +244,10 @@ def _printed(args: list[Any], kwargs: dict[str, Any]) -> str:
 
 def _plan(layer: Layer, channels: list[Any], args: list[Any], scaling: Scaling) -> Plan:
     try:
-        return layer.rule(channels, args, scaling)
-    except LayerError:
-        raise
-    except FOREIGN_ERRORS as error:
-        raise LayerError(f"does not take {args} - {_one_line(error)}") from error
+        with foreign_code(LayerError, users=modules.USER_CODE):
+            return layer.rule(channels, args, scaling)
+    except ForeignError as error:
+        raise LayerError(f"does not take {args} - {error}") from error
 
 
 def _resolve_sources(state: _State, row: RowSpec) -> list[int]:
@@ -290,17 +294,19 @@ def _construct(layer: Layer, plan: Plan, row: RowSpec) -> nn.Module:
             signature.bind(*plan.args, **row.kwargs)
         except TypeError as error:
             inserted = len(plan.args) - len(row.args)
-            own = ", ".join(str(p).split(":")[0] + (f"={p.default!r}" if p.default is not p.empty else "")
-                            for p in signature.parameters.values())  # fmt: skip
+            own = ", ".join(
+                str(p.replace(annotation=p.empty)) for p in signature.parameters.values()
+            )
             raise LayerError(
                 f"wrong arguments - got {len(row.args)} {row.args} ({error}), expected ({own})"
                 + (f"; the first {inserted} come from the parser." if inserted > 0 else ".")
             ) from error
     try:
-        module = layer.build(*plan.args, **row.kwargs)
-    except FOREIGN_ERRORS as error:
+        with foreign_code(LayerError, users=modules.USER_CODE):
+            module = layer.build(*plan.args, **row.kwargs)
+    except (ForeignError, LayerError) as error:
         given = " ".join(str(part) for part in (plan.args, row.kwargs) if part) or "no arguments"
-        raise LayerError(f"cannot be built with {given} - {_one_line(error)}") from error
+        raise LayerError(f"cannot be built with {given} - {error}") from error
     if not isinstance(module, nn.Module):
         raise LayerError(f"is a {type(module).__name__}, expected a torch.nn.Module.")
     return module
@@ -308,25 +314,14 @@ def _construct(layer: Layer, plan: Plan, row: RowSpec) -> nn.Module:
 
 def _propagate(module: nn.Module, value: Any) -> Any:
     try:
-        return run_on_meta(module, value)
-    except (
-        RuntimeError,
-        TypeError,
-        ValueError,
-        LookupError,
-        AttributeError,
-        ArithmeticError,
-        AssertionError,
-    ) as error:
+        with foreign_code(users=modules.USER_CODE):
+            return run_on_meta(module, value)
+    except ForeignError as error:
         shapes = [s for v in (value if isinstance(value, list) else [value]) for s in shapes_of(v)]
+        advice = VALUES_ADVICE if "meta tensor" in str(error) else ""
         raise LayerError(
-            f"does not fit its input of shape {brief(shapes)} - {_one_line(error)}"
+            f"does not fit its input of shape {brief(shapes)} - {error}{advice}"
         ) from error
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= LONGEST_REASON else text[: LONGEST_REASON - 3] + "..."
 
 
 def _remember_names(

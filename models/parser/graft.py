@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from inspect import Parameter
 from typing import Any, NamedTuple
 
 from models import modules
+from models.parser.rows import resolve
 from models.parser.wiring import Row
+from models.registry import LayerError, find
 from models.registry import backbone as backbone_rule
-from models.registry import find
 from models.timm_features import is_known
 from utils.errors import ConfigError
 
@@ -202,7 +205,8 @@ def forget_weights(config: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of `config` whose backbones start from fresh weights.
 
     For building a model whose weights come from elsewhere (a checkpoint, a resumed run): nothing is read or downloaded
-    for it. `pretrained` and `weights` arguments, given by name or by position, become false.
+    for it. A path or a true for `pretrained` and `weights`, given by name or by position, becomes what the layer takes
+    for no weights; what asks for none stays as it is.
     """
     sections = {key: config[key] for key in ("backbone", "head") if key in config}
     fresh = {
@@ -221,20 +225,35 @@ def _without_weights(row: Any) -> Any:
     keywords = dict(args) if isinstance(args, Mapping) else {}
     if positional and isinstance(positional[-1], Mapping):
         keywords = dict(positional.pop())
-    keywords.update({key: False for key in WEIGHT_PARAMETERS if key in keywords})
-    for position, key in enumerate(_parameters(row[2])[: len(positional)]):
-        if key in WEIGHT_PARAMETERS:
-            positional[position] = False
+    parameters = _parameters(row[2])
+    for key in WEIGHT_PARAMETERS:
+        if _asks(keywords.get(key)):
+            keywords[key] = _no_weights(key, parameters.get(key))
+    for position, key in enumerate([*parameters][: len(positional)]):
+        if key in WEIGHT_PARAMETERS and _asks(positional[position]):
+            positional[position] = _no_weights(key, parameters[key])
     return [*row[:3], [*positional, keywords] if keywords else positional, *row[4:]]
 
 
-def _parameters(module: Any) -> list[str]:
-    """Names of the arguments that a backbone row may give by position."""
-    layer = find(str(module)) or modules.find_unregistered(str(module))
-    if (
-        layer is None
-    ):  # timm's models take these two by position; others are not known before their file is imported
-        return list(WEIGHT_PARAMETERS[:2]) if is_known(str(module)) else []
+def _asks(value: Any) -> bool:
+    """Whether an argument as written asks for weights."""
+    return bool(resolve(value, {}))
+
+
+def _no_weights(key: str, parameter: Parameter | None) -> Any:
+    """What says "none" to the layer: false where it takes a true, or else its own default."""
+    if key == "pretrained" or parameter is None or "bool" in str(parameter.annotation):
+        return False
+    return None if parameter.default is Parameter.empty else parameter.default or None
+
+
+def _parameters(module: Any) -> dict[str, Parameter | None]:
+    """The arguments that a backbone row may give by position."""
+    name, layer = str(module), None
+    with suppress(LayerError):  # a name for two things: the parser will tell
+        layer = find(name) or modules.find_backbone(name)
+    if layer is None:  # timm's models take these two by position
+        return dict.fromkeys(WEIGHT_PARAMETERS[:2]) if is_known(name) else {}
     if layer.rule is not backbone_rule:
-        return []
-    return list(inspect.signature(layer.build).parameters)
+        return {}
+    return dict(inspect.signature(layer.build).parameters)

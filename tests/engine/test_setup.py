@@ -151,12 +151,24 @@ def test_indices_are_those_of_the_table_where_a_backbone_takes_five():
     assert freeze(model, ["5"]) == [model.model[0]]
     assert freeze(model, ["6"]) == [model.model[0], model.model[1]]
     assert freeze(model, ["5", "5"]) == [model.model[1]]
+    for numbers in (
+        ["4", "5"],
+        ["0", "5"],
+        ["1", "3", "5"],
+    ):  # each of its five slots means the backbone
+        assert freeze(model, numbers) == [model.model[0], model.model[1]]
+    for below in ("1", "4"):
+        with pytest.raises(ConfigError, match="expected a number from 5 to 7: .* EMO_1M as 4"):
+            freeze(model, [below])
 
 
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        (["99"], "got 99, expected a number of rows from 1 to 5"),
+        (
+            ["99"],
+            "got 99, expected a number from 1 to 5: rows below it are frozen, and the table prints Conv as 0",
+        ),
         (["0", "7"], "got 7, expected indices from 0 to 4"),
         (["bakbone"], "Did you mean 'backbone'?"),
         (["model.9.*"], "got 'model.9.*', expected an index, backbone, head"),

@@ -164,9 +164,12 @@ MAPS = "expected a list of feature maps (B, C, H, W); a layer with one output re
         ("pass", "[None, *maps]", f"returns a list of (NoneType, 8x16x16, 16x8x8, 24x4x4), {MAPS}"),
         ("pass", "[m.flatten(1) for m in maps]", f"returns a list of (2048, 1024, 384), {MAPS}"),
         ("pass", "maps[0]", f"returns Tensor, {MAPS}"),
-        ("self.nothing()", "maps", "cannot be built with no arguments - 'Mine' object has no attribute 'nothing'"),
-        ("import no_such_library", "maps", "cannot be built with no arguments - No module named 'no_such_library'"),
-        ("pass", "self.nothing(x)", "does not fit its input of shape 3x128x128 - 'Mine' object has no attribute 'nothing'"),
+        ("self.nothing()", "maps", "cannot be built with no arguments - "
+     "AttributeError: 'Mine' object has no attribute 'nothing' (mine.py line 8)"),
+        ("import no_such_library", "maps", "cannot be built with no arguments - "
+     "ModuleNotFoundError: No module named 'no_such_library' (mine.py line 8)"),
+        ("pass", "self.nothing(x)", "does not fit its input of shape 3x128x128 - "
+     "AttributeError: 'Mine' object has no attribute 'nothing' (mine.py line 12)"),
     ],
 )  # fmt: skip
 def test_a_users_module_does_not_do_what_it_says(says, gives, message, told):

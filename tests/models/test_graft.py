@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from models.parser.graft import RowSlots, forget_weights, replace_backbone, row_slots
-from models.yolo import build_model
+from models.yolo import build_model, parse_options
 from utils.errors import ConfigError
 
 PRINTED = Path(__file__).parent / "printed"
@@ -225,9 +225,32 @@ def test_slots_of_a_built_model_count_as_the_parser_does():
     ([-1, 1, "EMO_1M", []], [-1, 1, "EMO_1M", []]),
     ([-1, 1, "resnet18", [True, {"drop_path_rate": 0.1}]], [-1, 1, "resnet18", [False, {"drop_path_rate": 0.1}]]),
     ([-1, 1, "resnet18", {"weights": "r.pth"}, "net"], [-1, 1, "resnet18", [{"weights": False}], "net"]),
-    ([-1, 1, "MobileNetV4ConvSmall", [1, "w.pth"]], [-1, 1, "MobileNetV4ConvSmall", [1, False]]),
+    ([-1, 1, "MobileNetV4ConvSmall", [1, "w.pth"]], [-1, 1, "MobileNetV4ConvSmall", [1, None]]),
     ([-1, 1, "Conv", [16, 3, 2]], [-1, 1, "Conv", [16, 3, 2]]),
 ])  # fmt: skip
 def test_weights_are_forgotten_where_others_are_loaded(row, expected):
     config = {"backbone": [row], "head": []}
     assert forget_weights(config)["backbone"] == [expected]
+
+
+@pytest.mark.parametrize(("words", "expected"), [
+    (["factor=0.5", "pretrained=true"], {"factor": 0.5, "pretrained": True}),
+    (["widths=[8, 16]", "weights=None", "file=/a b/c.pt"], {"widths": [8, 16], "weights": None, "file": "/a b/c.pt"}),
+    (["drop_path_rate=1e-1", "name=x=y"], {"drop_path_rate": 0.1, "name": "x=y"}),
+])  # fmt: skip
+def test_options_of_a_backbone_are_read_as_in_a_yaml(words, expected):
+    assert parse_options(words) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["factor"], "got 'factor', expected key=value"),
+        (["a=1", "a=2"], "got a twice"),
+        (["weights="], "got 'weights=', expected a value"),
+        (["widths=[8,"], r"got 'widths=\[8,', expected a value"),
+    ],
+)
+def test_options_of_a_backbone_that_say_nothing_are_refused(words, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_options(words)

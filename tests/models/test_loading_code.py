@@ -15,8 +15,9 @@ from models.backends import load_backend
 from models.exporters.network import ExportOptions
 from models.exporters.torch_files import export_safetensors
 from models.parser.graft import forget_weights
+from models.parser.rows import DETECT_FOLDER
 from models.pretrained import load_weights
-from models.yolo import build_model
+from models.yolo import DetectionModel, build_model, model_from_checkpoint
 from utils.checkpoint import save_checkpoint
 from utils.errors import CheckpointError, ConfigError
 
@@ -164,3 +165,87 @@ def test_tied_weights_can_be_written(tmp_path: Path):
         assert torch.equal(file.get_tensor("twin"), twin)
     with pytest.raises(RuntimeError):
         save_file(model.state_dict(), str(path))
+
+
+ROW = {"backbone": [[-1, 1, "EMO_1M", []]], "head": [[["P3"], 1, "Detect", ["nc"]]], "nc": 2}
+
+
+def rebuilt(config: dict) -> DetectionModel:
+    model = build_model(config, imgsz=SIZE, allow_code=True)
+    record = {"config": model.config, "names": model.names, "imgsz": SIZE}
+    again = model_from_checkpoint({**record, "model": model.state_dict()}, allow_code=True)
+    assert [*again.state_dict()] == [*model.state_dict()]
+    return again
+
+
+@pytest.mark.parametrize(
+    "args", [[], [None], ["None"], [False], [{"weights": None}], {"weights": False}]
+)
+def test_a_layer_that_has_two_ways_to_say_no_weights_is_rebuilt_as_it_was(args):
+    se = rebuilt({**ROW, "backbone": [[-1, 1, "EMO_1M", args]]})
+    has_se = any("stage1" in key and ".se." in key for key in se.state_dict())
+    assert has_se == (args in ([], [None], ["None"], [{"weights": None}]))
+
+
+@pytest.mark.parametrize("args", [[8, "FILE"], [{"weights": "FILE"}]])
+def test_a_users_weights_are_read_once_and_not_again_for_a_checkpoint(
+    mine: Path, args: list, tmp_path: Path
+):
+    reader = """
+class Reader(Mine):
+    def __init__(self, width=8, weights=None):
+        super().__init__(width)
+        if weights is not None:
+            self.load_state_dict(__import__("torch").load(weights, weights_only=True))
+"""
+    (tmp_path / "mine.py").write_text(CODE + reader)
+    config = {**ROW, "imports": str(tmp_path / "mine.py")}
+    plain = build_model(
+        {**config, "backbone": [[-1, 1, "Reader", []]]}, imgsz=SIZE, allow_code=True
+    )
+    file = tmp_path / "w.pt"
+    torch.save(plain.model[0].state_dict(), file)
+    text = json.loads(json.dumps(args).replace("FILE", str(file)))
+    again = build_model(
+        {**config, "backbone": [[-1, 1, "Reader", text]]}, imgsz=SIZE, allow_code=True
+    )
+    assert torch.equal(again.model[0].a.weight, plain.model[0].a.weight)
+    file.unlink()
+    rebuilt_from(again)
+
+
+def rebuilt_from(model: DetectionModel) -> None:
+    record = {"config": model.config, "names": model.names, "imgsz": SIZE}
+    model_from_checkpoint({**record, "model": model.state_dict()}, allow_code=True)
+
+
+def test_a_relative_import_is_found_from_any_folder(mine: Path, monkeypatch: pytest.MonkeyPatch):
+    (mine.parent / "elsewhere").mkdir()
+    monkeypatch.chdir(mine.parent)
+    model = build_model(Path("mine.yaml"), imgsz=SIZE, allow_code=True)
+    monkeypatch.chdir(mine.parent / "elsewhere")
+    rebuilt_from(model)
+    (mine.parent / "mine.py").unlink()
+    with pytest.raises(
+        ConfigError, match=r"got mine\.py, expected a file beside the YAML"
+    ) as caught:
+        rebuilt_from(model)
+    assert str(mine.parent) in str(caught.value)
+
+
+def test_foreign_weights_of_a_grafted_model_are_filled_by_cfg_and_backbone(tmp_path: Path):
+    model = build_model(
+        "yolov5n", num_classes=2, backbone=["MobileNetV4ConvSmall"], imgsz=SIZE
+    ).eval()
+    path = tmp_path / "plain.pt"
+    torch.save(model.state_dict(), path)
+    images = torch.rand(1, 3, *SIZE)
+    cfg = tmp_path / "two.yaml"
+    cfg.write_text((DETECT_FOLDER / "yolov5n.yaml").read_text().replace("nc: 80", "nc: 2"))
+    backend = load_backend(path, cfg=str(cfg), backbone=["MobileNetV4ConvSmall"], fuse=False)
+    with torch.no_grad():
+        torch.testing.assert_close(backend(images).boxes, model.decode(model(images)).boxes)
+    with pytest.raises(ConfigError, match=r"--backbone: belongs to --cfg"):
+        load_backend(path, backbone=["MobileNetV4ConvSmall"])
+    with pytest.raises(CheckpointError, match="fills only"):
+        load_backend(path, cfg=str(cfg), backbone=["EMO_5M"])

@@ -134,6 +134,18 @@ def test_sparse_gradients_equal_plain_ones_but_for_rounding(columns: int) -> Non
     assert 0 < worst(plain, sparse) < 1e-3
 
 
+@pytest.mark.parametrize("alpha", [0.0, 1e-3, -0.05])
+def test_sparse_keeps_the_maps_that_could_not_be_worked_back(alpha: float) -> None:
+    images = torch.rand(2, 3, 64, 64)
+    models = [small(mode, 5) for mode in (False, "sparse")]
+    for model in models:
+        for index in (1, 3):
+            for parameter in getattr(model, f"subnet{index}").alphas():
+                nn.init.constant_(parameter, alpha)
+    plain, sparse = (gradients(model, images) for model in models)
+    assert worst(plain, sparse) < 1e-3
+
+
 @pytest.mark.parametrize("save_memory", [True, "sparse"])
 def test_gradcheck_in_float64(save_memory: bool | str) -> None:
     model = small(save_memory, 2, 0.3, (2, 2, 3, 2)).double()

@@ -346,3 +346,16 @@ def test_maps_that_a_model_rounds_up_get_their_size_at_every_image_size():
 def test_weights_that_are_missing_are_told_alone_not_as_a_fault_of_the_yaml():
     with pytest.raises(CheckpointError, match=r"^none.pth: no such file"):
         build_model("yolo11n", backbone=["test_resnet", "weights=none.pth"], imgsz=SIZE)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"out_indices": [1, 2]}, "got out_indices, which is not for a backbone to be told"),
+        ({"features_only": False}, "got features_only"),
+        ({"pyramid_width": 0}, "got pyramid_width 0, expected a number of channels"),
+    ],
+)
+def test_options_that_would_be_dropped_are_refused(options: dict, message: str):
+    with pytest.raises(LayerError, match=message):
+        TimmBackbone("resnet18", **options)
