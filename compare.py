@@ -85,7 +85,9 @@ def load_candidate(
             if model
             else (None, None)
         )
-        return Candidate(path.parent.parent.name + "/" + path.name, backend, backend, *totals)
+        run = path.resolve().parent.parent.name if path.parent.name == "weights" else ""
+        shown = f"{run}/{path.name}" if run else path.name
+        return Candidate(shown, backend, backend, *totals)
     if path.exists() and path.suffix not in (".yaml", ".yml"):
         backend = load_backend(name, device)
         return Candidate(path.name, backend, backend, None, None)

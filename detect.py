@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from engine.flags import (
     say_ignored,
 )  # fmt: skip
 from models.backends import Backend, load_backend
-from models.postprocess import postprocess
+from models.postprocess import keep_best, postprocess
 from utils.config import ArgumentParser, increment_path, integer, parse_imgsz
 from utils.device import select_device
 from utils.errors import ConfigError, nearest, run_cli
@@ -50,17 +51,9 @@ def detect_frame(backend: Backend, frame: Frame, options: Any, device: torch.dev
             max_det=options.max_det, classes=options.classes, agnostic=options.agnostic_nms,
         )[0]  # fmt: skip
     else:
-        found = _select(output[0], options)
+        found = keep_best(output[0], options.conf_thres, options.max_det, options.classes)
     found = found.to("cpu")
     return found._replace(boxes=box.restore(found.boxes))
-
-
-def _select(found: Detections, options: Any) -> Detections:
-    """Apply the flags to detections that left the graph finished."""
-    keep = found.scores >= options.conf_thres
-    if options.classes is not None:
-        keep &= torch.isin(found.labels, torch.tensor(options.classes, device=found.labels.device))
-    return Detections(*(value[keep][: options.max_det] for value in found))
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> Any:
@@ -159,12 +152,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise ConfigError(
             f"--rect: {options.weights} has a fixed image size. Leave it out or export with --dynamic."
         )
-    source = open_source(options.source, vid_stride=options.vid_stride)
+    if backend.end2end:
+        log.info(
+            f"{options.weights}: {backend.info.told_inside}; --iou-thres and --agnostic-nms cannot act on it, "
+            "--conf-thres and --max-det only cut further"
+        )
+    frames = iter(open_source(options.source, vid_stride=options.vid_stride))
+    first = next(frames, None)  # a source that cannot be read leaves no folder
+    if first is None:
+        raise ConfigError(f"--source: {options.source} has no readable image.")
     folder = increment_path(options.project, options.name, options.exist_ok)
     folder.mkdir(parents=True, exist_ok=True)
     count, objects, seconds = 0, 0, 0.0
     with DetectionWriter(folder, backend.names, options) as writer:
-        for frame in source:
+        for frame in chain([first], frames):
             start = time.perf_counter()
             found = detect_frame(backend, frame, options, device)
             elapsed = time.perf_counter() - start
@@ -173,8 +174,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"{frame.path}{_frame_number(frame)}: {summary(found, backend.names)}, {1000 * elapsed:.0f} ms"
             )
             writer.write(frame, found)
-    if count == 0:
-        raise ConfigError(f"--source: {options.source} has no readable image.")
     print(
         f"{objects} objects in {count} images, {1000 * seconds / count:.1f} ms an image; results in {folder}"
     )

@@ -270,7 +270,7 @@ def models_of(options: Any) -> list[tuple[DetectionModel, Path]]:
         raise ConfigError(
             "--weights: got nothing, expected a checkpoint (or --cfg for fresh weights)."
         )
-    imgsz = parse_imgsz(options.imgsz, 32) if options.imgsz else (640, 640)
+    imgsz = parse_imgsz(options.imgsz, 32, tell=False) if options.imgsz else (640, 640)
     names = load_data_config(options.data).names if options.data else None
     model = build_model(
         options.cfg,

@@ -93,7 +93,12 @@ def custom(
 
 
 def _create(
-    name: str, pretrained: bool | str, classes: int | None, autoshape: bool, device: str | None
+    name: str,
+    pretrained: bool | str,
+    channels: int,
+    classes: int | None,
+    autoshape: bool,
+    device: str | None,
 ) -> Any:
     """A network by its published name, with weights if asked for."""
     if pretrained:
@@ -104,7 +109,12 @@ def _create(
             pretrained_models.require_whole(path, loaded.report)
             return _finish(loaded.model, autoshape, device)
     with _own_packages():
-        model = importlib.import_module("models.yolo").build_model(name, num_classes=classes)
+        config = importlib.import_module("models.parser.rows").read_model_config(name)[1]
+        build_model = importlib.import_module("models.yolo").build_model
+        model = build_model({**config, "ch": channels}, num_classes=classes)
+        importlib.import_module("utils.logger").get_logger().info(
+            f"{name}: fresh weights, not trained"
+        )
         return _finish(model.eval(), autoshape, device)
 
 
@@ -125,18 +135,18 @@ def _entry(name: str) -> Callable[..., Any]:
         _verbose: bool = True,
         device: str | None = None,
     ) -> Any:
-        if channels != 3:
+        if pretrained and channels != 3:
             raise ValueError(
-                f"{name}: got channels={channels}, expected 3. Set ch in a model YAML of your own."
+                f"{name}: got channels={channels} beside weights, which say it themselves. Leave one of them out."
             )
-        return _create(name, pretrained, classes, autoshape, device)
+        return _create(name, pretrained, channels, classes, autoshape, device)
 
     create.__name__ = create.__qualname__ = name.replace("-", "_")
     create.__doc__ = f"""{name}, untrained; nothing is downloaded.
 
     Args:
         pretrained: path of weights, or True for {name}.pt in the working folder.
-        channels: of the input, 3.
+        channels: of the input; autoshape reads files for 3, and for 1 as grey.
         classes: number of classes; None takes that of the weights, 80 without weights.
         autoshape: False gives the bare network.
         device: such as "cpu" or "cuda:0"; None is the CPU.
@@ -145,6 +155,7 @@ def _entry(name: str) -> Callable[..., Any]:
 
 
 yolov5n, yolov5s, yolov5m, yolov5l, yolov5x = (_entry(f"yolov5{size}") for size in "nsmlx")
+yolov5n6, yolov5s6, yolov5m6, yolov5l6, yolov5x6 = (_entry(f"yolov5{size}6") for size in "nsmlx")
 yolo11n, yolo11s, yolo11m, yolo11l, yolo11x = (_entry(f"yolo11{size}") for size in "nsmlx")
 gelan_t, gelan_s, gelan_m, gelan_c, gelan_e = (_entry(f"gelan-{size}") for size in "tsmce")
 yolov9_t, yolov9_s, yolov9_m, yolov9_c, yolov9_e = (_entry(f"yolov9-{size}") for size in "tsmce")

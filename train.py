@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.evolve import evolve
-from engine.outputs import RunRecorder
+from engine.outputs import RunRecorder, class_table
 from engine.run import Run, prepare, whole_val_loader
 from engine.state import find_resumable, finish, load_resumable, restore, save
 from engine.training_flags import CHANGEABLE, COMMAND_LINE_ONLY, EPOCHS, given_flags, parse_options
@@ -46,7 +46,7 @@ from utils.optim import clip_gradients, set_learning_rates
 from utils.progress import Progress, train_status
 from utils.seed import seed_everything
 from utils.structures import Decoded, Targets, as_float
-from val import Evaluation, Thresholds, class_table, evaluate
+from val import Evaluation, Thresholds, evaluate
 
 MOST_SKIPPED = 10  # batches in a row whose loss is not finite before the run gives up
 
@@ -251,9 +251,9 @@ def _save(run: Run, epoch: int) -> None:
 
 
 def _conclude(run: Run, recorder: RunRecorder) -> Metrics | None:
-    """On the main process: measure the best checkpoint once more, draw the pictures, reduce the checkpoints.
+    """On the main process: measure the best checkpoint once more, draw the pictures, finish the checkpoints.
 
-    They are reduced last: until then a killed run can be resumed, and comes here again.
+    They are finished last: until then a killed run can be resumed, and comes here again.
     """
     if not run.world.is_main:
         return None
@@ -305,7 +305,7 @@ def _resume(options: Namespace, given: Set[str]) -> tuple[Namespace, dict[str, A
         ConfigError, CheckpointError: nothing to resume, or `--epochs` lowered.
     """
     path = find_resumable(options.resume, options.project)
-    checkpoint = load_resumable(path)
+    checkpoint = load_resumable(path, options.epochs)
     own, now = checkpoint["opt"], vars(options)
     kept = {
         name: value

@@ -27,10 +27,16 @@ from engine.flags import (
     add_threshold_flags,
     say_ignored,
 )  # fmt: skip
-from engine.outputs import LabelWriter, save_batch_pictures, save_metric_plots
+from engine.outputs import (
+    LabelWriter,
+    class_table,
+    save_batch_pictures,
+    save_faults,
+    save_metric_plots,
+)
 from engine.setup import open_data
 from models.backends import Backend, load_backend
-from models.postprocess import postprocess
+from models.postprocess import keep_best, postprocess
 from utils.config import ArgumentParser, increment_path, integer, parse_imgsz
 from utils.device import select_device, synchronize
 from utils.errors import ConfigError, run_cli
@@ -138,29 +144,11 @@ def _detections(
     output: Decoded | list[Detections], kind: str, thresholds: Thresholds
 ) -> list[Detections]:
     if not isinstance(output, Decoded):
-        return output
+        return [keep_best(found, thresholds.conf, thresholds.max_det) for found in output]
     return postprocess(
         output, kind, conf_thres=thresholds.conf, iou_thres=thresholds.iou, max_det=thresholds.max_det,
         agnostic=thresholds.agnostic, multi_label=output.scores.shape[-1] > 1,
     )  # fmt: skip
-
-
-def class_table(metrics: Metrics, verbose: bool = True) -> str:
-    """The metrics as text: all classes, then one line a class."""
-    lines = [
-        f"{'class':>22}{'images':>9}{'objects':>9}{'P':>9}{'R':>9}{'mAP50':>9}{'mAP50-95':>10}"
-    ]
-    everything = (metrics.precision, metrics.recall, metrics.map50, metrics.map50_95)
-    lines.append(_line("all", metrics.images, metrics.instances, everything))
-    if verbose and len(metrics.per_class) > 1:
-        lines += [_line(row.name, row.images, row.instances, row[3:]) for row in metrics.per_class]
-    return "\n".join(lines)
-
-
-def _line(name: str, images: int, instances: int, values: Sequence[float]) -> str:
-    return f"{name[:20]:>22}{images:>9}{instances:>9}" + "".join(
-        f"{value:>{width}.4f}" for value, width in zip(values, (9, 9, 9, 10))
-    )
 
 
 class Validation:
@@ -291,11 +279,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Any:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure every given model."""
     options = parse_options(arguments)
-    log, device = get_logger(), select_device(options.device)
-    if options.conf_thres > 0.01 and options.task not in ("speed",):
-        log.warning(
-            f"--conf-thres {options.conf_thres} cuts the precision-recall curve: mAP will come out too low"
-        )
+    device = select_device(options.device)
     run = {"speed": _speed, "study": _study}.get(options.task, _validate)
     every = options.weights
     for weights in every:
@@ -304,7 +288,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
             weights, device, half=options.half, cfg=options.cfg, backbone=options.backbone,
             allow_code=options.allow_code,
         )  # fmt: skip
+        _tell_thresholds(options, backend)
         run(options, backend, device)
+
+
+def _tell_thresholds(options: Any, backend: Backend) -> None:
+    """Warn of a curve that is cut, by the flag or inside the file."""
+    log = get_logger()
+    conf = options.conf_thres
+    if backend.end2end:
+        inside = backend.info.thresholds
+        log.info(
+            f"{options.weights}: {backend.info.told_inside}; --iou-thres and --agnostic-nms cannot act on it"
+        )
+        conf = max(conf, inside[0] if inside else 0.0)
+    if conf > 0.01 and options.task != "speed":
+        advice = (
+            " Export it with --conf-thres 0.001 to measure it." if conf > options.conf_thres else ""
+        )
+        log.warning(
+            f"scores below {conf} are cut from the precision-recall curve: mAP will come out too low.{advice}"
+        )
 
 
 def _size(options: Any, backend: Backend) -> tuple[int, int]:
@@ -324,6 +328,7 @@ def _validate(options: Any, backend: Backend, device: torch.device) -> None:
     validation = Validation(options, backend, imgsz)
     folder = increment_path(options.project, options.name, options.exist_ok)
     folder.mkdir(parents=True, exist_ok=True)
+    save_faults(folder, {options.task: validation.dataset})
     thresholds = Thresholds(
         options.conf_thres, options.iou_thres, options.max_det, options.agnostic_nms
     )

@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import cv2
@@ -228,8 +229,14 @@ def bounded_workers(
         if fitting < chosen:
             chosen, reason = fitting, f"{room / 1e6:.0f} MB free in {SHARED_MEMORY}"
     if chosen < workers:
-        LOGGER.info("--workers: %d instead of %d (%s)", chosen, workers, reason)
+        _tell_once(f"--workers: {chosen} instead of {workers} ({reason})")
     return chosen
+
+
+@cache
+def _tell_once(message: str) -> None:
+    """Training and validation loaders have the same to say."""
+    LOGGER.info(message)
 
 
 def available_cores() -> int:

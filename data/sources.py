@@ -6,11 +6,13 @@ A local source never touches the network.
 from __future__ import annotations
 
 import glob
+import http.client
 import logging
 import os
 import re
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +22,7 @@ import numpy as np
 
 from data.formats.description import image_files
 from data.formats.yolo import read_list
-from data.images import IMAGE_SUFFIXES, Image, ImageError, is_image_path, read_image
+from data.images import IMAGE_SUFFIXES, Image, decode_image, is_image_path, read_image
 from utils.errors import DatasetError
 
 LOGGER = logging.getLogger("yoke.data")
@@ -31,6 +33,7 @@ SCHEMES = ("rtsp://", "rtsps://", "rtmp://", "http://", "https://", "tcp://", "u
 WEB_SCHEMES = ("http://", "https://")
 STREAM_PATIENCE = 10.0
 """Seconds without a new frame after which a stream counts as ended."""
+LARGEST_PICTURE = 256 << 20  # bytes
 
 
 class VideoInfo(NamedTuple):
@@ -74,8 +77,8 @@ class Source:
     """Frames of a source, in order; an unreadable file of several is named in the log and skipped.
 
     Args:
-        name: image, folder, glob, `.txt` list, video, web address of a video, number of a camera,
-            or address of a stream.
+        name: image, folder, glob, `.txt` list, video, web address of a picture or video, number of
+            a camera, or address of a stream.
         vid_stride: take every so many frames of videos and streams.
 
     Attributes:
@@ -103,7 +106,7 @@ class Source:
                 "--source: got screen, expected a file, folder, camera or stream. The screen is "
                 "not recorded here; record it to a video and pass that."
             )
-        if _is_web_video(self.name):
+        if _is_web_file(self.name):
             self.is_live, self.files = False, [self.name]
             return
         self.is_live = self.name.isdecimal() or self.name.lower().startswith(SCHEMES)
@@ -119,8 +122,8 @@ class Source:
         for path in self.files:
             try:
                 frames = _file_frames(path, self.vid_stride)
-            except (ImageError, VideoError) as error:
-                if is_video(path) and len(self.files) == 1:
+            except DatasetError as error:
+                if len(self.files) == 1 and (is_video(path) or _is_web_file(path)):
                     raise
                 self.skipped.append(path)
                 LOGGER.warning("skipped %s", error)
@@ -135,13 +138,33 @@ def open_source(source: str | Path, *, vid_stride: int = 1) -> Source:
 
 def is_video(path: str) -> bool:
     """True if the suffix, of a file or of a web address, is one of a video format."""
-    name = re.split("[?#]", path)[0] if path.lower().startswith(WEB_SCHEMES) else path
-    return os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES
+    return os.path.splitext(_plain(path))[1].lower() in VIDEO_SUFFIXES
 
 
-def _is_web_video(name: str) -> bool:
-    """True for the web address of a file: it has an end, so that no frame of it need be lost."""
-    return name.lower().startswith(WEB_SCHEMES) and is_video(name)
+def _plain(path: str) -> str:
+    """A web address without what stands behind `?` or `#`; a path as it is."""
+    return re.split("[?#]", path)[0] if path.lower().startswith(WEB_SCHEMES) else path
+
+
+def _is_web_file(name: str) -> bool:
+    """True for the web address of a picture or of a video that has an end, so that no frame of it need be lost."""
+    is_web = name.lower().startswith(WEB_SCHEMES)
+    return is_web and (is_video(name) or is_image_path(_plain(name)))
+
+
+def _fetched(address: str) -> bytes:
+    try:
+        with urllib.request.urlopen(address, timeout=STREAM_PATIENCE) as reply:
+            data = reply.read(LARGEST_PICTURE + 1)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise VideoError(
+            f"--source: {address} cannot be fetched - {error}. Check the address and the network."
+        ) from error
+    if len(data) > LARGEST_PICTURE:
+        raise VideoError(
+            f"--source: {address} has more than {LARGEST_PICTURE >> 20} MiB, expected a picture. Fetch it and give the file."
+        )
+    return data
 
 
 def _files(name: str) -> list[str]:
@@ -166,15 +189,20 @@ def _check(name: str, files: Sequence[str]) -> None:
     known = ", ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES | VIDEO_SUFFIXES))
     if not files:
         raise DatasetError(f"--source: got no image or video in {name}, expected {known}.")
-    for file in files:
-        if not os.path.isfile(file):
-            raise DatasetError(f"--source: got {file} (from {name}), which does not exist.")
+    if not any(os.path.isfile(file) for file in files):
+        raise DatasetError(
+            f"--source: got {files[0]} (from {name}), which does not exist, expected a file. Mend the list."
+        )
+    for file in files:  # one that is missing beside others is skipped, as a damaged one is
         if not is_image_path(file) and not is_video(file):
             raise DatasetError(f"--source: got {file}, expected one of {known}.")
 
 
 def _open(name: str) -> cv2.VideoCapture:
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what fails is said below, in one line
+    level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     capture = cv2.VideoCapture(int(name) if name.isdecimal() else name)
+    cv2.utils.logging.setLogLevel(level)
     if not capture.isOpened():
         capture.release()
         kind = "camera" if name.isdecimal() else "video or stream"
@@ -201,6 +229,8 @@ def _file_frames(path: str, vid_stride: int) -> Iterator[Frame]:
     """Frames of an image or video, which is opened at once, so that its errors are raised here."""
     if is_video(path):
         return _video_frames(path, _open(path), vid_stride)
+    if _is_web_file(path):
+        return iter([Frame(_plain(path), decode_image(_fetched(path), path), 0, None)])
     return iter([Frame(path, read_image(path), 0, None)])
 
 

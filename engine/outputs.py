@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data.dataset import DetectionDataset
+from data.formats.faults import write_faults
 from engine.run import Run
 from utils.boxes import xyxy_to_cxcywh
 from utils.config import save_yaml
@@ -25,6 +27,14 @@ from utils.structures import Batch, Detections
 from utils.visualize import plot_batch
 
 PICTURED_BATCHES = 3
+
+
+def save_faults(folder: Path, splits: Mapping[str, DetectionDataset]) -> None:
+    """Leave what was mended or skipped in labels and images as `faults.csv`, and say so."""
+    path = folder / "faults.csv"
+    count = write_faults(path, {split: dataset.faults for split, dataset in splits.items()})
+    if count:
+        get_logger().warning(f"{path}: all {count} faults of labels and images")
 
 
 class RunRecorder:
@@ -54,6 +64,7 @@ class RunRecorder:
             f"{len(run.train_set)} training and {len(run.val_set)} validation images at {run.imgsz[0]}x{run.imgsz[1]}, "
             f"{len(run.val_set.names)} classes; results go to {run.folder}"
         )
+        save_faults(run.folder, {"train": run.train_set, "val": run.val_set})
         if self.plots and run.epoch == 0:
             labels, boxes = _normalised_objects(run.train_set)
             plot_labels(labels, boxes, run.train_set.names, run.folder / "labels.jpg")
@@ -197,3 +208,22 @@ def write_yolo_labels(
         numbers = [*box, score] if with_score else box
         lines.append(" ".join([str(label), *(f"{value:.6g}" for value in numbers)]))
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def class_table(metrics: Metrics, verbose: bool = True) -> str:
+    """The metrics as text: all classes, then one line a class."""
+    lines = [
+        f"{'class':>22}{'images':>9}{'objects':>9}{'P':>9}{'R':>9}{'mAP50':>9}{'mAP50-95':>10}"
+    ]
+    everything = (metrics.precision, metrics.recall, metrics.map50, metrics.map50_95)
+    lines.append(_line("all", metrics.images, metrics.instances, everything))
+    if verbose and len(metrics.per_class) > 1:
+        lines += [_line(row.name, row.images, row.instances, row[3:]) for row in metrics.per_class]
+    return "\n".join(lines)
+
+
+def _line(name: str, images: int, instances: int, values: Sequence[float]) -> str:
+    return f"{name[:20]:>22}{images:>9}{instances:>9}" + "".join(
+        f"{value:>{width}.4f}" if value >= 0 else f"{'-':>{width}}"  # COCO's -1: no objects
+        for value, width in zip(values, (9, 9, 9, 10))
+    )

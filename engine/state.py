@@ -55,7 +55,7 @@ def save(run: Run, path: Path, finished_epoch: int) -> None:
 
 
 def find_resumable(resume: str | bool, project: str) -> Path:
-    """The checkpoint that `--resume [path]` means: the newest `last.pt` of the project that is not finished
+    """The checkpoint that `--resume [path]` means: the newest `last.pt` of the project whose training is not finished
     when no path is given. The path is absolute, its run's folder stands two above it.
 
     Raises:
@@ -86,22 +86,29 @@ def find_resumable(resume: str | bool, project: str) -> Path:
 
 def _is_resumable(path: Path) -> bool:
     try:
-        return "optimizer" in load_checkpoint(path)
+        checkpoint = load_checkpoint(path)
     except CheckpointError:
         return False
+    return "optimizer" in checkpoint and not checkpoint.get("finished")
 
 
-def load_resumable(path: Path) -> dict[str, Any]:
+def load_resumable(path: Path, epochs: int | None = None) -> dict[str, Any]:
     """Read a checkpoint that holds a training.
+
+    Args:
+        path: a `last.pt`, or another checkpoint of a run.
+        epochs: how long it is to be by now; None leaves it as it was. A finished training goes on if this is more.
 
     Raises:
         CheckpointError: the training is finished, or it is not such a file.
     """
     checkpoint = load_checkpoint(path)
-    if "optimizer" not in checkpoint:
+    done = _count_epochs(checkpoint)
+    goes_on = isinstance(done, int) and epochs is not None and epochs > done
+    if checkpoint.get("finished", "optimizer" not in checkpoint) and not goes_on:
         raise CheckpointError(
-            f"{path}: its training is finished after {_count_epochs(checkpoint)} epochs, nothing to resume. "
-            "Start a new one from it with --weights."
+            f"{path}: its training is finished after {done} epochs, nothing to resume. Give more --epochs than that to "
+            "go on with its last.pt, or start a new one from it with --weights."
         )
     missing = [key for key in NEEDED if key not in checkpoint]
     if missing:
@@ -156,7 +163,12 @@ def _check_names(run: Run, names: Sequence[str]) -> None:
 
 
 def finish(folder: Path) -> None:
-    """Reduce `best.pt` and `last.pt` to what inference needs; the one that a run resumes from comes last."""
-    for name in ("best.pt", "last.pt"):
-        if (folder / name).exists():
-            finalize_checkpoint(folder / name)
+    """Reduce `best.pt` to what inference needs; `last.pt` keeps its training, for a run that is to go on after all.
+
+    `last.pt` comes last: until it says that it is finished, a killed run is resumed and comes here again.
+    """
+    best, last = folder / "best.pt", folder / "last.pt"
+    if best.exists():
+        finalize_checkpoint(best)
+    if last.exists():
+        save_checkpoint(last, {**load_checkpoint(last), "finished": True})

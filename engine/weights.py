@@ -36,7 +36,7 @@ def build_from_flags(options: Any, names: tuple[str, ...]) -> DetectionModel:
     is_resumed = options.config is not None
     model = build_model(
         cfg or DEFAULT_CFG, num_classes=len(names), names=names, scale=None if is_resumed else options.scale,
-        imgsz=parse_imgsz(options.imgsz, 32), backbone=None if is_resumed else options.backbone,
+        imgsz=parse_imgsz(options.imgsz, 32, tell=False), backbone=None if is_resumed else options.backbone,
         allow_code=options.allow_code, fresh=isinstance(cfg, Mapping),
     )  # fmt: skip
     if weights is not None:

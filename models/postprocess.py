@@ -59,6 +59,16 @@ def postprocess(
     return detections
 
 
+def keep_best(
+    found: Detections, conf_thres: float, max_det: int, classes: Sequence[int] | None = None
+) -> Detections:
+    """What of an image's finished detections, best first, passes these limits; see `postprocess`."""
+    keep = found.scores > conf_thres
+    if classes is not None:
+        keep &= torch.isin(found.labels, torch.tensor(classes, device=found.labels.device))
+    return Detections(*(value[keep][:max_det] for value in found))
+
+
 def _candidates(
     boxes: Tensor,
     scores: Tensor,

@@ -131,8 +131,21 @@ def test_loading_says_what_is_wrong(tmp_path: Path) -> None:
         torch.hub.load(
             str(ROOT), "yolov5n", pretrained=str(tmp_path / "yolov5n.pt"), source="local"
         )
-    with pytest.raises(ValueError, match="channels"):
-        torch.hub.load(str(ROOT), "yolov5n", channels=1, source="local")
+    with pytest.raises(ValueError, match="channels=1 beside weights"):
+        torch.hub.load(str(ROOT), "yolov5n", channels=1, pretrained="x.pt", source="local")
+
+
+@pytest.mark.parametrize(("name", "channels", "levels"), [("yolov5n", 1, 3), ("yolov5n6", 4, 4)])
+def test_a_published_name_may_have_other_channels_and_four_levels(
+    name: str, channels: int, levels: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = torch.hub.load(
+        str(ROOT), name, channels=channels, classes=2, autoshape=False, source="local"
+    )
+    assert f"{name}: fresh weights, not trained" in capsys.readouterr().err
+    assert model.strides == (8, 16, 32, 64)[:levels]
+    decoded = model.decode(model(torch.rand(1, channels, 64, 64)))
+    assert decoded.scores.shape == (1, 3 * sum((64 // s) ** 2 for s in model.strides), 2)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from argparse import Namespace
 from pathlib import Path
@@ -14,6 +15,12 @@ from shell import TINY_MODEL
 
 import detect
 import val
+from engine import outputs
+from models.backends import load_backend
+from models.exporters.network import ExportOptions
+from models.exporters.onnx_file import export_onnx
+from models.postprocess import keep_best
+from models.pretrained import load_weights
 from models.yolo import build_model
 from utils.checkpoint import save_checkpoint
 from utils.config import parse_yaml
@@ -108,3 +115,57 @@ def test_rect_with_a_fixed_size_is_refused(shared_data: Path):
     backend: Any = SimpleNamespace(dynamic=False, stride=32, names=("square", "disc"))
     with pytest.raises(ConfigError, match="--rect: fixed.onnx has a fixed image size"):
         val.Validation(options, backend, (64, 64))
+
+
+def test_an_end_to_end_file_says_what_it_has_cut_already(
+    weights: Path, capsys: pytest.CaptureFixture[str]
+):
+    model = load_weights(weights).model
+    wanted = ExportOptions(imgsz=(64, 64), end2end=True, conf_thres=0.25, iou_thres=0.5, max_det=50)
+    backend = load_backend(export_onnx(model, wanted, weights))
+    for conf, highest in (("0.001", 0.25), ("0.9", 0.9)):
+        val._tell_thresholds(val.parse_options(["--conf-thres", conf]), backend)
+        told = capsys.readouterr().err
+        assert "scores above 0.25, overlap up to 0.5, 50 an image at most" in told
+        assert f"scores below {highest} are cut" in told
+        assert ("Export it with --conf-thres 0.001" in told) == (highest == 0.25)
+    val._tell_thresholds(val.parse_options([]), load_backend(weights))
+    assert capsys.readouterr().err == ""
+
+
+def test_finished_detections_are_cut_by_the_flags():
+    scores = torch.tensor([0.9, 0.6, 0.5, 0.2])
+    found = Detections(torch.arange(16.0).view(4, 4), scores, torch.tensor([0, 1, 0, 1]))
+    for conf, most, left in ((0.0, 300, 4), (0.5, 300, 2), (0.0, 1, 1), (0.95, 300, 0)):
+        (kept,) = val._detections([found], "nms", val.Thresholds(conf, 0.6, most))
+        assert torch.equal(kept.scores, scores[:left]) and torch.equal(
+            kept.boxes, found.boxes[:left]
+        )
+    assert keep_best(found, 0.0, 300, [1]).scores.tolist() == pytest.approx([0.6, 0.2])
+
+
+def test_every_fault_of_the_data_is_left_in_a_file(
+    weights: Path, small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    broken = sorted((small_data.parent / "images" / "val").iterdir())[:2]
+    for path in broken:
+        path.write_bytes(b"no picture")
+    words = ["--weights", weights, "--data", small_data, "--project", tmp_path / "runs"]
+    val.main([str(word) for word in (*words, "--device", "cpu", "--workers", 0, "--noplots")])
+    with (tmp_path / "runs" / "exp" / "faults.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["file"] for row in rows] == [str(path) for path in broken]
+    assert {row["split"] for row in rows} == {"val"} and all(row["problem"] for row in rows)
+    assert "faults.csv: all 2 faults" in capsys.readouterr().err
+
+
+def test_a_class_without_objects_has_no_number():
+    assert outputs._line("a", 1, 0, (-1.0, 0.5, -1.0, -1.0)).split() == [
+        "a",
+        "1",
+        "0",
+        "-",
+        "0.5000",
+        "-",
+        "-",
+    ]

@@ -190,8 +190,8 @@ def increment_path(project: str | Path, name: str, exist_ok: bool = False) -> Pa
     return candidate
 
 
-def parse_imgsz(values: int | Sequence[int], stride: int) -> tuple[int, int]:
-    """Image size (height, width) from one or two numbers, rounded up to multiples of `stride`.
+def parse_imgsz(values: int | Sequence[int], stride: int, tell: bool = True) -> tuple[int, int]:
+    """Image size (height, width) from one or two numbers, rounded up to multiples of `stride`, which is told.
 
     Raises:
         ConfigError: not one or two numbers, or one below 1.
@@ -203,7 +203,7 @@ def parse_imgsz(values: int | Sequence[int], stride: int) -> tuple[int, int]:
         )
     height, width = given * 2 if len(given) == 1 else given
     rounded = (math.ceil(height / stride) * stride, math.ceil(width / stride) * stride)
-    if rounded != (height, width):
+    if tell and rounded != (height, width):
         get_logger().info(
             f"--imgsz {height} {width}: rounded up to {rounded[0]} {rounded[1]}, "
             f"multiples of stride {stride}"

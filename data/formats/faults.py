@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from utils.errors import DatasetError
@@ -81,3 +83,23 @@ def summarise(faults: Sequence[Fault], split: str) -> list[str]:
         first = next(fault for fault in faults if fault.kind == kind)
         lines.append(f"{split}: {KINDS[kind]}: {count}, the first: {first}")
     return lines
+
+
+def write_faults(path: Path, splits: Mapping[str, Sequence[Fault]]) -> int:
+    """Write every mended fault as a row: split, file, place in it, what was done, what was wrong.
+
+    Returns:
+        The number of rows; without any, no file is written.
+    """
+    rows = [
+        (split, fault.path, fault.where, KINDS[fault.kind], fault.problem)
+        for split, faults in splits.items()
+        for fault in faults
+        if fault.kind and fault.kind not in ORDINARY
+    ]
+    if rows:
+        with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(("split", "file", "place", "kind", "problem"))
+            writer.writerows(rows)
+    return len(rows)

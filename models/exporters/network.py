@@ -154,6 +154,7 @@ def metadata(model: DetectionModel, options: ExportOptions, stem: str) -> dict[s
         stem: name of the weights.
     """
     names = dict(enumerate(model.names))
+    thresholds = [options.conf_thres, options.iou_thres, options.max_det]
     return {
         "description": f"{stem}: {model.head.family} detector, {len(names)} classes",
         "author": PRODUCER,
@@ -175,6 +176,7 @@ def metadata(model: DetectionModel, options: ExportOptions, stem: str) -> dict[s
         "names": str(names),
         "padding": PADDING,
         "colour": COLOUR,
+        **({"thresholds": str(thresholds)} if options.end2end else {}),
     }
 
 

@@ -41,6 +41,7 @@ class ArtifactInfo:
         layout: form of the output, see `models.runtimes.layouts`.
         channels: of the images.
         half: whether its weights are float16.
+        thresholds: lowest score, largest overlap that NMS leaves and most detections of one that is end-to-end.
     """
 
     names: tuple[str, ...]
@@ -53,11 +54,21 @@ class ArtifactInfo:
     layout: str
     channels: int = 3
     half: bool = False
+    thresholds: tuple[float, float, int] | None = None
 
     @property
     def end2end(self) -> bool:
         """Whether the artifact does its own NMS or top-k."""
         return self.layout == "end2end"
+
+    @property
+    def told_inside(self) -> str:
+        """What an end-to-end artifact has decided already, in words."""
+        if self.thresholds is None:
+            return "finds its boxes itself"
+        conf, iou, max_det = self.thresholds
+        overlap = f", overlap up to {iou:g}" if self.postprocess_kind == "nms" else ""
+        return f"finds its boxes itself: scores above {conf:g}{overlap}, {max_det} an image at most"
 
 
 def parse_metadata(metadata: Mapping[str, str], source: str) -> ArtifactInfo:
@@ -81,12 +92,20 @@ def parse_metadata(metadata: Mapping[str, str], source: str) -> ArtifactInfo:
             layout=metadata["layout"],
             channels=int(metadata["channels"]),
             half=metadata["half"] == "True",
+            thresholds=_thresholds(metadata.get("thresholds")),
         )
     except (KeyError, ValueError, SyntaxError, TypeError, IndexError) as error:
         raise CheckpointError(
             f"{source}: its metadata lacks or garbles {error} - "
             "expected a file that export.py wrote."
         ) from error
+
+
+def _thresholds(text: str | None) -> tuple[float, float, int] | None:
+    if text is None:
+        return None
+    conf, iou, max_det = ast.literal_eval(text)
+    return float(conf), float(iou), int(max_det)
 
 
 class Backend:

@@ -152,6 +152,30 @@ def test_a_video_behind_a_web_address_loses_no_frame(served, address):
     assert slowly(source) == list(range(10))
 
 
+@pytest.mark.parametrize("ending", ["", "?token=1"])
+def test_a_picture_behind_a_web_address_is_one_image(served, video, ending):
+    picture = np.zeros((20, 30, 3), np.uint8)
+    picture[:, :15] = (10, 200, 30)
+    cv2.imwrite(str(video.parent / "web.png"), picture[..., ::-1])
+    address = served.replace(video.name, "web.png")
+    source = open_source(address + ending)
+    (frame,) = source
+    assert not source.is_live and frame.video is None and frame.path == address
+    assert np.array_equal(frame.image, picture)
+    with pytest.raises(DatasetError, match="none.png cannot be fetched - HTTP Error 404"):
+        list(open_source(served.replace(video.name, "none.png")))
+
+
+def test_what_is_missing_beside_others_is_skipped_by_name(folder, caplog):
+    (folder / "dangling.png").symlink_to(folder / "nowhere.png")
+    first = next(frame.path for frame in open_source(folder))
+    source = open_source(folder)
+    assert first in {frame.path for frame in source}
+    assert str(folder / "dangling.png") in source.skipped and "dangling.png" in caplog.text
+    (folder / "partly.txt").write_text(f"{first}\nnothing.png\n")
+    assert [frame.path for frame in open_source(folder / "partly.txt")] == [first]
+
+
 def test_an_address_without_a_suffix_that_knows_its_length_is_read_as_a_file(served, monkeypatch):
     if not cv2.videoio_registry.getStreamBackends():
         pytest.skip("this OpenCV opens no streams")

@@ -215,3 +215,14 @@ def test_a_run_killed_in_its_last_measurement_is_resumed_there(
     assert rows(tmp_path / "exp") == before
     with pytest.raises(CheckpointError, match=f"finished after {len(before)} epochs"):
         load_resumable(tmp_path / "exp" / "weights" / "last.pt")
+
+
+def test_a_finished_run_goes_on_when_its_epochs_are_raised(
+    tiny_cfg: Path, shared_data: Path, tmp_path: Path
+):
+    train.main(arguments(tiny_cfg, shared_data, tmp_path, "--epochs", 1))
+    last = tmp_path / "exp" / "weights" / "last.pt"
+    train.main(["--resume", str(last), "--epochs", "3", "--device", "cpu"])
+    assert [row["epoch"] for row in rows(tmp_path / "exp")] == ["0", "1", "2"]
+    with pytest.raises(CheckpointError, match="finished after 3 epochs"):
+        load_resumable(last)

@@ -246,18 +246,26 @@ def test_gradients_that_wait_for_the_next_step_are_kept(
     assert same(gradients, {name: p.grad for name, p in run.model.named_parameters()})
 
 
-def test_a_finished_checkpoint_is_small_and_cannot_be_resumed(
+def test_the_best_checkpoint_is_small_and_a_finished_one_goes_on_only_for_more_epochs(
     tiny_cfg: Path, shared_data: Path, tmp_path: Path
 ):
     run = trained(run_of(tiny_cfg, shared_data, tmp_path))
-    save(run, tmp_path / "last.pt", 0)
-    before = (tmp_path / "last.pt").stat().st_size
+    best, last = tmp_path / "best.pt", tmp_path / "last.pt"
+    for path in (best, last):
+        save(run, path, 0)
+    before = best.stat().st_size
     finish(tmp_path)
-    assert (tmp_path / "last.pt").stat().st_size < 0.6 * before
-    content = load_checkpoint(tmp_path / "last.pt")
-    assert same(content["model"], run.ema.state_dict()["model"])
-    with pytest.raises(CheckpointError, match="its training is finished after 1 epochs"):
-        load_resumable(tmp_path / "last.pt")
+    assert best.stat().st_size < 0.6 * before
+    assert same(load_checkpoint(best)["model"], run.ema.state_dict()["model"])
+    for path, epochs in ((best, None), (last, None), (last, 1)):
+        with pytest.raises(CheckpointError, match="its training is finished after 1 epochs"):
+            load_resumable(path, epochs)
+    with pytest.raises(CheckpointError, match="has no ema, scaler, rng, nothing to resume"):
+        load_resumable(best, 2)
+    fresh = run_of(tiny_cfg, shared_data, tmp_path)
+    restore(fresh, load_resumable(last, 2))
+    assert fresh.epoch == 1
+    assert same(fresh.model.state_dict(), run.model.state_dict())
 
 
 def test_the_newest_run_is_the_one_to_go_on_with(tmp_path: Path):

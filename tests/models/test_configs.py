@@ -93,6 +93,8 @@ LAYOUTS = {
     "yolov9-t": (1772, 2091675558),
 }
 
+ROUNDED = {"yolov5n6": 3.2, "yolov5s6": 12.6, "yolov5m6": 35.7, "yolov5l6": 76.8, "yolov5x6": 140.7}
+
 SMALL = [
     "yolov5n",
     "yolov5n-emo",
@@ -150,7 +152,10 @@ def test_size_keys_and_shapes_are_exactly_those_published(name: str):
         model = build_model(name)
     if name in PARAMETERS:
         assert count_params(model) == PARAMETERS[name]
-    assert layout(model) == LAYOUTS[name]
+    if name in ROUNDED:  # published in millions
+        assert abs(count_params(model) / 1e6 - ROUNDED[name]) < 0.1
+    else:
+        assert layout(model) == LAYOUTS[name]
     assert all(re.match(r"model\.\d+\.", key) for key in model.state_dict())
 
 
