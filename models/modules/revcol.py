@@ -398,7 +398,8 @@ class RevCol(nn.Module):
         if (self.columns - 1 - index) % self.span == 0:
             return True
         alphas = getattr(self, f"subnet{index + 1}").alphas()
-        return any(float(alpha.detach().abs().min()) < SMALLEST_DIVISOR for alpha in alphas)
+        known = (alpha.detach() for alpha in alphas if not alpha.is_meta)
+        return any(float(alpha.abs().min()) < SMALLEST_DIVISOR for alpha in known)
 
     def _trains_reversibly(self) -> bool:
         """Whether this pass is a training step outside of export and compilation."""

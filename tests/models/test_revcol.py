@@ -324,9 +324,11 @@ def test_an_exported_program_runs_at_another_batch_and_size() -> None:
             assert torch.allclose(got, expected, atol=1e-5)
 
 
-def test_training_runs_on_the_meta_device() -> None:
+@pytest.mark.parametrize("save_memory", [True, "sparse"])
+def test_training_runs_on_the_meta_device(save_memory: bool | str) -> None:
     with torch.device("meta"):
-        model = revcol.RevCol(revcol.Size((4, 8, 8, 16), (1, 1, 2, 1), 4, 0.3)).train()
+        size = revcol.Size((4, 8, 8, 16), (1, 1, 2, 1), 4, 0.3)
+        model = revcol.RevCol(size, save_memory).train()
         maps = model(torch.empty(1, 3, 64, 64))
     torch.stack([m.sum() for m in maps]).sum().backward()
     assert [m.shape[-1] for m in maps] == [16, 8, 4, 2]

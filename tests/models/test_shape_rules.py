@@ -72,7 +72,7 @@ def test_a_backbone_that_returns_other_maps_in_training_is_named(with_odd):
 
 def test_a_rule_that_stumbles_over_its_arguments_is_one_line(with_odd):
     message = error_of([[-1, 1, "Conv", [8]], [-1, 1, "Careless", [1]]])
-    assert "Careless: does not take [1] - list index out of range" in message
+    assert "Careless: does not take [1] - IndexError: list index out of range" in message
 
 
 def test_parameters_of_maps_that_nobody_reads_are_frozen(with_odd):
