@@ -26,7 +26,7 @@ from models.reparam import reparameterize_model
 from models.table import Totals, measure
 from models.yolo import build_model
 from utils.config import ArgumentParser, increment_path, integer, parse_imgsz
-from utils.device import memory_used, select_device, synchronize
+from utils.device import select_device, synchronize
 from utils.errors import ConfigError, run_cli
 from utils.logger import get_logger
 from utils.metrics import CocoEvaluator
@@ -42,7 +42,7 @@ class Line(NamedTuple):
         params_deployed: of the deployed form.
         gflops: 2 x GMACs of the deployed form for one image.
         latency: median milliseconds for one image, deployed form.
-        memory: GiB in use by the process (CPU) or the GPU after the runs.
+        memory: MiB of weights and maps of the deployed form at a time for one image, None for an exported file.
         map50: COCO mAP at 0.5, None without `--data`.
         map50_95: COCO mAP.
     """
@@ -52,7 +52,7 @@ class Line(NamedTuple):
     params_deployed: int | None
     gflops: float | None
     latency: float
-    memory: float
+    memory: float | None
     map50: float | None
     map50_95: float | None
 
@@ -148,7 +148,7 @@ def measure_map(
 
 def format_lines(lines: Sequence[Line]) -> str:
     """The table as text."""
-    head = f"{'model':<34}{'params':>12}{'deployed':>12}{'GFLOPs':>9}{'ms':>9}{'GiB':>7}{'mAP50':>8}{'mAP50-95':>10}"
+    head = f"{'model':<34}{'params':>12}{'deployed':>12}{'GFLOPs':>9}{'MiB':>8}{'ms':>9}{'mAP50':>8}{'mAP50-95':>10}"
     return "\n".join([head, *map(_format_line, lines)])
 
 
@@ -158,7 +158,7 @@ def _format_line(line: Line) -> str:
 
     return (
         f"{line.name[-32:]:<34}{show(line.params, ','):>12}{show(line.params_deployed, ','):>12}"
-        f"{show(line.gflops, '.2f'):>9}{line.latency:>9.1f}{line.memory:>7.2f}{show(line.map50, '.4f'):>8}"
+        f"{show(line.gflops, '.2f'):>9}{show(line.memory, '.1f'):>8}{line.latency:>9.1f}{show(line.map50, '.4f'):>8}"
         f"{show(line.map50_95, '.4f'):>10}"
     )
 
@@ -226,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         deployed = candidate.deployed
         lines.append(Line(
             candidate.name, params, deployed.params if deployed else None, deployed.gflops if deployed else None,
-            latency, memory_used(device), *found,
+            latency, deployed.memory if deployed else None, *found,
         ))  # fmt: skip
     folder = increment_path(options.project, options.name, options.exist_ok)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,14 @@
-"""The table of a model: one line a row, totals of the training and the deployed form, GFLOPs at a size."""
+"""The table of a model: one line a row, totals of the training and the deployed form, GFLOPs and memory at a size."""
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from models.meta import run_on_meta
 
@@ -16,10 +19,44 @@ class Totals(NamedTuple):
     Attributes:
         params: number of parameters.
         gflops: 1e-9 x floating-point operations (2 x multiply-adds) for one image.
+        memory: MiB of weights and maps that are needed at a time for one image, at most.
     """
 
     params: int
     gflops: float
+    memory: float = 0.0
+
+
+class PeakMemory(TorchDispatchMode):
+    """Bytes of the tensors that are made in the block and live at one time, at most; what a kernel borrows is not seen.
+
+    Attributes:
+        held: bytes alive now.
+        peak: the most so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = self.peak = 0
+        self._known: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(outputs):
+            if isinstance(tensor, Tensor):
+                self._hold(tensor.untyped_storage())
+        return outputs
+
+    def _hold(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata  # of the memory itself, which views share
+        if key not in self._known:
+            self._known[key] = storage
+            self.held += storage.nbytes()
+            self.peak = max(self.peak, self.held)
+            weakref.finalize(storage, self._release, storage.nbytes())
+
+    def _release(self, count: int) -> None:
+        self.held -= count
 
 
 def count_params(module: nn.Module) -> int:
@@ -27,19 +64,15 @@ def count_params(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def count_gflops(model: nn.Module, imgsz: tuple[int, int], channels: int = 3) -> float:
-    """GFLOPs (2 x GMACs) of one image of size `imgsz`, counted operation by operation on the meta device."""
+def measure(model: nn.Module, imgsz: tuple[int, int]) -> Totals:
+    """Size of `model` as it stands, counted operation by operation on the meta device for one image of size `imgsz`."""
     from torch.utils.flop_counter import FlopCounterMode  # brings a compiler along
 
-    image = torch.empty(1, channels, *imgsz, device="meta")
-    with FlopCounterMode(display=False) as counter:
+    image = torch.empty(1, getattr(model, "channels", 3), *imgsz, device="meta")
+    with FlopCounterMode(display=False) as counter, PeakMemory() as memory:
         run_on_meta(model, image)
-    return counter.get_total_flops() / 1e9
-
-
-def measure(model: nn.Module, imgsz: tuple[int, int]) -> Totals:
-    """Parameters and GFLOPs of `model` as it stands."""
-    return Totals(count_params(model), count_gflops(model, imgsz, getattr(model, "channels", 3)))
+    gflops = counter.get_total_flops() / 1e9
+    return Totals(count_params(model), gflops, memory.peak / 2**20)
 
 
 def row_records(model: Any) -> list[dict[str, Any]]:

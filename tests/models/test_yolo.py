@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from models.meta import evaluating, run_on_meta
 from models.pretrained import load_weights
-from models.table import count_gflops, count_params, format_table
+from models.table import count_params, format_table, measure
 from models.yolo import (
     build_model,
     describe,
@@ -221,7 +221,7 @@ def test_parameters_and_gflops_are_those_worked_out_by_hand():
     """Conv 3 -> 8, 3x3, stride 2, at 64x32: 216 weights and 2 x 216 operations at each of 512."""
     conv = nn.Conv2d(3, 8, 3, 2, 1, bias=False)
     assert count_params(conv) == 216
-    assert count_gflops(conv, (64, 32)) == pytest.approx(2 * 216 * 32 * 16 / 1e9)
+    assert measure(conv, (64, 32)).gflops == pytest.approx(2 * 216 * 32 * 16 / 1e9)
 
 
 def test_a_shared_parameter_counts_once():
@@ -233,7 +233,7 @@ def test_a_shared_parameter_counts_once():
 def test_gflops_at_640_are_the_published_ones(cfg: str, gflops: float):
     with torch.device("meta"):
         model = build_model(cfg)
-    assert count_gflops(model, (640, 640)) == pytest.approx(gflops, abs=0.005)
+    assert measure(model, (640, 640)).gflops == pytest.approx(gflops, abs=0.005)
 
 
 def test_the_description_has_both_forms_and_every_row():
@@ -302,3 +302,24 @@ def test_a_batch_in_channels_last_gives_the_same():
     turned = model.to(memory_format=torch.channels_last)
     found = turned(image.to(memory_format=torch.channels_last)).levels[0]
     torch.testing.assert_close(found, expected)
+
+
+def test_memory_is_that_of_weights_and_of_the_maps_alive_at_one_time():
+    chain = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 16, 1), nn.Flatten(2))
+    weights = sum(p.numel() for p in chain.parameters())
+    # While the second convolution runs, its input and its output live; before, two maps of 8; a view takes nothing.
+    assert measure(chain, (64, 32)).memory == 4 * (weights + (8 + 16) * 64 * 32) / 2**20
+    kept = nn.ModuleList([nn.Conv2d(3, 8, 1, bias=False), nn.Conv2d(8, 8, 1, bias=False)])
+    assert measure(Joined(kept), (64, 32)).memory == 4 * (24 + 64 + 32 * 64 * 32) / 2**20
+
+
+class Joined(nn.Module):
+    """Two maps that live until they are joined."""
+
+    def __init__(self, layers: nn.ModuleList) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x):
+        first = self.layers[0](x)
+        return torch.cat((first, self.layers[1](first)), 1)
