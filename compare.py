@@ -174,13 +174,21 @@ def plot(lines: Sequence[Line], path: Path) -> None:
         height = line.map50_95 if with_map else line.gflops
         if height is None:
             continue
-        axes.scatter(line.latency, height, s=(line.params_deployed or 1e6) / 2e4 + 20, alpha=0.6)
-        axes.annotate(
-            line.name, (line.latency, height), xytext=(6, 4), textcoords="offset points", fontsize=9
-        )
+        area = (line.params_deployed or 1e6) / 2e4 + 20
+        axes.scatter(line.latency, height, s=area, alpha=0.6, label=line.name)
+    times = [line.latency for line in lines]
+    if max(times) > 4 * min(times):  # else small models lie on top of each other
+        axes.set_xscale("log")
+        if not with_map:
+            axes.set_yscale("log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter("{x:g}")
+    for mark in axes.legend(fontsize=9, title="area: parameters").legend_handles:
+        mark.set_sizes([40])
     axes.set(xlabel="latency of one image, ms", ylabel="mAP50-95" if with_map else "GFLOPs")
     axes.margins(0.2)
-    axes.grid(alpha=0.3)
+    axes.grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=130)
 
 
