@@ -91,7 +91,10 @@ def find_backbone(name: str) -> Layer | None:
 
 
 def _file_of(layer: Layer) -> str:
-    return layer.build.__module__.replace(".", "/") + ".py"
+    name = layer.build.__module__
+    if name.startswith(f"{__name__}."):
+        return name.replace(".", "/") + ".py"
+    return str(getattr(sys.modules.get(name), "__file__", name))  # of an import, where it was found
 
 
 def _unregistered_files() -> list[ModuleType]:

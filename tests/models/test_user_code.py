@@ -206,6 +206,18 @@ def test_two_backbones_of_one_name_are_refused_and_both_files_are_named(drop_in)
     assert "\n" not in message
 
 
+def test_an_import_that_is_called_like_a_backbone_is_told_by_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(modules, "_FILES", dict(modules._FILES))
+    file = tmp_path / "mine.py"
+    file.write_text(PASTED.format(name="EMO_1M"))
+    rows = {"backbone": [[-1, 1, "EMO_1M", []]], "head": [[["P3"], 1, "Detect", ["nc"]]]}
+    with pytest.raises(ConfigError) as caught:
+        build_model({"nc": 2, "imports": str(file), **rows}, imgsz=SIZE, allow_code=True)
+    assert f"is defined twice, in {file} and models/modules/emo.py" in str(caught.value)
+
+
 def test_a_part_of_a_users_file_may_be_called_like_a_layer(drop_in):
     drop_in(mine=PASTED.format(name="MyNet") + "class Conv(nn.Module):\n    pass\n")
     model = build([[-1, 1, "MyNet", []], ["P3", 1, "Conv", [8]]], [[[5], 1, "Detect", ["nc"]]])
