@@ -6,8 +6,11 @@ Attribute names are those of the published state dicts (`cv1`, `m`, `conv`, `bn`
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +28,52 @@ from models.registry import (
     unscaled,
 )
 
+T = TypeVar("T", bound=Callable[..., Any])
+Size = int | tuple[int, int]
+"""Of a kernel, a stride or a padding: one number, or (height, width)."""
 
-def autopad(kernel_size: int, padding: int | None = None, dilation: int = 1) -> int:
+SHORT_NAMES: dict[str, tuple[str, ...]] = {
+    "c": ("channels",), "dim": ("channels",), "c1": ("in_channels", "channels"), "cm": ("mid_channels",),
+    "c2": ("out_channels",), "c3": ("stem_channels", "hidden_channels"), "c4": ("stage_channels",),
+    "n": ("repeats",), "k": ("kernel_size", "kernels", "kernel_sizes"), "s": ("stride",), "p": ("padding",),
+    "g": ("groups",), "d": ("dilation", "dimension"), "act": ("activation",), "e": ("expansion",),
+    "attn_ratio": ("key_ratio",), "lightconv": ("light",),
+}  # fmt: skip
+"""Parameters as pasted code calls them, and our words for each: the first that a layer has is meant."""
+
+
+def short_names(build: T) -> T:
+    """Let a layer of ours be called with the short keywords of pasted code: `Conv(8, 16, k=3, act=False)`."""
+    call: Any = build.__init__ if inspect.isclass(build) else build
+    own = inspect.signature(call).parameters
+    words = {
+        short: next(name for name in names if name in own)
+        for short, names in SHORT_NAMES.items()
+        if short not in own and any(name in own for name in names)
+    }
+
+    @functools.wraps(call)
+    def renamed(*args: Any, **kwargs: Any) -> Any:
+        twice = [short for short in kwargs if words.get(short) in kwargs]
+        if twice:
+            raise TypeError(f"got {twice[0]} and {words[twice[0]]}, expected one of them")
+        return call(*args, **{words.get(name, name): value for name, value in kwargs.items()})
+
+    if not inspect.isclass(build):
+        return renamed  # type: ignore[return-value]
+    setattr(build, "__init__", renamed)  # noqa: B010 - mypy refuses the assignment
+    return build
+
+
+@short_names
+def autopad(kernel_size: Size, padding: Size | None = None, dilation: int = 1) -> Size:
     """Padding that keeps the size at stride 1, unless one is given."""
-    return dilation * (kernel_size - 1) // 2 if padding is None else padding
+    if padding is not None:
+        return padding
+    if isinstance(kernel_size, int):
+        return dilation * (kernel_size - 1) // 2
+    height, width = kernel_size
+    return dilation * (height - 1) // 2, dilation * (width - 1) // 2
 
 
 def batch_norm(channels: int) -> nn.BatchNorm2d:
@@ -37,16 +82,20 @@ def batch_norm(channels: int) -> nn.BatchNorm2d:
 
 
 @register(convolution)
+@short_names
 class Conv(nn.Module):
     """Convolution without bias, BatchNorm, activation (SiLU unless told otherwise)."""
+
+    default_act: nn.Module = nn.SiLU()
+    """What `activation=True` means; a subclass may have another."""
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int = 1,
-        stride: int = 1,
-        padding: int | None = None,
+        kernel_size: Size = 1,
+        stride: Size = 1,
+        padding: Size | None = None,
         groups: int = 1,
         dilation: int = 1,
         activation: bool | nn.Module = True,
@@ -62,13 +111,18 @@ class Conv(nn.Module):
         if isinstance(activation, nn.Module):
             self.act = activation
         else:
-            self.act = nn.SiLU() if activation else nn.Identity()
+            self.act = copy.deepcopy(self.default_act) if activation else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.bn(self.conv(x)))
 
+    def forward_fuse(self, x: Tensor) -> Tensor:
+        """`forward` where the BatchNorm is folded already, as pasted code calls it."""
+        return self.act(self.conv(x))
+
 
 @register(convolution)
+@short_names
 class DWConv(Conv):
     """Depthwise `Conv`: as many groups as input and output channels allow."""
 
@@ -76,8 +130,8 @@ class DWConv(Conv):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int = 1,
-        stride: int = 1,
+        kernel_size: Size = 1,
+        stride: Size = 1,
         dilation: int = 1,
         activation: bool | nn.Module = True,
     ) -> None:
@@ -107,6 +161,7 @@ def _concat_rule(in_channels: Sequence[Any], args: Sequence[Any], scaling: Scali
 
 
 @register(_concat_rule)
+@short_names
 class Concat(nn.Module):
     """Join feature maps along `dimension`."""
 
@@ -127,6 +182,7 @@ def aggregate(x: Tensor, first: nn.Module, stages: Iterable[nn.Module], last: nn
 
 
 @register(convolution)
+@short_names
 class Bottleneck(nn.Module):
     """Two convolutions with a residual where the widths agree."""
 
@@ -136,21 +192,22 @@ class Bottleneck(nn.Module):
         out_channels: int,
         shortcut: bool = True,
         groups: int = 1,
-        kernels: Sequence[int] = (1, 3),
+        kernels: Sequence[Size] = (1, 3),
         expansion: float = 0.5,
     ) -> None:
         super().__init__()
         hidden = int(out_channels * expansion)
         self.cv1 = Conv(in_channels, hidden, kernels[0], 1)
         self.cv2 = Conv(hidden, out_channels, kernels[1], 1, groups=groups)
-        self.has_residual = shortcut and in_channels == out_channels
+        self.add = shortcut and in_channels == out_channels
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.cv2(self.cv1(x))
-        return x + y if self.has_residual else y
+        return x + y if self.add else y
 
 
 @register(stacked)
+@short_names
 class C3(nn.Module):
     """Cross-stage partial block: one path through bottlenecks, one past them (arXiv 1911.11929)."""
 
@@ -177,6 +234,7 @@ class C3(nn.Module):
 
 
 @register(convolution)
+@short_names
 class SPP(nn.Module):
     """Spatial pyramid pooling with parallel max pools of several sizes (arXiv 1406.4729)."""
 
@@ -195,6 +253,7 @@ class SPP(nn.Module):
 
 
 @register(convolution)
+@short_names
 class SPPF(nn.Module):
     """SPP with one pool applied three times in a row: the same windows for less work."""
 
@@ -213,6 +272,7 @@ class SPPF(nn.Module):
 
 
 @register(convolution)
+@short_names
 class Focus(nn.Module):
     """Fold each 2x2 neighbourhood into channels, then convolve: a stride-2 stem without loss."""
 
@@ -228,6 +288,7 @@ class Focus(nn.Module):
 
 
 @register(convolution)
+@short_names
 class GhostConv(nn.Module):
     """Half the channels by a convolution, the other half by a cheap depthwise one (arXiv 1911.11907)."""
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.common import C3, Bottleneck, Conv, aggregate
+from models.common import C3, Bottleneck, Conv, aggregate, short_names
 from models.registry import LayerError, Plan, Scaling, register, stacked
 
 HEAD_CHANNELS = 64
@@ -23,6 +23,7 @@ SIZES_WITH_C3K = ("m", "l", "x")
 
 
 @register(stacked)
+@short_names
 class C2f(nn.Module):
     """Splits its input, runs one half through a chain of bottlenecks, keeps every output of it."""
 
@@ -36,7 +37,7 @@ class C2f(nn.Module):
         expansion: float = 0.5,
     ) -> None:
         super().__init__()
-        hidden = int(out_channels * expansion)
+        self.c = hidden = int(out_channels * expansion)  # pasted subclasses read it
         self.cv1 = Conv(in_channels, 2 * hidden)
         self.cv2 = Conv((2 + repeats) * hidden, out_channels)
         self.m = nn.ModuleList(
@@ -48,6 +49,7 @@ class C2f(nn.Module):
 
 
 @register(stacked)
+@short_names
 class C3k(C3):
     """`C3` whose bottlenecks use two kernels of one size (3 unless told otherwise)."""
 
@@ -77,6 +79,7 @@ def _c3k2_rule(in_channels: Sequence[Any], args: Sequence[Any], scaling: Scaling
 
 
 @register(_c3k2_rule)
+@short_names
 class C3k2(nn.Module):
     """`C2f` whose stages are C3k blocks of two bottlenecks, or narrow bottlenecks.
 
@@ -101,7 +104,7 @@ class C3k2(nn.Module):
         shortcut: bool = True,
     ) -> None:
         super().__init__()
-        hidden = int(out_channels * expansion)
+        self.c = hidden = int(out_channels * expansion)  # pasted subclasses read it
         self.cv1 = Conv(in_channels, 2 * hidden)
         self.cv2 = Conv((2 + repeats) * hidden, out_channels)
         self.m = nn.ModuleList(
@@ -115,6 +118,7 @@ class C3k2(nn.Module):
         return aggregate(x, self.cv1, self.m, self.cv2)
 
 
+@short_names
 class Attention(nn.Module):
     """Self-attention over all positions; a depthwise convolution of the values adds the place.
 
@@ -124,7 +128,7 @@ class Attention(nn.Module):
         key_ratio: width of queries and keys as a share of the values' width.
     """
 
-    def __init__(self, channels: int, num_heads: int, key_ratio: float = 0.5) -> None:
+    def __init__(self, channels: int, num_heads: int = 8, key_ratio: float = 0.5) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.value_channels = channels // num_heads
@@ -147,19 +151,23 @@ class Attention(nn.Module):
         return self.proj(mixed + self.pe(value.reshape(batch, channels, height, width)))
 
 
+@short_names
 class PSABlock(nn.Module):
-    """Attention and a two-layer perceptron of 1x1 convolutions, each with a residual."""
+    """Attention and a two-layer perceptron of 1x1 convolutions, each with a residual unless told otherwise."""
 
-    def __init__(self, channels: int, num_heads: int, key_ratio: float = 0.5) -> None:
+    def __init__(
+        self, channels: int, key_ratio: float = 0.5, num_heads: int = 4, shortcut: bool = True
+    ) -> None:
         super().__init__()
         self.attn = Attention(channels, num_heads, key_ratio)
         self.ffn = nn.Sequential(
             Conv(channels, 2 * channels), Conv(2 * channels, channels, activation=False)
         )
+        self.add = shortcut
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(x)
-        return x + self.ffn(x)
+        x = x + self.attn(x) if self.add else self.attn(x)
+        return x + self.ffn(x) if self.add else self.ffn(x)
 
 
 def _same_width(in_channels: Sequence[Any], args: Sequence[Any], scaling: Scaling) -> Plan:
@@ -172,6 +180,7 @@ def _same_width(in_channels: Sequence[Any], args: Sequence[Any], scaling: Scalin
 
 
 @register(_same_width)
+@short_names
 class C2PSA(nn.Module):
     """Splits its input and runs one half through attention blocks."""
 
@@ -179,11 +188,11 @@ class C2PSA(nn.Module):
         self, in_channels: int, out_channels: int, repeats: int = 1, expansion: float = 0.5
     ) -> None:
         super().__init__()
-        hidden = int(in_channels * expansion)
+        self.c = hidden = int(in_channels * expansion)
         num_heads = max(hidden // HEAD_CHANNELS, 1)
         self.cv1 = Conv(in_channels, 2 * hidden)
         self.cv2 = Conv(2 * hidden, out_channels)
-        self.m = nn.Sequential(*(PSABlock(hidden, num_heads) for _ in range(repeats)))
+        self.m = nn.Sequential(*(PSABlock(hidden, num_heads=num_heads) for _ in range(repeats)))
 
     def forward(self, x: Tensor) -> Tensor:
         kept, attended = self.cv1(x).chunk(2, 1)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from models.common import Conv, aggregate
+from models.common import Conv, aggregate, short_names
 from models.registry import (
     LayerError,
     Plan,
@@ -42,6 +42,7 @@ class Silence(nn.Module):
 
 
 @register(convolution)
+@short_names
 class RepConvN(nn.Module):
     """A 3x3 and a 1x1 convolution in parallel, summed; one convolution after `reparameterize()`."""
 
@@ -116,6 +117,7 @@ def _folded(branch: Conv) -> tuple[Tensor, Tensor]:
     return weight.detach(), bias.detach()
 
 
+@short_names
 class RepNBottleneck(nn.Module):
     """A re-parameterizable and a plain 3x3 convolution, a residual where the widths agree."""
 
@@ -138,6 +140,7 @@ class RepNBottleneck(nn.Module):
         return x + y if self.has_residual else y
 
 
+@short_names
 class RepNCSP(nn.Module):
     """Cross-stage partial block over re-parameterizable bottlenecks."""
 
@@ -164,6 +167,7 @@ class RepNCSP(nn.Module):
 
 
 @register(convolution)
+@short_names
 class RepNCSPELAN4(nn.Module):
     """GELAN block: layer aggregation whose stages are RepNCSP blocks (arXiv 2402.13616, figure 4).
 
@@ -209,6 +213,7 @@ def _half(channels: int) -> int:
 
 
 @register(convolution)
+@short_names
 class ELAN1(nn.Module):
     """Layer aggregation whose two stages are plain 3x3 convolutions."""
 
@@ -226,6 +231,7 @@ class ELAN1(nn.Module):
 
 
 @register(convolution)
+@short_names
 class AConv(nn.Module):
     """Halves the size: 2x2 average against aliasing, then a 3x3 convolution at stride 2."""
 
@@ -238,6 +244,7 @@ class AConv(nn.Module):
 
 
 @register(convolution)
+@short_names
 class ADown(nn.Module):
     """Halves the size twice over: half the channels by convolution, half by max pooling."""
 
@@ -252,6 +259,7 @@ class ADown(nn.Module):
 
 
 @register(convolution)
+@short_names
 class SPPELAN(nn.Module):
     """Layer aggregation over a chain of three 5x5 max pools."""
 
@@ -280,6 +288,7 @@ def _composite_outputs(in_channels: Sequence[Any], args: Sequence[Any], scaling:
 
 
 @register(_composite_outputs)
+@short_names
 class CBLinear(nn.Module):
     """A 1x1 convolution split into several maps, one for each level that takes them."""
 

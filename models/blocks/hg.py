@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.common import Conv, DWConv
+from models.common import Conv, DWConv, short_names
 from models.registry import LayerError, Plan, Scaling, convolution, register, single, stacked
 
 
@@ -39,6 +39,7 @@ def _block_rule(in_channels: Sequence[Any], args: Sequence[Any], scaling: Scalin
 
 
 @register(_stem_rule)
+@short_names
 class HGStem(nn.Module):
     """HGNetv2's stem: two strided convolutions, between them a max pool beside two 2x2 convolutions.
 
@@ -64,6 +65,7 @@ class HGStem(nn.Module):
 
 
 @register(convolution)
+@short_names
 class LightConv(nn.Module):
     """Pointwise convolution without activation, then a depthwise one with ReLU."""
 
@@ -77,6 +79,7 @@ class LightConv(nn.Module):
 
 
 @register(_block_rule)
+@short_names
 class HGBlock(nn.Module):
     """HGNetv2's block: a chain of convolutions, all its maps squeezed and expanded.
 
@@ -122,6 +125,7 @@ class HGBlock(nn.Module):
 
 
 @register(convolution)
+@short_names
 class RepConv(nn.Module):
     """A 3x3 and a 1x1 convolution in parallel, foldable into one 3x3 (arXiv 2101.03697)."""
 
@@ -168,6 +172,7 @@ def _folded(branch: Conv) -> tuple[Tensor, Tensor]:
 
 
 @register(stacked)
+@short_names
 class RepC3(nn.Module):
     """RT-DETR's fusion block: one path through `RepConv`s, one past them, added.
 
