@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data import ground_truth
+from data.account import Objects, account_of
 from data.formats.description import DataConfig
 from data.formats.faults import Fault
 from data.formats.table import Table, offsets_of
@@ -115,7 +116,8 @@ class DetectionDataset(Dataset[Sample]):
         self.names = ("object",) if single_cls and len(config.names) > 1 else config.names
         self.faults: tuple[Fault, ...] = table.faults
         self.image_ids, self.paths, self.sizes = table.image_ids, table.paths, table.sizes
-        self.labels, self.boxes, self.offsets = _trained(table, single_cls)
+        self.objects = _trained(table, single_cls)
+        self.labels, self.boxes, self.offsets = self.objects
         self.cache: ImageCache | None = None
         self._damaged: set[int] = set()
 
@@ -336,29 +338,30 @@ def build_dataset(
         seed=seed,
         close_mosaic_epoch=close_mosaic_epoch,
     )
-    if augment:
-        _warn_of_training(dataset)
+    _tell(dataset)
     if cache:
         dataset.cache_images(cache)
     return dataset
 
 
-def _warn_of_training(dataset: DetectionDataset) -> None:
-    if dataset.hyp.get("copy_paste", 0):
+def _tell(dataset: DetectionDataset) -> None:
+    """The account of the split, and what of the recipe cannot be done with it."""
+    account = account_of(dataset.table, dataset.objects, dataset.names, dataset.imgsz)
+    level = logging.WARNING if account.lost else logging.INFO
+    LOGGER.log(level, "%s: %s", dataset.split, account)
+    if dataset.hyp.get("copy_paste", 0) and dataset.augment:
         LOGGER.warning("copy_paste: not done, it needs outlines and these labels are boxes")
-    if not len(dataset.labels):
+    if not account.objects:
         LOGGER.warning("%s: %s holds no objects at all", dataset.config.file, dataset.split)
 
 
-def _trained(
-    table: Table, single_cls: bool
-) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]:
-    """Labels, boxes and offsets without crowds."""
+def _trained(table: Table, single_cls: bool) -> Objects:
+    """The objects without crowds."""
     kept = ~table.crowd
     before = np.concatenate([[0], np.cumsum(kept)])
     offsets = offsets_of(np.diff(before[table.offsets]))
     labels = table.labels[kept]
-    return np.zeros_like(labels) if single_cls else labels, table.boxes[kept], offsets
+    return Objects(np.zeros_like(labels) if single_cls else labels, table.boxes[kept], offsets)
 
 
 def _by_aspect(sizes: NDArray[np.int32]) -> NDArray[np.int64]:

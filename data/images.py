@@ -31,9 +31,12 @@ from utils.errors import DatasetError
 Image: TypeAlias = NDArray[np.uint8]
 """An RGB image, (H, W, 3)."""
 
-IMAGE_SUFFIXES = frozenset(
-    {".bmp", ".gif", ".jp2", ".jpe", ".jpeg", ".jpg", ".mpo"}
-    | {".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+EXTRA_DECODER = frozenset({".heic", ".heif", ".hif", ".jxl"})
+"""Formats that Pillow reads with a plug-in only; without it such a file is unreadable, and told."""
+IMAGE_SUFFIXES = EXTRA_DECODER | frozenset(
+    {".apng", ".avif", ".bmp", ".dib", ".gif", ".j2c", ".j2k", ".jfif", ".jif", ".jp2", ".jpc"}
+    | {".jpe", ".jpeg", ".jpf", ".jpg", ".jpx", ".mpo", ".pbm", ".pcx", ".pfm", ".pgm", ".png"}
+    | {".pnm", ".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp"}
 )
 _ORIENTATION_TAG = 0x0112
 _DECODE_ERRORS = (
@@ -124,6 +127,9 @@ def _unreachable(path: str | Path, error: OSError) -> DatasetError:
 
 def _damaged(name: str, error: BaseException | None) -> ImageError:
     reason = f" ({error})" if error is not None and str(error) else ""
+    suffix = Path(name).suffix.lower()
+    if suffix in EXTRA_DECODER:
+        reason = f" (no decoder for {suffix} is installed, or it is damaged: convert it to .png)"
     return ImageError(f"{name}: not a whole image{reason} - expected a file that decodes.")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,6 +19,7 @@ import numpy as np
 from data.formats import coco, voc, yolo
 from data.formats.description import DataConfig, Listing
 from data.formats.faults import Fault, count_backgrounds, raise_if_fatal, summarise
+from data.formats.leftovers import repeated_images
 from data.formats.table import Table, Texts
 from data.storage import cache_file, digest_of_files, write_atomically
 
@@ -43,9 +45,12 @@ def load_table(config: DataConfig, split: str) -> Table:
     annotation_key = digest_of_files([*listing.annotations, *(listing.images or [])], settings)
     table = _load(file, annotation_key)
     if table is None:
-        table = reader.read(config, split, listing)
-        raise_if_fatal(table.faults, f"Correct the labels, or the names in {config.file}.")
-        write_atomically(file, lambda stream: _save(stream, table, annotation_key))
+        read = reader.read(config, split, listing)
+        raise_if_fatal(read.faults, f"Correct the labels, or the names in {config.file}.")
+        write_atomically(file, lambda stream: _save(stream, read, annotation_key))
+        table = read
+    remarks = repeated_images(table.paths) if listing.images is None else listing.remarks
+    table = replace(table, faults=(*table.faults, *remarks))
     for line in summarise(table.faults, split):
         LOGGER.warning(line)
     missing = count_backgrounds(table.faults)

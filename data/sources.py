@@ -20,7 +20,8 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from data.formats.description import image_files
+from data.formats.description import files_below
+from data.formats.leftovers import suffixes_of, unread_files
 from data.formats.yolo import read_list
 from data.images import IMAGE_SUFFIXES, Image, decode_image, is_image_path, read_image
 from utils.errors import DatasetError
@@ -170,19 +171,29 @@ def _fetched(address: str) -> bytes:
 def _files(name: str) -> list[str]:
     path = Path(name).expanduser()
     if path.is_dir():
-        videos = sorted(str(file) for file in path.rglob("*") if is_video(str(file)))
-        files = image_files(path) + videos
+        found = files_below(path)
+        files = [*filter(is_image_path, found), *filter(is_video, found)]
+        _tell_unread(found)
     elif path.is_file():
         files = read_list(path, path.parent) if path.suffix.lower() == ".txt" else [str(path)]
     elif glob.has_magic(name):
         found = sorted(glob.glob(str(path), recursive=True))
         files = [file for file in found if is_image_path(file) or is_video(file)]
+        _tell_unread(found)
     else:
         raise DatasetError(
             f"--source: got {name}, which does not exist, expected a file or folder."
         )
     _check(name, files)
     return files
+
+
+def _tell_unread(found: Sequence[str]) -> None:
+    """Count the files of a folder or glob that are passed over for their suffix."""
+    left_out = [fault.path for fault in unread_files(found) if not is_video(fault.path)]
+    if left_out:
+        told = "--source: files left out by suffix: %d (%s)"
+        LOGGER.warning(told, len(left_out), suffixes_of(left_out))
 
 
 def _check(name: str, files: Sequence[str]) -> None:

@@ -23,6 +23,8 @@ FILL = 114
 MIN_SIDE = 2.0
 MIN_VISIBLE = 0.1
 MAX_ASPECT = 100.0
+UNCUT = 0.99
+"""Of an object this much of whose area is left nothing was cut but what rounding takes."""
 
 Boxes: TypeAlias = NDArray[np.float32]
 """xyxy pixels, (n, 4)."""
@@ -174,8 +176,8 @@ def keep_visible(before: Boxes, after: Boxes) -> NDArray[np.bool_]:
         after: the cut boxes, (n, 4).
 
     Returns:
-        True where both sides exceed 2 pixels, a tenth of the area is left and the longer side is
-        under a hundred times the shorter, (n,).
+        True where both sides exceed 2 pixels, a tenth of the area is left and, of what was cut, the
+        longer side is under a hundred times the shorter, (n,).
     """
     sides = after[:, 2:] - after[:, :2]
     width, height = sides[:, 0], sides[:, 1]
@@ -183,7 +185,8 @@ def keep_visible(before: Boxes, after: Boxes) -> NDArray[np.bool_]:
     visible = width * height / np.maximum(whole, 1e-9)
     aspect = sides.max(axis=1, initial=0) / np.maximum(sides.min(axis=1, initial=np.inf), 1e-9)
     large = (width > MIN_SIDE) & (height > MIN_SIDE)
-    return large & (visible >= MIN_VISIBLE) & (aspect < MAX_ASPECT)
+    is_sliver = (aspect >= MAX_ASPECT) & (visible < UNCUT)
+    return large & (visible >= MIN_VISIBLE) & ~is_sliver
 
 
 def clip_boxes(boxes: Boxes, height: float, width: float) -> Boxes:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
+from data.formats.faults import Fault
 from data.images import is_image_path
 from utils.errors import DatasetError
 
@@ -97,15 +98,28 @@ class Listing(NamedTuple):
         annotations: files that hold the annotations; one per image (which may be missing), or one
             for all images.
         images: image files; None if only the annotations tell which they are.
+        remarks: files that do not come to use, or come to it twice.
     """
 
     annotations: list[str]
     images: list[str] | None
+    remarks: tuple[Fault, ...] = ()
 
 
 def image_files(folder: Path) -> list[str]:
     """All image files below a folder, sorted."""
-    found = []
-    for root, _, names in os.walk(folder, followlinks=True):
-        found += [os.path.join(root, name) for name in names if is_image_path(name)]
+    return [path for path in files_below(folder) if is_image_path(path)]
+
+
+def files_below(folder: Path) -> list[str]:
+    """All files below a folder, sorted; links are followed, each folder is read once."""
+    found, seen = [], set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        status = os.stat(root)
+        folders.sort()
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        found += [os.path.join(root, name) for name in names]
     return sorted(found)

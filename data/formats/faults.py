@@ -18,8 +18,14 @@ KINDS = {
     "empty": "objects without width or height, dropped",
     "duplicate": "repeated objects, dropped",
     "size": "images not of the size that their annotation states",
+    "suffix": "files left out by suffix",
+    "unused": "labels without a picture",
+    "shared": "pictures that share a label file",
+    "repeated": "images listed more than once, taken each time",
 }
 """What was done about each kind of fault that does not stop the run."""
+COUNTED = ("suffix", "unused", "shared", "repeated")
+"""Kinds that stand in the account of a split, see `data.account`."""
 ORDINARY = frozenset({"background"})
 """Kinds that are no mistake."""
 SHOWN = 5
@@ -77,7 +83,8 @@ def count_backgrounds(faults: Iterable[Fault]) -> int:
 
 def summarise(faults: Sequence[Fault], split: str) -> list[str]:
     """One line per kind of mended fault: how many, what was done, the first one."""
-    counts = Counter(fault.kind for fault in faults if fault.kind and fault.kind not in ORDINARY)
+    silent = {"", *ORDINARY, *COUNTED}
+    counts = Counter(fault.kind for fault in faults if fault.kind not in silent)
     lines = []
     for kind, count in counts.items():
         first = next(fault for fault in faults if fault.kind == kind)

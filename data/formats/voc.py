@@ -17,8 +17,9 @@ from xml.etree import ElementTree as ET
 
 import numpy as np
 
-from data.formats.description import DataConfig, Listing
+from data.formats.description import DataConfig, Listing, files_below
 from data.formats.faults import Fault
+from data.formats.leftovers import repeated_images
 from data.formats.table import Headers, Rows, Table, image_ids_from_names, read_headers
 from data.formats.text import read_text
 from data.images import is_image_path
@@ -30,21 +31,27 @@ CORNERS = ("xmin", "ymin", "xmax", "ymax")
 def find(config: DataConfig, split: str) -> Listing:
     """The XML files of a split and the images that they describe."""
     files: list[str] = []
-    images: list[str] = []
     for entry in config.entries(split):
         found = xml_files(entry)
         if not found:
             raise DatasetError(f"{config.file}: {split} - got no .xml in {entry}, expected some.")
-        folders = _image_folders(config, split, Path(found[0]).parent)
         files += found
-        images += _match_images(found, folders, config)
-    return Listing(files, images)
+    by_folder: dict[str, list[str]] = {}
+    for file in files:
+        by_folder.setdefault(os.path.dirname(file), []).append(file)
+    remarks: list[Fault] = []
+    images: dict[str, str] = {}
+    for parent, own in by_folder.items():
+        folders = _image_folders(config, split, Path(parent))
+        images.update(_match_images(own, folders, config, remarks))
+    paths = [images[file] for file in files]
+    return Listing(files, paths, (*remarks, *repeated_images(paths)))
 
 
 def xml_files(entry: Path) -> list[str]:
     """The annotation files behind one entry of a split."""
     if entry.is_dir():
-        return sorted(str(path) for path in entry.rglob("*.xml"))
+        return [path for path in files_below(entry) if path.lower().endswith(".xml")]
     annotations = entry.parent
     for parent in entry.parents:
         if (parent / "Annotations").is_dir():
@@ -84,27 +91,36 @@ def _image_folders(config: DataConfig, split: str, folder: Path) -> list[Path]:
     return [*beside, root / "images" / split, root / "images" / folder.name, root / "images"]
 
 
-def _match_images(files: Sequence[str], folders: Sequence[Path], config: DataConfig) -> list[str]:
-    """The image of each annotation: the same name in the first folder that has the first image."""
-    stem = Path(files[0]).stem
+def _match_images(
+    files: Sequence[str], folders: Sequence[Path], config: DataConfig, remarks: list[Fault]
+) -> dict[str, str]:
+    """The image of each annotation: the same name in the first folder that has one of them."""
+    stems = {Path(file).stem for file in files}
     for folder in folders:
         by_stem = _images_by_stem(folder)
-        if stem in by_stem:
+        if stems & by_stem.keys():
             break
     else:
         looked = ", ".join(map(str, folders))
         raise DatasetError(
-            f"{files[0]}: no image named {stem!r} in {looked}. Name the folder in the data YAML, "
-            f"`images: ...`. {config.advice()}"
+            f"{files[0]}: no image named {Path(files[0]).stem!r} in {looked}. Name the folder in "
+            f"the data YAML, `images: ...`. {config.advice()}"
         )
-    return [by_stem.get(Path(file).stem) or _stated_image(file, folder) for file in files]
+    images = {}
+    for file in files:
+        *others, used = by_stem.get(Path(file).stem) or [_stated_image(file, folder)]
+        told = f"has {file} together with {used}, which is taken"
+        remarks += [Fault(other, "", told, "shared") for other in others]
+        images[file] = used
+    return images
 
 
-def _images_by_stem(folder: Path) -> dict[str, str]:
-    if not folder.is_dir():
-        return {}
-    names = [name for name in sorted(os.listdir(folder)) if is_image_path(name)]
-    return {os.path.splitext(name)[0]: str(folder / name) for name in names}
+def _images_by_stem(folder: Path) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    for name in filter(is_image_path, names):
+        found.setdefault(os.path.splitext(name)[0], []).append(str(folder / name))
+    return found
 
 
 def _stated_image(file: str, folder: Path) -> str:

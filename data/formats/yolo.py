@@ -8,15 +8,22 @@ without such a folder they stand beside the image.
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data.formats.description import DataConfig, Listing, image_files
+from data.formats.description import DataConfig, Listing, files_below
 from data.formats.faults import Fault
+from data.formats.leftovers import (
+    repeated_images,
+    shared_labels,
+    unread_files,
+    unused_labels,
+)
 from data.formats.table import Rows, Table, image_ids_from_names, read_headers
 from data.formats.text import read_text
 from data.images import is_image_path
@@ -40,9 +47,12 @@ def label_path(image_path: str) -> str:
 def find(config: DataConfig, split: str) -> Listing:
     """The images of a split and their label files."""
     images: list[str] = []
+    others: list[str] = []
     for entry in config.entries(split):
         if entry.is_dir():
-            images += image_files(entry)
+            files = files_below(entry)
+            images += filter(is_image_path, files)
+            others += itertools.filterfalse(is_image_path, files)
         elif entry.suffix.lower() == ".txt":
             images += read_list(entry, config.path)
         elif is_image_path(entry):
@@ -57,7 +67,33 @@ def find(config: DataConfig, split: str) -> Listing:
             f"{config.file}: {split} - got no image in "
             f"{', '.join(map(str, config.entries(split)))}, expected at least one."
         )
-    return Listing([label_path(image) for image in images], images)
+    labels = [_label_file(image) for image in images]
+    remarks = [*unread_files(others), *repeated_images(images), *shared_labels(images, labels)]
+    for folder, pictures, is_deep in _label_folders(config.entries(split), images):
+        remarks += unused_labels(folder, pictures, labels, is_deep)
+    return Listing(labels, images, tuple(remarks))
+
+
+def _label_file(image: str) -> str:
+    """The label file of an image, also under a suffix in capitals if it stands there so."""
+    path = label_path(image)
+    capitals = path[:-4] + ".TXT"
+    return capitals if not os.path.exists(path) and os.path.exists(capitals) else path
+
+
+def _label_folders(
+    entries: Sequence[Path], images: Sequence[str]
+) -> Iterator[tuple[str, str, bool]]:
+    """Folders of labels, that of their pictures, and whether those below count too."""
+    whole = [str(entry) for entry in entries if entry.is_dir()]
+    listed = {os.path.dirname(image) for image in images}
+    listed = {folder for folder in listed if not _is_below(folder, whole)}
+    for folder in [*whole, *sorted(listed)]:
+        yield os.path.dirname(label_path(os.path.join(folder, "x"))), folder, folder in whole
+
+
+def _is_below(folder: str, tops: Sequence[str]) -> bool:
+    return any(folder == top or folder.startswith(top + os.sep) for top in tops)
 
 
 def read_list(path: Path, root: Path) -> list[str]:

@@ -189,7 +189,7 @@ def test_an_address_without_a_suffix_that_knows_its_length_is_read_as_a_file(ser
 ERROR_ROWS = [
     ("none.png", "got none.png, which does not exist"),
     ("{folder}/*.tif", "got no image or video in"),
-    ("{folder}/readme.md", "expected one of asf, avi, bmp"),
+    ("{folder}/readme.md", "expected one of apng, asf, avi"),
     ("{folder}/wrong.txt", "nothing.png (from"),
     ("{folder}/empty", "got no image or video in"),
     ("screen", "got screen, expected a file, folder, camera or stream"),

@@ -1,0 +1,116 @@
+"""The account of a split: what became of its files and objects on the way to the network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.formats.faults import COUNTED, KINDS, Fault
+from data.formats.leftovers import SHOWN, count_beside, suffixes_of
+from data.formats.table import Table
+from data.transforms import MAX_ASPECT, MIN_SIDE
+
+
+class Objects(NamedTuple):
+    """The objects of a split that are trained on, or scored.
+
+    Attributes:
+        labels: class indices, (N,).
+        boxes: xyxy in pixels of the images as stored, (N, 4).
+        offsets: image i has the objects `offsets[i]` to `offsets[i + 1]`, (n + 1,).
+    """
+
+    labels: NDArray[np.int64]
+    boxes: NDArray[np.float32]
+    offsets: NDArray[np.int64]
+
+
+class Account(NamedTuple):
+    """How much a split has, and what of it does not come to use.
+
+    Attributes:
+        images: that are used.
+        files: that were found for them.
+        objects: that are trained on, or scored.
+        lost: what is left out, taken twice or hard to learn, in words, with its number.
+        notes: what else is good to know.
+    """
+
+    images: int
+    files: int
+    objects: int
+    lost: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        head = f"files found: {self.files}; images: {self.images}; objects: {self.objects}"
+        return "; ".join([head, *self.lost, *self.notes])
+
+
+def account_of(
+    table: Table,
+    objects: Objects,
+    names: Sequence[str],
+    imgsz: tuple[int, int],
+    weights: NDArray[np.float64] | None = None,
+) -> Account:
+    """Take stock of a split.
+
+    Args:
+        table: the split as it was read.
+        objects: its objects without crowds.
+        names: class names.
+        imgsz: height and width that images are fitted into.
+        weights: how often images are drawn, (n,), where not all are drawn alike.
+    """
+    left_out = [fault for fault in table.faults if fault.kind in ("unreadable", "suffix")]
+    lost = [*_counted(table.faults), *_hard(table, objects, imgsz)]
+    if weights is not None and (count := int((weights == 0).sum())):
+        lost.append(f"images of weight 0, never drawn: {count}")
+    notes = [*_beside(table), *_classes_without_object(objects.labels, names)]
+    files = len(table) + len(left_out)
+    return Account(len(table), files, len(objects.labels), tuple(lost), tuple(notes))
+
+
+def _counted(faults: Iterable[Fault]) -> Iterable[str]:
+    """Each kind of remark on files, with its number and its first file."""
+    by_kind: dict[str, list[str]] = {}
+    for fault in faults:
+        by_kind.setdefault(fault.kind, []).append(fault.path)
+    for kind in ("unreadable", *COUNTED):
+        if paths := by_kind.get(kind):
+            shown = suffixes_of(paths) if kind == "suffix" else f"the first: {paths[0]}"
+            yield f"{KINDS[kind]}: {len(paths)} ({shown})"
+
+
+def _hard(table: Table, objects: Objects, imgsz: tuple[int, int]) -> Iterable[str]:
+    """Objects that training drops, or drops where something cuts them; see `keep_visible`."""
+    counts = np.diff(objects.offsets)
+    scales = np.repeat((np.array(imgsz) / table.sizes).min(axis=1), counts)
+    sides = np.sort(objects.boxes[:, 2:] - objects.boxes[:, :2], axis=1) * scales[:, None]
+    is_small = sides[:, 0] <= MIN_SIDE
+    is_long = ~is_small & (sides[:, 1] >= MAX_ASPECT * sides[:, 0])
+    size = f"{imgsz[0]}x{imgsz[1]}"
+    if is_small.any():
+        told = f"objects too small to learn, at most {MIN_SIDE:g} pixels at {size}"
+        yield f"{told}: {is_small.sum()}"
+    if is_long.any():
+        yield f"objects beyond {MAX_ASPECT:g}:1, learned only where uncut: {is_long.sum()}"
+
+
+def _beside(table: Table) -> Iterable[str]:
+    """Pictures that lie beside those of the split and that no annotation names."""
+    known = {fault.path for fault in table.faults}
+    if count := count_beside(table.paths, known):
+        yield f"pictures beside them that no annotation names: {count}"
+
+
+def _classes_without_object(labels: NDArray[np.int64], names: Sequence[str]) -> Iterable[str]:
+    counts = np.bincount(labels, minlength=len(names))
+    absent = [name for name, count in zip(names, counts) if not count]
+    if absent and len(labels):
+        shown = ", ".join([*absent[:SHOWN], "..."] if len(absent) > SHOWN else absent)
+        yield f"classes without an object: {len(absent)} of {len(names)} ({shown})"
