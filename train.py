@@ -20,35 +20,42 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.evolve import evolve
+from engine.finite import use_batch, use_gradients
 from engine.outputs import RunRecorder, class_table
-from engine.run import Run, prepare, whole_val_loader
-from engine.state import find_resumable, finish, load_resumable, restore, save
+from engine.run import EpochProgress, Run, prepare, single_values, whole_val_loader
+from engine.state import (
+    find_resumable,
+    finish,
+    is_to_stop,
+    leave,
+    load_resumable,
+    restore,
+    save,
+    way_on,
+)
 from engine.training_flags import CHANGEABLE, COMMAND_LINE_ONLY, EPOCHS, given_flags, parse_options
 from models.backends import load_backend
 from models.losses import total_loss
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import clear_temporary, load_checkpoint, restore_rng
 from utils.config import increment_path
 from utils.device import autocast, describe_device, memory_used, select_device
 from utils.distributed import (
     World,
     all_gather_objects,
-    all_true,
     broadcast_object,
     process_group,
     read_world,
     share_buffers,
     unused_parameters,
 )
-from utils.errors import ConfigError, UserError, run_cli
+from utils.errors import ConfigError, run_cli
 from utils.logger import get_logger
 from utils.metrics import CocoEvaluator, Metrics
-from utils.optim import clip_gradients, set_learning_rates
+from utils.optim import set_learning_rates
 from utils.progress import Progress, train_status
 from utils.seed import seed_everything
 from utils.structures import Decoded, Targets, as_float
 from val import Evaluation, Thresholds, evaluate
-
-MOST_SKIPPED = 10  # batches in a row whose loss is not finite before the run gives up
 
 
 def train(
@@ -61,25 +68,34 @@ def train(
     run = prepare(options, folder, device, world, hyp=checkpoint["hyp"] if checkpoint else None)
     if checkpoint:
         restore(run, checkpoint)
+    if world.is_main:
+        for place in (folder, folder / "weights"):
+            clear_temporary(place)
     recorder = RunRecorder(run)
     recorder.start()
-    start = time.time()
+    with run.stop.listening():
+        _train_epochs(run, recorder)
+        return _conclude(run, recorder)
+
+
+def _train_epochs(run: Run, recorder: RunRecorder) -> None:
+    """Train, measure and save, epoch by epoch."""
+    options, start = run.options, time.time()
     while run.epoch < options.epochs and not _is_out_of_patience(run):
         epoch = run.epoch
         losses = train_one_epoch(run, epoch, recorder)
-        run.epoch = epoch + 1
-        is_last = run.epoch == options.epochs
+        is_last = epoch + 1 == options.epochs
         evaluation, val_losses = (None, {}) if options.noval and not is_last else validate(run)
+        run.epoch = epoch + 1
         if evaluation and evaluation.metrics.fitness >= run.best_fitness:
             run.best_fitness, run.best_epoch = evaluation.metrics.fitness, epoch
         recorder.epoch(epoch, losses, val_losses, evaluation, time.time() - start)
-        if world.is_main and (not options.nosave or is_last or _is_out_of_patience(run)):
+        if run.world.is_main and (not options.nosave or is_last or _is_out_of_patience(run)):
             _save(run, epoch)
     if run.epoch < options.epochs:
-        log.info(
+        get_logger().info(
             f"stopped: no better epoch since epoch {run.best_epoch + 1} (--patience {options.patience})"
         )
-    return _conclude(run, recorder)
 
 
 def _is_out_of_patience(run: Run) -> bool:
@@ -89,24 +105,24 @@ def _is_out_of_patience(run: Run) -> bool:
 
 
 def train_one_epoch(run: Run, epoch: int, recorder: RunRecorder) -> dict[str, float]:
-    """One pass over the training data.
+    """One pass over the training data, or the rest of one that was stopped.
 
     Returns:
         The mean of each loss term over the batches that were used; nan where none was.
+
+    Raises:
+        StoppedError: a signal asked for it; last.pt is written.
     """
-    torch.manual_seed(run.options.seed + 1_000_003 * (epoch + 1) + run.world.rank)
-    run.wrapped.train()
-    for module in run.frozen:
-        module.eval()
-    run.train_loader.sampler.set_epoch(epoch)
-    steps, used, sums = len(run.train_loader), 0, dict[str, float]()
+    _begin_epoch(run, epoch)
+    steps, first = len(run.train_loader), run.progress.step
     bar = Progress(
         run.train_loader,
         steps,
         f"epoch {epoch + 1}/{run.options.epochs}",
+        done=first,
         enabled=run.world.is_main,
     )
-    for step, batch in enumerate(bar):
+    for step, batch in enumerate(bar, start=first):
         iteration = epoch * steps + step
         set_learning_rates(
             run.optimizer, run.schedule(epoch), iteration, run.warmup, run.hyp["momentum"]
@@ -115,28 +131,41 @@ def train_one_epoch(run: Run, epoch: int, recorder: RunRecorder) -> dict[str, fl
         if run.options.multi_scale:
             images, targets = resize_randomly(images, targets, run, iteration)
         recorder.batch(epoch, step, batch)
-        with autocast(run.device, run.autocast):
+        with autocast(run.device, run.autocast), single_values(run.model, len(images)):
             raw = run.wrapped(images, targets)
         losses = run.criterion(raw, targets)
         total = total_loss(run.criterion, losses, len(images) * run.world.size)
-        sums = sums or dict.fromkeys(losses, 0.0)
-        if not _is_finite(run, total, losses, epoch, step):
-            continue
-        run.scaler.scale(total).backward()
-        if iteration == 0:
-            _check_gradients(run)
-        if iteration - run.last_step >= run.warmup.accumulate(iteration, run.accumulate):
-            optimizer_step(run)
-            run.last_step = iteration
-        used += 1
-        sums = {name: sums[name] + value.item() for name, value in losses.items()}
-        means = {name: value / used for name, value in sums.items()}
-        bar.status(
-            train_status(
-                means, len(targets.labels), tuple(images.shape[2:]), memory_used(run.device)
-            )
-        )
-    return _mean_of_ranks(sums, used)
+        is_used = use_batch(run, total, losses, epoch, step)
+        if is_used:
+            run.scaler.scale(total).backward()
+            if iteration == 0:
+                _check_gradients(run)
+            if iteration - run.last_step >= run.warmup.accumulate(iteration, run.accumulate):
+                optimizer_step(run)
+                run.last_step = iteration
+        run.progress = run.progress.after(losses, is_used)
+        means = {
+            name: value / max(run.progress.used, 1) for name, value in run.progress.sums.items()
+        }
+        size = (images.shape[2], images.shape[3])
+        bar.status(train_status(means, len(targets.labels), size, memory_used(run.device)))
+        if is_to_stop(run):
+            raise leave(run)
+    return _mean_of_ranks(run.progress.sums, run.progress.used)
+
+
+def _begin_epoch(run: Run, epoch: int) -> None:
+    """Seed what the epoch draws, or take up what it had drawn when the run was stopped within it."""
+    if run.progress.rng is None:
+        run.progress = EpochProgress()
+        torch.manual_seed(run.options.seed + 1_000_003 * (epoch + 1) + run.world.rank)
+    else:
+        restore_rng(run.progress.rng)
+        run.progress = run.progress._replace(rng=None)
+    run.wrapped.train()
+    for module in run.frozen:
+        module.eval()
+    run.train_loader.set_epoch(epoch, run.progress.step)
 
 
 def _mean_of_ranks(sums: Mapping[str, float], count: int) -> dict[str, float]:
@@ -151,14 +180,15 @@ def _mean_of_ranks(sums: Mapping[str, float], count: int) -> dict[str, float]:
 
 
 def optimizer_step(run: Run) -> None:
-    """Clip, step, forget the gradients, let the average follow."""
+    """Clip, step, forget the gradients, let the average follow; not where a gradient is not finite."""
     run.scaler.unscale_(run.optimizer)
-    if run.hyp["clip_norm"] > 0:
-        clip_gradients(run.model, run.hyp["clip_norm"])
-    run.scaler.step(run.optimizer)
+    is_used = use_gradients(run)
+    if is_used:
+        run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
-    run.ema.update(run.model)
+    if is_used:
+        run.ema.update(run.model)
 
 
 def resize_randomly(
@@ -189,48 +219,23 @@ def validate(run: Run) -> tuple[Evaluation, dict[str, float]]:
         batches += 1
         return model.decode(raw)
 
+    def gather(evaluator: CocoEvaluator) -> None:
+        if any(all_gather_objects(run.stop.number)):
+            raise leave(run)
+        evaluator.merge(all_gather_objects(evaluator.state()))
+
     share_buffers(model)
     bar = Progress(run.val_loader, len(run.val_loader), "val", enabled=run.world.is_main)
     evaluation = evaluate(
         predict,
         model.head.postprocess,
-        bar,
+        run.stop.until(bar),
         run.evaluator,
         device=run.device,
         thresholds=Thresholds(),
-        gather=_gather,
+        gather=gather,
     )
     return evaluation, _mean_of_ranks(sums, batches)
-
-
-def _gather(evaluator: CocoEvaluator) -> None:
-    evaluator.merge(all_gather_objects(evaluator.state()))
-
-
-def _is_finite(run: Run, total: Tensor, losses: dict[str, Tensor], epoch: int, step: int) -> bool:
-    """Whether to use this batch; a loss that is not finite is told with every term and left out."""
-    if all_true(torch.isfinite(total.detach())):
-        run.skipped = 0
-        return True
-    run.skipped += 1
-    _mend_buffers(run)
-    terms = ", ".join(f"{name} {value.item():.4g}" for name, value in losses.items())
-    get_logger().warning(
-        f"epoch {epoch + 1} step {step + 1}: loss is not finite ({terms}), the batch is left out"
-    )
-    if run.skipped >= MOST_SKIPPED:
-        raise UserError(
-            f"epoch {epoch + 1} step {step + 1}: {MOST_SKIPPED} losses in a row were not finite ({terms}). "
-            "Lower lr0 in the recipe, or train with --amp off."
-        )
-    return False
-
-
-def _mend_buffers(run: Run) -> None:
-    """Take statistics that an overflow has reached already, in the forward pass, from the averaged model."""
-    for own, average in zip(run.model.buffers(), run.ema.model.buffers(), strict=True):
-        if own.is_floating_point() and not own.isfinite().all():
-            own.copy_(average)
 
 
 def _check_gradients(run: Run) -> None:
@@ -265,9 +270,10 @@ def _conclude(run: Run, recorder: RunRecorder) -> Metrics | None:
     evaluation = evaluate(
         lambda images, targets: backend(images),
         backend.postprocess_kind,
-        whole_val_loader(run),
+        run.stop.until(whole_val_loader(run)),
         run.evaluator,
         device=run.device,
+        gather=lambda _: run.stop.check(way_on(run)),
         on_batch=recorder.val_batch,
     )
     recorder.finish(evaluation)

@@ -10,8 +10,10 @@ import logging
 import math
 import os
 import shutil
+import signal
 from collections.abc import Iterator, Sequence
 from functools import cache
+from types import FrameType
 from typing import Any
 
 import cv2
@@ -22,7 +24,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from data.dataset import DetectionDataset, Sample
 from utils.distributed import local_processes
-from utils.errors import DatasetError
+from utils.errors import DatasetError, worker_death
 from utils.structures import Batch, Targets
 
 LOGGER = logging.getLogger("yoke.data")
@@ -63,14 +65,14 @@ class EpochSampler(Sampler[tuple[int, int]]):
         assert 0 <= rank < world_size, "a rank of this run"
         self.length, self.shuffle, self.seed = length, shuffle, seed
         self.rank, self.world_size, self.block = rank, world_size, block
-        self.epoch = 0
+        self.epoch = self.skip = 0
         self.image_weights: NDArray[np.float64] | None = None
         if image_weights is not None:
             self.set_image_weights(image_weights)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration is for."""
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, skip: int = 0) -> None:
+        """Choose the epoch that the next iteration is for, without its first `skip` keys."""
+        self.epoch, self.skip = epoch, skip
 
     def set_image_weights(self, weights: Sequence[float] | NDArray[np.float64]) -> None:
         """Draw images in proportion to `weights`, (n,), from the next iteration on."""
@@ -96,7 +98,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
             # A last block that is not full stays last, or it would shift all batches after it.
             full = self.length // self.block
             blocks = [blocks[k] for k in rng.permutation(full)] + blocks[full:]
-        return ((self.epoch, int(index)) for index in self._own(blocks))
+        return ((self.epoch, int(index)) for index in self._own(blocks)[self.skip :])
 
     def _blocks(self, order: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         return [order[k : k + self.block] for k in range(0, len(order), self.block)]
@@ -125,18 +127,14 @@ class DetectionLoader(DataLoader[Sample]):
             # collected late take seconds to end.
             raise DatasetError(message.split("Error: ", 1)[-1]) from error.with_traceback(None)
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            if not (told := worker_death(error)):
                 raise
-            reason = " ".join(str(error).split()).rstrip(".")
-            raise DatasetError(
-                f"data loader: {reason}. Most often the machine or {SHARED_MEMORY} ran out "
-                "of memory. Try --workers 0, fewer workers, or a smaller --batch-size."
-            ) from error
+            raise DatasetError(told) from error
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration is for."""
+    def set_epoch(self, epoch: int, done: int = 0) -> None:
+        """Choose the epoch that the next iteration is for; it begins behind the `done` first batches."""
         if isinstance(self.sampler, EpochSampler):
-            self.sampler.set_epoch(epoch)
+            self.sampler.set_epoch(epoch, done * (self.batch_size or 1))
 
 
 def build_loader(
@@ -188,7 +186,7 @@ def build_loader(
         collate_fn=collate,
         drop_last=drop_last,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_limit_threads,
+        worker_init_fn=_begin_worker,
         # A generator of its own: the global one, which a resumed run restores, stays untouched.
         generator=torch.Generator().manual_seed(seed),
         **options,
@@ -250,7 +248,17 @@ def _shared_memory() -> int | None:
     return shutil.disk_usage(SHARED_MEMORY).free if os.path.isdir(SHARED_MEMORY) else None
 
 
-def _limit_threads(_: int) -> None:
-    """One thread per worker; more would fight over the cores that the workers share."""
+def _begin_worker(_: int) -> None:
+    """One thread per worker, or they would fight over the cores; and the main process decides when they end.
+
+    Terminals and schedulers send their signals to all processes of a run. Workers that ended at the
+    first one would take the batches with them that the main process needs to finish its step.
+    """
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end_next_time)
+
+
+def _end_next_time(number: int, _: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)

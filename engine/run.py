@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from data.config import DataConfig
 from data.dataset import DetectionDataset, build_dataset
 from data.loader import build_loader
 from engine.setup import automatic_batch_size, check_anchors, complete, freeze, open_data, recipe
+from engine.stopping import StopRequest
 from engine.weights import build_from_flags
 from models.losses import build_criterion
 from models.yolo import DetectionModel
@@ -31,6 +34,29 @@ from utils.optim import Schedule, Warmup, build_optimizer, build_schedule
 
 ONEDNN_BLOCK = 16  # input channels that AVX-512 code computes at once; 8 with AVX2
 LEAST_WARMUP = 100  # iterations; three epochs of a small data set are too short to warm up
+
+
+class EpochProgress(NamedTuple):
+    """How far this process is in an epoch.
+
+    Attributes:
+        step: batches that are done.
+        used: those of them whose loss was finite.
+        sums: of each loss term over those.
+        rng: random state of a run that was stopped here; None where the epoch begins anew.
+    """
+
+    step: int = 0
+    used: int = 0
+    sums: Mapping[str, float] = MappingProxyType({})
+    rng: Mapping[str, Any] | None = None
+
+    def after(self, losses: Mapping[str, torch.Tensor], is_used: bool) -> EpochProgress:
+        """The progress after one more batch; its losses count if it was used."""
+        sums = self.sums or dict.fromkeys(losses, 0.0)
+        if is_used:
+            sums = {name: sums[name] + value.item() for name, value in losses.items()}
+        return self._replace(step=self.step + 1, used=self.used + is_used, sums=sums)
 
 
 @dataclass
@@ -54,6 +80,10 @@ class Run:
         best_fitness: of the best epoch so far.
         best_epoch: that epoch.
         skipped: batches left out for a loss that was not finite, in a row.
+        skipped_steps: optimiser steps left out for gradients that were not finite, in a row.
+        progress: in the epoch that runs.
+        stop: whether this process was told to stop.
+        is_stopping: whether any was, as all of them know.
     """
 
     options: Any
@@ -85,6 +115,10 @@ class Run:
     best_fitness: float = -1.0
     best_epoch: int = 0
     skipped: int = 0
+    skipped_steps: int = 0
+    progress: EpochProgress = EpochProgress()
+    stop: StopRequest = field(default_factory=StopRequest)
+    is_stopping: bool = False
 
 
 def prepare(
@@ -275,6 +309,30 @@ def with_shared_norms(model: Any) -> Any:
     except ImportError:
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return convert_sync_batchnorm(model)
+
+
+@contextmanager
+def single_values(model: nn.Module, batch_size: int) -> Iterator[None]:
+    """In a batch of one image, let each BatchNorm that sees one value a channel use its running statistics.
+
+    One value has no variance, and torch refuses to train on it. Such maps of 1x1 stand at the end of a small
+    image's trunk and in channel attention; a single image is what may be left over at the end of an epoch.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = (
+        [m for m in norms if m.training and m.running_mean is not None] if batch_size == 1 else []
+    )
+    handles = [norm.register_forward_pre_hook(_spare_single_values) for norm in norms]
+    try:
+        yield
+    finally:
+        for norm, handle in zip(norms, handles, strict=True):
+            handle.remove()
+            norm.training = True
+
+
+def _spare_single_values(norm: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    norm.training = inputs[0].numel() > inputs[0].shape[1]
 
 
 def _sizes_at(dataset: DetectionDataset, imgsz: tuple[int, int]) -> np.ndarray:

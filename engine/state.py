@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from engine.run import Run
+from engine.run import EpochProgress, Run
+from engine.stopping import name_of
 from utils.checkpoint import (
     capture_rng,
     finalize_checkpoint,
@@ -16,7 +17,8 @@ from utils.checkpoint import (
     restore_rng,
     save_checkpoint,
 )
-from utils.errors import CheckpointError, ConfigError
+from utils.distributed import World, all_gather_objects
+from utils.errors import CheckpointError, ConfigError, StoppedError
 from utils.logger import get_logger
 from utils.optim import load_optimizer_state_by_name, optimizer_state_by_name
 
@@ -45,6 +47,7 @@ def checkpoint_of(run: Run, finished_epoch: int) -> dict[str, Any]:
         "torch_version": str(torch.__version__),
         "optimizer": {**optimizer_state_by_name(run.optimizer), "pending": pending},
         "scaler": run.scaler.state_dict(),
+        "skipped": [run.skipped, run.skipped_steps],
         "rng": capture_rng(),
     }
 
@@ -52,6 +55,30 @@ def checkpoint_of(run: Run, finished_epoch: int) -> dict[str, Any]:
 def save(run: Run, path: Path, finished_epoch: int) -> None:
     """Write a checkpoint that `restore` can go on from."""
     save_checkpoint(path, checkpoint_of(run, finished_epoch))
+
+
+def is_to_stop(run: Run) -> bool:
+    """Whether the run ends after this step; several processes agree about it at their next step."""
+    return run.is_stopping or (run.stop.number is not None and not run.world.is_distributed)
+
+
+def leave(run: Run) -> StoppedError:
+    """Write last.pt in the middle of an epoch, in all processes together; gives the error to raise."""
+    done, steps = run.progress.step, len(run.train_loader)
+    state = {**run.progress._asdict(), "rng": capture_rng()}
+    states = all_gather_objects((state, run.stop.number))
+    number = next(number for _, number in states if number is not None)
+    last = run.folder / "weights" / "last.pt"
+    if run.world.is_main and not run.options.evolve:
+        progress = [state for state, _ in states]
+        save_checkpoint(last, {**checkpoint_of(run, run.epoch - 1), "progress": progress})
+    place = f"epoch {run.epoch + 1} of {run.options.epochs} after step {done} of {steps}"
+    return StoppedError(number, f"stopped by {name_of(number)} in {place}; {way_on(run)}")
+
+
+def way_on(run: Run) -> str:
+    """How to go on with a run that was stopped."""
+    return f"go on with: python train.py --resume {run.folder / 'weights' / 'last.pt'}"
 
 
 def find_resumable(resume: str | bool, project: str) -> Path:
@@ -148,7 +175,22 @@ def restore(run: Run, checkpoint: dict[str, Any]) -> None:
     run.epoch = checkpoint["epoch"] + 1
     run.last_step = checkpoint["last_step"]
     run.best_fitness, run.best_epoch = checkpoint["best_fitness"], checkpoint["best_epoch"]
+    run.skipped, run.skipped_steps = checkpoint.get("skipped", (0, 0))
+    run.progress = _progress(checkpoint.get("progress"), run.world)
     restore_rng(checkpoint["rng"])
+
+
+def _progress(states: Sequence[Mapping[str, Any]] | None, world: World) -> EpochProgress:
+    """How far this process was in the epoch that was stopped; other processes than then draw anew."""
+    if not states:
+        return EpochProgress()
+    state = EpochProgress(**states[min(world.rank, len(states) - 1)])
+    if len(states) != world.size:
+        get_logger().info(
+            f"resume: {world.size} processes, not the {len(states)} that were stopped: the rest of the epoch is "
+            "another one than without the stop"
+        )
+    return state
 
 
 def _check_names(run: Run, names: Sequence[str]) -> None:

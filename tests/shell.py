@@ -65,8 +65,13 @@ def draw_data(folder: Path, train: int = 8, val: int = 4) -> Path:
     return path
 
 
-def start_script(*words: object, cwd: Path, **environment: str) -> subprocess.Popen[str]:
-    """Start `python <script> ...` from another folder, on one thread; a bare name is a script of ours."""
+def start_script(
+    *words: object, cwd: Path, group: bool = False, **environment: str
+) -> subprocess.Popen[str]:
+    """Start `python <script> ...` from another folder, on one thread; a bare name is a script of ours.
+
+    With `group` it and its children are a process group of their own.
+    """
     script, *rest = (str(word) for word in words)
     script = str(ROOT / script) if script.endswith(".py") else script
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
@@ -77,4 +82,5 @@ def start_script(*words: object, cwd: Path, **environment: str) -> subprocess.Po
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=group,
     )

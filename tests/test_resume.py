@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import csv
+import os
 import signal
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from shell import start_script
+from shell import TINY_MODEL, draw_data, start_script
 
 from utils.checkpoint import load_checkpoint
 
@@ -19,8 +20,8 @@ HYP = "nbs: 6\nwarmup_epochs: 0\nmixup: 0.5\n"
 EPOCHS = 3
 
 
-def start(folder: Path, *words: object) -> subprocess.Popen[str]:
-    return start_script("train.py", *words, "--device", "cpu", cwd=folder)
+def start(folder: Path, *words: object, group: bool = False) -> subprocess.Popen[str]:
+    return start_script("train.py", *words, "--device", "cpu", cwd=folder, group=group)
 
 
 def end(process: subprocess.Popen[str]) -> str:
@@ -44,18 +45,36 @@ def kill_in_epoch(process: subprocess.Popen[str], place: str) -> None:
     process.communicate()
 
 
+class Straight(NamedTuple):
+    """A run that nothing stopped: its folder, the flags but `--name`, what it told."""
+
+    folder: Path
+    flags: list[Any]
+    told: str
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Straight:
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "hyp.yaml").write_text(HYP)
+    (folder / "tiny.yaml").write_text(
+        TINY_MODEL.replace("[-1, 1, C3, [24]]", "[-1, 1, nn.Dropout, [0.5]]")
+    )
+    words: list[Any] = ["--cfg", folder / "tiny.yaml", "--data", draw_data(folder / "small")]
+    words += ["--hyp", folder / "hyp.yaml", "--imgsz", 64, "--batch-size", 2, "--epochs", EPOCHS]
+    words += ["--workers", 2, "--noplots", "--multi-scale", "--optimizer", "Adam"]
+    told = end(start(folder, *words, "--project", folder, "--name", "run"))
+    return Straight(folder / "run", words, told)
+
+
 @pytest.fixture
-def flags(tmp_path: Path, tiny_cfg: Path, small_data: Path) -> list[Any]:
-    (tmp_path / "hyp.yaml").write_text(HYP)
-    text = tiny_cfg.read_text()
-    tiny_cfg.write_text(text.replace("[-1, 1, C3, [24]]", "[-1, 1, nn.Dropout, [0.5]]"))
-    words: list[Any] = ["--cfg", tiny_cfg, "--data", small_data, "--hyp", tmp_path / "hyp.yaml"]
-    words += ["--imgsz", 64, "--batch-size", 2, "--epochs", EPOCHS, "--workers", 2, "--noplots"]
-    return [*words, "--multi-scale", "--optimizer", "Adam", "--project", tmp_path / "runs"]
+def flags(tmp_path: Path, whole: Straight) -> list[Any]:
+    return [*whole.flags, "--project", tmp_path / "runs"]
 
 
-def test_killed_in_the_middle_of_an_epoch_and_resumed(tmp_path: Path, flags: list[Any]):
-    whole = end(start(tmp_path, *flags, "--name", "whole"))
+def test_killed_in_the_middle_of_an_epoch_and_resumed(
+    tmp_path: Path, whole: Straight, flags: list[Any]
+):
     kill_in_epoch(start(tmp_path, *flags, "--name", "killed"), "epoch 2/3 2/4")
     killed = tmp_path / "runs" / "killed"
     left = load_checkpoint(killed / "weights" / "last.pt")
@@ -63,18 +82,79 @@ def test_killed_in_the_middle_of_an_epoch_and_resumed(tmp_path: Path, flags: lis
     resumed = end(start(tmp_path, "--resume", killed / "weights" / "last.pt"))
     assert "epoch 2 of 3" in resumed and "epoch 1/3" not in resumed
 
+    assert_equal_runs(killed, whole.folder)
+    assert last_line(whole.told) == last_line(resumed)
+
+
+def assert_equal_runs(found: Path, expected: Path) -> None:
+    """Weights bit for bit, and results.csv but for the clock."""
     for name in ("last.pt", "best.pt"):
-        expected = load_checkpoint(tmp_path / "runs" / "whole" / "weights" / name)
-        found = load_checkpoint(killed / "weights" / name)
-        assert expected["epoch"] == found["epoch"]
-        assert expected["model"].keys() == found["model"].keys()
-        different = [
-            k for k, v in expected["model"].items() if not torch.equal(v, found["model"][k])
-        ]
+        one, other = (load_checkpoint(folder / "weights" / name) for folder in (found, expected))
+        assert one["epoch"] == other["epoch"]
+        assert one["model"].keys() == other["model"].keys()
+        different = [k for k, v in other["model"].items() if not torch.equal(v, one["model"][k])]
         assert different == []
-    assert rows(killed) == rows(tmp_path / "runs" / "whole")
-    assert [row["epoch"] for row in rows(killed)] == ["0", "1", "2"]
-    assert last_line(whole) == last_line(resumed)
+    assert rows(found) == rows(expected)
+    assert [row["epoch"] for row in rows(found)] == ["0", "1", "2"]
+
+
+def test_a_signal_to_all_processes_lets_the_step_end_and_costs_nothing(
+    tmp_path: Path, whole: Straight, flags: list[Any]
+):
+    """As schedulers (SIGTERM) and terminals (SIGINT) send it: to the workers too, one after the other."""
+    weights = tmp_path / "runs" / "stopped" / "weights"
+    weights.mkdir(parents=True)
+    (weights / ".last.pt.1.tmp").write_bytes(b"half of a file")
+    words: list[Any] = [*flags, "--name", "stopped", "--exist-ok"]
+    for place, number, where in (
+        ("epoch 1/3 1/4", signal.SIGTERM, "epoch 1 of 3 after step "),
+        ("epoch 2/3 2/4", signal.SIGINT, "epoch 2 of 3 after step "),
+    ):
+        process = start(tmp_path, *words, group=True)
+        told = signalled(process, place, number, to_group=True)
+        assert process.returncode == 128 + number, told
+        assert "Traceback" not in told
+        assert told.splitlines()[-1].startswith(f"stopped by {number.name} in {where}")
+        assert told.endswith(f"go on with: python train.py --resume {weights / 'last.pt'}\n")
+        left = load_checkpoint(weights / "last.pt")
+        assert left["progress"][0]["step"] > 0
+        words = ["--resume", weights / "last.pt"]
+    assert [path.name for path in weights.glob(".*")] == []
+    end(start(tmp_path, *words))
+    assert_equal_runs(tmp_path / "runs" / "stopped", whole.folder)
+
+
+def test_a_worker_that_the_system_kills_is_told_in_one_line(tmp_path: Path, flags: list[Any]):
+    process = start(tmp_path, *flags, "--name", "worker")
+    told = signalled(process, "epoch 1/3 2/4", signal.SIGKILL, to_worker=True)
+    assert process.returncode == 2
+    assert "Traceback" not in told
+    assert "is killed by signal: Killed. Most often the machine" in told.splitlines()[-1]
+    assert told.splitlines()[-1].startswith("error: data loader: DataLoader worker (pid")
+
+
+def signalled(
+    process: subprocess.Popen[str],
+    place: str,
+    number: signal.Signals,
+    to_group: bool = False,
+    to_worker: bool = False,
+) -> str:
+    """What the process told until its end after a signal as it tells that it is at `place`."""
+    assert process.stderr is not None
+    told = []
+    for line in process.stderr:
+        told.append(line)
+        if line.startswith(place):
+            if to_worker:
+                tasks = Path(f"/proc/{process.pid}/task").iterdir()
+                children = [c for t in tasks for c in (t / "children").read_text().split()]
+                os.kill(int(children[-1]), number)
+            elif to_group:
+                os.killpg(process.pid, number)
+            break
+    _, rest = process.communicate(timeout=600)
+    return "".join(told) + rest
 
 
 def rows(folder: Path) -> list[dict[str, str]]:

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import os
 import random
+import re
+import shutil
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -40,6 +42,7 @@ UNREADABLE = (
     struct.error,
     zipfile.BadZipFile,
 )
+TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 TRAINING_ONLY = ("ema", "optimizer", "scaler", "rng")
 
 
@@ -55,7 +58,8 @@ def save_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
         checkpoint: tensors and plain data; tensors are written detached and on the CPU.
 
     Raises:
-        CheckpointError: if weights under `model` or `ema` are not finite (the old file stays).
+        CheckpointError: if weights under `model` or `ema` are not finite, or the system refuses to write (the old
+            file stays).
         TypeError: if a value is neither a tensor nor plain data.
     """
     path = Path(path)
@@ -71,8 +75,45 @@ def save_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        if (refusal := _system_error(error)) is None:
+            raise
+        raise _not_written(path, refusal, plain) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _system_error(error: BaseException | None) -> OSError | None:
+    """What the system said; torch tells of a full disk by what it finds missing later."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error
+
+
+def _not_written(path: Path, refusal: OSError, content: Mapping[str, Any]) -> CheckpointError:
+    reason = " ".join((refusal.strerror or str(refusal)).split())
+    size = sum(tensor.nbytes for tensor in _tensors(content))
+    free = shutil.disk_usage(path.parent).free
+    before = "The file that was there is whole. " if path.exists() else ""
+    return CheckpointError(
+        f"{path}: cannot be written - {reason}; got {free / 2**20:.1f} MiB free, expected {size / 2**20:.1f}. {before}"
+        "Make room; a training goes on with --resume."
+    )
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, list)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(item)
+
+
+def clear_temporary(folder: Path) -> None:
+    """Remove what killed runs have left half written in a folder: `.last.pt.4711.tmp`."""
+    for path in folder.glob(".*.tmp"):
+        if TEMPORARY.fullmatch(path.name) and path.is_file():
+            path.unlink()
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

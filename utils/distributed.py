@@ -113,13 +113,13 @@ def broadcast_object(value: T) -> T:
     return received
 
 
-def all_true(flag: Tensor) -> bool:
-    """Whether `flag` (a single truth value) holds in every process."""
+def all_true(flag: Tensor, *others: bool) -> list[bool]:
+    """Whether each of the flags (`flag` is a single truth value) holds in every process."""
     if not is_initialized():
-        return bool(flag)
-    least = flag.int()
+        return [bool(flag), *others]
+    least = torch.stack([flag, *(flag.new_tensor(other) for other in others)]).int()
     dist.all_reduce(least, op=dist.ReduceOp.MIN)
-    return bool(least)
+    return [bool(value) for value in least.tolist()]
 
 
 def local_processes(world_size: int) -> int:

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import difflib
 import io
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import PurePath
+from types import FrameType
 
 
 class UserError(Exception):
@@ -28,6 +31,14 @@ class DatasetError(UserError):
 
 class CheckpointError(UserError):
     """A weights file cannot be read, or does not fit the model."""
+
+
+class StoppedError(KeyboardInterrupt):
+    """A signal ends the script: told in one line, exit code 128 and the signal's number."""
+
+    def __init__(self, number: int, text: str = "") -> None:
+        super().__init__(text or f"stopped by {signal.Signals(number).name}")
+        self.number = int(number)
 
 
 class ForeignError(UserError):
@@ -73,7 +84,8 @@ def _told(error: BaseException, users: tuple[str, ...]) -> str:
     if not lines:
         return text
     file, line = lines[-1]
-    return f"{text} ({PurePath(file).name} line {line})"
+    place = f"{PurePath(file).name} line {line}"
+    return text if text.startswith(place) else f"{text} ({place})"
 
 
 def nearest(word: str, candidates: Iterable[str]) -> str:
@@ -91,9 +103,10 @@ def nearest(word: str, candidates: Iterable[str]) -> str:
 def run_cli(main: Callable[[], None]) -> None:
     """Run a script's `main`; what a user can mend becomes one line on stderr and exit code 2.
 
-    That is a `UserError`, or what the system refuses: a file for a folder, a full disk. Characters
-    that the terminal's encoding lacks are printed as escapes.
+    That is a `UserError`, or what the system refuses: a file for a folder, a full disk, a worker that
+    it kills. Characters that the terminal's encoding lacks are printed as escapes.
     """
+    _stop_at_sigterm()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -109,6 +122,36 @@ def run_cli(main: Callable[[], None]) -> None:
         reason = " ".join((error.strerror or str(error)).split())
         print(f"error: {place}{reason}. Check the path, its rights and the disk.", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    except RuntimeError as error:
+        if not (told := worker_death(error)):
+            raise
+        print(f"error: {told}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as error:
+        print(str(error) or "interrupted", file=sys.stderr)
+        sys.exit(128 + getattr(error, "number", signal.SIGINT))
+
+
+def worker_death(error: RuntimeError) -> str:
+    """What to say of a data loader's worker that was killed; empty if `error` tells of something else.
+
+    torch notices the death between any two steps of the main process and raises its error there.
+    """
+    text = " ".join(str(error).split()).rstrip(".")
+    if "DataLoader worker" not in text:
+        return ""
+    return (
+        f"data loader: {text}. Most often the machine or /dev/shm ran out of memory. Try --workers 0, "
+        "fewer workers, or a smaller --batch-size; a training goes on with --resume."
+    )
+
+
+def _stop_at_sigterm() -> None:
+    """Make SIGTERM unwind the script like Ctrl-C, so that files are closed and half ones removed."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise StoppedError(number)
+
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, stop)

@@ -249,6 +249,13 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     return nn.utils.clip_grad_norm_(model.parameters(), max_norm)
 
 
+def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
+    """L2 norm of each parameter's gradient, by name; of those that have one."""
+    named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    norms = torch._foreach_norm(list(named.values())) if named else ()
+    return dict(zip(named, norms, strict=True))
+
+
 def _progress(epoch: float, epochs: int) -> float:
     """Share of the training that is over, in [0, 1]."""
     return min(max(epoch / max(epochs, 1), 0.0), 1.0)

@@ -28,6 +28,7 @@ class Progress(Generic[T]):
         total: int,
         title: str,
         *,
+        done: int = 0,
         enabled: bool = True,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.perf_counter,
@@ -38,6 +39,7 @@ class Progress(Generic[T]):
             items: what is iterated over.
             total: how many there are.
             title: shown in front.
+            done: how many were there before those of `items`.
             enabled: False shows nothing (ranks above 0).
             stream: where to write, stderr where None.
             clock: seconds; tests give their own.
@@ -45,6 +47,7 @@ class Progress(Generic[T]):
         self.items = items
         self.total = total
         self.title = title
+        self.done = done
         self.enabled = enabled
         self.stream = sys.stderr if stream is None else stream
         self._clock = clock
@@ -67,6 +70,7 @@ class Progress(Generic[T]):
         )
         with tqdm(
             total=self.total,
+            initial=self.done,
             desc=self.title,
             file=self.stream,
             bar_format=layout,
@@ -83,11 +87,11 @@ class Progress(Generic[T]):
         told = {
             max(1, round(self.total * part / PLAIN_LINES)) for part in range(1, PLAIN_LINES + 1)
         }
-        for done, item in enumerate(self.items, start=1):
+        for done, item in enumerate(self.items, start=self.done + 1):
             yield item
             if done in told:
                 elapsed = self._clock() - start
-                left = elapsed / done * max(self.total - done, 0)
+                left = elapsed / (done - self.done) * max(self.total - done, 0)
                 clock = f"[{format_seconds(elapsed)}<{format_seconds(left)}]"
                 parts = (self.title, f"{done}/{self.total}", self._status, clock)
                 print(*(part for part in parts if part), file=self.stream, flush=True)

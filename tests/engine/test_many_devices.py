@@ -11,6 +11,7 @@ from torch import nn
 import train
 from engine import run as run_module
 from engine import setup
+from engine.finite import use_batch
 from engine.run import Run, memory_format_for, prepare, whole_val_loader, with_shared_norms
 from engine.state import checkpoint_of, load_resumable, restore, save
 from engine.training_flags import parse_options
@@ -37,7 +38,7 @@ def test_an_overflow_in_the_forward_pass_does_not_stay_in_the_statistics(run: Ru
     norm.running_var[0] = torch.inf
     norm.running_mean[0] = torch.nan
     expected = run.ema.model.state_dict()
-    assert not train._is_finite(run, torch.tensor(torch.inf), {}, 0, 0)
+    assert not use_batch(run, torch.tensor(torch.inf), {}, 0, 0)
     own = run.model.state_dict()
     assert all(torch.equal(own[key], expected[key]) for key in own)
 

@@ -1,6 +1,7 @@
 """Checkpoints: atomic, plain, safe to read."""
 
 import random
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from utils.checkpoint import (
     ForeignCheckpointError,
     capture_rng,
+    clear_temporary,
     finalize_checkpoint,
     load_checkpoint,
     restore_rng,
@@ -60,11 +62,36 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch) 
         raise OSError("no space left")
 
     monkeypatch.setattr(torch, "save", half_written)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(CheckpointError, match=r"last.pt: cannot be written - no space left; got"):
         save_checkpoint(path, {"model": weights(2.0)})
     monkeypatch.undo()
     assert torch.equal(load_checkpoint(path)["model"]["a.weight"], torch.ones(2, 3))
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_a_write_that_the_system_ends_is_one_line_and_leaves_the_old_file(tmp_path: Path) -> None:
+    """By a limit on the size of files: torch itself tells of a wrong position then."""
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, {"model": weights()})
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
+    try:
+        with pytest.raises(CheckpointError) as caught:
+            save_checkpoint(path, {"model": {"a": torch.zeros(1 << 19)}})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    told = str(caught.value)
+    assert told.startswith(f"{path}: cannot be written - File too large; got ")
+    assert "expected 2.0. The file that was there is whole." in told and "\n" not in told
+    assert load_checkpoint(path)["model"].keys() == weights().keys()
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_only_what_a_killed_write_left_is_cleared(tmp_path: Path) -> None:
+    for name in (".last.pt.4711.tmp", ".results.csv.1.tmp", ".mine.tmp", "a.1.tmp", "last.pt"):
+        (tmp_path / name).write_bytes(b"")
+    clear_temporary(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".mine.tmp", "a.1.tmp", "last.pt"]
 
 
 def test_objects_are_refused_with_the_key_they_stand_under(tmp_path: Path) -> None:
