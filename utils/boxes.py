@@ -9,7 +9,7 @@ wider, whatever the inputs are, so that they hold under mixed precision.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -81,7 +81,7 @@ def pairwise_iou(boxes1: Tensor, boxes2: Tensor, eps: float = EPS) -> Tensor:
 
 def elementwise_iou(boxes1: Tensor, boxes2: Tensor, eps: float = EPS) -> Tensor:
     """Overlap of boxes that stand at the same place, (..., 4) and (..., 4) to (...)."""
-    return _overlap(_wide(boxes1), _wide(boxes2), eps).iou
+    return BoxPair(boxes1, boxes2, eps).iou
 
 
 def generalized_iou(boxes1: Tensor, boxes2: Tensor, eps: float = EPS) -> Tensor:
@@ -95,11 +95,8 @@ def generalized_iou(boxes1: Tensor, boxes2: Tensor, eps: float = EPS) -> Tensor:
     Returns:
         One value per pair, (...).
     """
-    boxes1, boxes2 = _wide(boxes1), _wide(boxes2)
-    overlap = _overlap(boxes1, boxes2, eps)
-    width, height = _hull(boxes1, boxes2)
-    hull = width * height
-    return overlap.iou - (hull - overlap.union) / hull.clamp(min=eps)
+    pair = BoxPair(boxes1, boxes2, eps)
+    return pair.iou - pair.empty_share
 
 
 def complete_iou(boxes1: Tensor, boxes2: Tensor, eps: float = EPS) -> Tensor:
@@ -115,43 +112,97 @@ def complete_iou(boxes1: Tensor, boxes2: Tensor, eps: float = EPS) -> Tensor:
     Returns:
         One value per pair, (...).
     """
-    boxes1, boxes2 = _wide(boxes1), _wide(boxes2)
-    iou = _overlap(boxes1, boxes2, eps).iou
-    width, height = _hull(boxes1, boxes2)
-    diagonal_squared = width.square() + height.square() + eps
-    apart = (boxes1[..., :2] + boxes1[..., 2:] - boxes2[..., :2] - boxes2[..., 2:]) / 2
-    distance_squared = apart.square().sum(-1)
-    shape = (4 / math.pi**2) * (_angle(boxes1, eps) - _angle(boxes2, eps)).square()
-    with torch.no_grad():
-        alpha = shape / (1 - iou + shape + eps)
-    return iou - distance_squared / diagonal_squared - alpha * shape
+    pair = BoxPair(boxes1, boxes2, eps)
+    return pair.iou - pair.centre_distance - pair.aspect_difference
 
 
-class _Overlap(NamedTuple):
-    iou: Tensor
-    union: Tensor
+class BoxPair:
+    """Two boxes that are compared, and what measures ask of them, worked out when first asked for.
+
+    Args:
+        first: xyxy, (..., 4).
+        second: xyxy, (..., 4), broadcast against `first`.
+        eps: keeps divisors away from 0.
+    """
+
+    def __init__(self, first: Tensor, second: Tensor, eps: float = EPS) -> None:
+        self.first, self.second, self.eps = _wide(first), _wide(second), eps
+
+    @cached_property
+    def intersection(self) -> Tensor:
+        """Area that both cover, (...)."""
+        low = torch.maximum(self.first[..., :2], self.second[..., :2])
+        high = torch.minimum(self.first[..., 2:], self.second[..., 2:])
+        width, height = (high - low).clamp(min=0).unbind(-1)
+        return width * height
+
+    @cached_property
+    def union(self) -> Tensor:
+        """Area that either covers, (...)."""
+        return box_area(self.first) + box_area(self.second) - self.intersection
+
+    @cached_property
+    def iou(self) -> Tensor:
+        """Intersection over union in [0, 1], (...); 0 of boxes without area."""
+        return self.intersection / self.union.clamp(min=self.eps)
+
+    @cached_property
+    def hull(self) -> Tensor:
+        """Width and height of the smallest box around both, (..., 2); never negative.
+
+        All four corners count, so that a box turned inside out still lies in its hull.
+        """
+        low = torch.minimum(self.first[..., :2], self.second[..., :2])
+        high = torch.maximum(self.first[..., 2:], self.second[..., 2:])
+        low = torch.minimum(low, torch.minimum(self.first[..., 2:], self.second[..., 2:]))
+        high = torch.maximum(high, torch.maximum(self.first[..., :2], self.second[..., :2]))
+        return high - low
+
+    @cached_property
+    def empty_share(self) -> Tensor:
+        """Part of the hull that neither covers, in [0, 1), (...): the penalty of GIoU."""
+        width, height = self.hull.unbind(-1)
+        area = width * height
+        return (area - self.union) / area.clamp(min=self.eps)
+
+    @cached_property
+    def diagonal_squared(self) -> Tensor:
+        """Of the hull, (...); never 0."""
+        width, height = self.hull.unbind(-1)
+        return width.square() + height.square() + self.eps
+
+    @cached_property
+    def offset(self) -> Tensor:
+        """From the second centre to the first, (..., 2)."""
+        ends = self.first[..., :2] + self.first[..., 2:] - self.second[..., :2]
+        return (ends - self.second[..., 2:]) / 2
+
+    @cached_property
+    def centre_distance(self) -> Tensor:
+        """Squared, in squared diagonals of the hull, in [0, 1), (...): the penalty of DIoU."""
+        diagonal_squared = self.diagonal_squared
+        return self.offset.square().sum(-1) / diagonal_squared
+
+    @cached_property
+    def aspect_difference(self) -> Tensor:
+        """Of the angles of the two diagonals, weighted, (...): the second penalty of CIoU."""
+        angles = _angle(self.first, self.eps) - _angle(self.second, self.eps)
+        shape = (4 / math.pi**2) * angles.square()
+        with torch.no_grad():
+            alpha = shape / (1 - self.iou + shape + self.eps)
+        return alpha * shape
+
+    @cached_property
+    def sizes(self) -> tuple[Tensor, Tensor]:
+        """Width and height of the first and of the second, (..., 2) each."""
+        return self.first[..., 2:] - self.first[..., :2], self.second[..., 2:] - self.second[
+            ..., :2
+        ]
 
 
 def _wide(boxes: Tensor) -> Tensor:
     """Half precision cannot hold areas in pixels; wider types stay as they are."""
     return boxes.float() if boxes.dtype in (torch.float16, torch.bfloat16) else boxes
-
-
-def _overlap(boxes1: Tensor, boxes2: Tensor, eps: float) -> _Overlap:
-    low = torch.maximum(boxes1[..., :2], boxes2[..., :2])
-    high = torch.minimum(boxes1[..., 2:], boxes2[..., 2:])
-    width, height = (high - low).clamp(min=0).unbind(-1)
-    intersection = width * height
-    union = box_area(boxes1) + box_area(boxes2) - intersection
-    return _Overlap(intersection / union.clamp(min=eps), union)
-
-
-def _hull(boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, Tensor]:
-    """Width and height of the smallest box around both."""
-    low = torch.minimum(boxes1[..., :2], boxes2[..., :2])
-    high = torch.maximum(boxes1[..., 2:], boxes2[..., 2:])
-    width, height = (high - low).unbind(-1)
-    return width, height
 
 
 def _angle(boxes: Tensor, eps: float) -> Tensor:

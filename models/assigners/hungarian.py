@@ -8,6 +8,7 @@ n objects of an image, P matched pairs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,6 +17,10 @@ from torch import Tensor
 
 from utils.boxes import cxcywh_to_xyxy, generalized_iou
 
+Similarity = Callable[[Tensor, Tensor], Tensor]
+"""xyxy boxes (..., 4) and (..., 4), broadcast -> (...), larger for boxes that agree better."""
+
+PAIRS_AT_ONCE = 2**21
 PROBABILITY_EPS = 1e-8
 WORST_COST = 1e6  # of a pair whose cost is no number: matched only if nothing else is left
 
@@ -42,8 +47,8 @@ class HungarianAssigner:
 
     The cost of a pair is `cost_class` x focal difference of the object's class (what the query's
     focal loss changes by if the class is right) + `cost_l1` x sum of |difference| of the normalised
-    cxcywh boxes - `cost_giou` x their GIoU. Of an image with more objects than queries, as many
-    objects as there are queries are matched.
+    cxcywh boxes - `cost_giou` x their similarity, GIoU unless another one is given. Of an image with more
+    objects than queries, as many objects as there are queries are matched.
 
     With costs as below the answer is query 2 for object 0 and query 0 for object 1, 1 + 1 = 2,
     although query 0 is the best of object 0 too:
@@ -56,7 +61,7 @@ class HungarianAssigner:
     Attributes:
         cost_class: weight of the class cost.
         cost_l1: weight of the L1 cost.
-        cost_giou: weight of the GIoU cost.
+        cost_giou: weight of the similarity.
         alpha: balance of the focal cost.
         gamma: exponent of the focal cost.
     """
@@ -75,6 +80,7 @@ class HungarianAssigner:
         image_index: Tensor,
         labels: Tensor,
         object_boxes: Tensor,
+        similarity: Similarity = generalized_iou,
     ) -> Match:
         """Match every stage and image.
 
@@ -84,11 +90,18 @@ class HungarianAssigner:
             image_index: image of each object, (N,), in any order.
             labels: class of each object, (N,).
             object_boxes: cxcywh, normalised, (N, 4).
+            similarity: of boxes, normalised.
         """
         image_index = image_index.cpu()
         per_image = [(image_index == i).nonzero().squeeze(1) for i in range(logits.shape[1])]
         costs = [
-            self.costs(logits[:, image], boxes[:, image], labels[objects], object_boxes[objects])
+            self.costs(
+                logits[:, image],
+                boxes[:, image],
+                labels[objects],
+                object_boxes[objects],
+                similarity,
+            )
             for image, objects in enumerate(per_image)
         ]
         counts = [len(objects) for objects in per_image]
@@ -100,7 +113,14 @@ class HungarianAssigner:
         stage, image, query, chosen = torch.cat(pairs, 1).to(logits.device)
         return Match(stage, image, query, chosen)
 
-    def costs(self, logits: Tensor, boxes: Tensor, labels: Tensor, object_boxes: Tensor) -> Tensor:
+    def costs(
+        self,
+        logits: Tensor,
+        boxes: Tensor,
+        labels: Tensor,
+        object_boxes: Tensor,
+        similarity: Similarity = generalized_iou,
+    ) -> Tensor:
         """Cost of each query for each object, (..., Q, n).
 
         Args:
@@ -108,6 +128,7 @@ class HungarianAssigner:
             boxes: cxcywh, (..., Q, 4).
             labels: (n,).
             object_boxes: cxcywh, (n, 4).
+            similarity: of boxes; asked for as many pairs at a time as `PAIRS_AT_ONCE` allows.
         """
         probability = logits.float().sigmoid()[..., labels]
         boxes, object_boxes = boxes.float(), object_boxes.float()
@@ -115,13 +136,12 @@ class HungarianAssigner:
         present = -self.alpha * wrong**self.gamma * (probability + PROBABILITY_EPS).log()
         absent = (self.alpha - 1) * probability**self.gamma * (wrong + PROBABILITY_EPS).log()
         distance = torch.cdist(boxes, object_boxes.expand(*boxes.shape[:-2], -1, -1), p=1)
-        overlap = generalized_iou(
-            cxcywh_to_xyxy(boxes)[..., :, None, :], cxcywh_to_xyxy(object_boxes)[..., None, :, :]
-        )
+        corners, object_corners = cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(object_boxes)
+        columns = max(PAIRS_AT_ONCE // max(corners[..., 0].numel(), 1), 1)
+        parts = object_corners.split(columns)
+        alike = torch.cat([similarity(corners[..., :, None, :], part) for part in parts], -1)
         cost = (
-            self.cost_class * (present - absent)
-            + self.cost_l1 * distance
-            - self.cost_giou * overlap
+            self.cost_class * (present - absent) + self.cost_l1 * distance - self.cost_giou * alike
         )
         return cost.nan_to_num(WORST_COST, WORST_COST, WORST_COST)
 

@@ -1,4 +1,7 @@
-"""YOLOv5's loss: CIoU of matched boxes, binary cross entropy of objectness (target: the IoU) and of classes.
+"""YOLOv5's loss: a box loss of matched boxes, cross entropy of objectness, a class loss.
+
+Objectness aims at the CIoU of the matched box, whatever the box loss is: a score must tell how well a box fits,
+on a scale that does not change with the loss.
 
 Letters: B batch, N objects, P matches of a level, K anchors, H, W cells, C classes.
 """
@@ -14,8 +17,17 @@ from torch import Tensor
 
 from models.assigners.anchor_ratio import AnchorMatches, assign_level
 from models.heads.anchor import AnchorDetect, AnchorRaw
-from utils.boxes import complete_iou, cxcywh_to_xyxy, xyxy_to_cxcywh
+from models.losses.box import BoxLoss, Frame
+from models.losses.classification import (
+    ClassTargets,
+    binary_cross_entropy,
+    choose_class_loss,
+    focal_loss,
+)
+from utils.boxes import complete_iou, cxcywh_to_xyxy, elementwise_iou, xyxy_to_cxcywh
 from utils.structures import Targets
+
+PAPERS_ALPHA = 0.25  # arXiv 1708.02002, for recipes that have a `fl_gamma` and no `focal_alpha`
 
 
 def scaled_gains(
@@ -32,13 +44,25 @@ def scaled_gains(
 
 
 class AnchorLoss:
-    """(raw, targets) -> `box`, `obj`, `cls`, each weighted; their sum is multiplied by the batch size."""
+    """(raw, targets) -> `box`, `obj`, `cls`, each weighted; their sum is multiplied by the batch size.
+
+    Args:
+        head: the head whose raw predictions come in.
+        hyp: gains `box`, `obj`, `cls`; `obj_pw`, `cls_pw`, `anchor_t`; `box_loss` (CIoU if it has
+            none), `cls_loss` (`bce`) and the numbers that these read; `fl_gamma` above 0 makes the cross
+            entropies of objectness and classes focal.
+        allow_code: whether `box_loss` may be a user's file.
+    """
 
     times_batch = True
 
-    def __init__(self, head: AnchorDetect, hyp: Mapping[str, Any]) -> None:
+    def __init__(
+        self, head: AnchorDetect, hyp: Mapping[str, Any], *, allow_code: bool = False
+    ) -> None:
         self.head = head
         self.hyp = hyp
+        self.box_loss = BoxLoss(hyp.get("box_loss", "ciou"), hyp, allow_code=allow_code)
+        self.class_loss = choose_class_loss(hyp.get("cls_loss", "bce"), hyp)
         smoothing = hyp.get("label_smoothing", 0.0)
         self.positive, self.negative = 1 - 0.5 * smoothing, 0.5 * smoothing
         balance = {3: (4.0, 1.0, 0.4), 4: (4.0, 1.0, 0.25, 0.06)}
@@ -54,6 +78,7 @@ class AnchorLoss:
             level_box, level_obj, level_cls = self._level(prediction.float(), targets, level)
             box, classes = box + level_box, classes + level_cls
             objectness = objectness + level_obj * self.balance[level]
+        self.box_loss.end_step()
         hyp = self.hyp
         return {
             "box": box * hyp["box"],
@@ -75,45 +100,50 @@ class AnchorLoss:
         if len(chosen) == 0:  # objectness alone still gives every parameter a gradient
             nothing = prediction.new_zeros(())
             return nothing, self._bce(prediction[..., 4], wanted, self.hyp["obj_pw"]), nothing
-        iou = self._iou(chosen, boxes, anchors, matches)
-        _put_largest(wanted, index, iou.detach().clamp(min=0))
-        objectness = self._bce(prediction[..., 4], wanted, self.hyp["obj_pw"])
+        found, goal = self._boxes(chosen, boxes, anchors, matches)
+        fit = complete_iou(found.detach(), goal)
+        _put_largest(wanted, index, fit.clamp(min=0))
+        frame = Frame((height * stride, width * stride), unit=float(stride))
         return (
-            (1 - iou).mean(),
-            objectness,
-            self._class_loss(chosen, targets.labels[matches.objects]),
+            self.box_loss(found, goal, frame).mean(),
+            self._bce(prediction[..., 4], wanted, self.hyp["obj_pw"]),
+            self._class_loss(
+                chosen, targets.labels[matches.objects], elementwise_iou(found.detach(), goal)
+            ),
         )
 
-    def _iou(
+    def _boxes(
         self, chosen: Tensor, boxes: Tensor, anchors: Tensor, matches: AnchorMatches
-    ) -> Tensor:
-        """CIoU (P,) of predictions and their objects, both in cells relative to the matched cell."""
+    ) -> tuple[Tensor, Tensor]:
+        """Predictions and their objects, xyxy (P, 4) each, in cells relative to the matched cell."""
         cell = torch.stack((matches.cols, matches.rows), -1)
         centre = chosen[:, :2].sigmoid() * 2 - 0.5
         size = (chosen[:, 2:4].sigmoid() * 2) ** 2 * anchors[matches.anchors]
         goal = boxes[matches.objects]
         goal = torch.cat((goal[:, :2] - cell, goal[:, 2:]), -1)
-        return complete_iou(cxcywh_to_xyxy(torch.cat((centre, size), -1)), cxcywh_to_xyxy(goal))
+        return cxcywh_to_xyxy(torch.cat((centre, size), -1)), cxcywh_to_xyxy(goal)
 
-    def _class_loss(self, chosen: Tensor, labels: Tensor) -> Tensor:
+    def _class_loss(self, chosen: Tensor, labels: Tensor, overlaps: Tensor) -> Tensor:
+        """Of the matched predictions (P, 5 + C), whose boxes overlap their objects by `overlaps` (P,)."""
         if self.head.num_classes == 1:  # one class: objectness says it all
             return chosen.new_zeros(())
-        wanted = torch.full_like(chosen[:, 5:], self.negative)
-        wanted[torch.arange(len(labels), device=labels.device), labels] = self.positive
-        return self._bce(chosen[:, 5:], wanted, self.hyp["cls_pw"])
+        logits = chosen[:, 5:]
+        is_label = torch.zeros_like(logits)
+        is_label[torch.arange(len(labels), device=labels.device), labels] = 1
+        wanted = torch.where(is_label > 0, self.positive, self.negative)
+        if self.class_loss is binary_cross_entropy:
+            return self._bce(logits, wanted, self.hyp["cls_pw"])
+        aims = ClassTargets(wanted, is_label * overlaps[:, None], is_label)
+        return self.class_loss(logits, aims, self.hyp).mean()
 
     def _bce(self, logits: Tensor, wanted: Tensor, positive_weight: float) -> Tensor:
-        weight = logits.new_tensor(positive_weight)
+        """Mean cross entropy; focal with a `fl_gamma` above 0."""
         gamma = self.hyp.get("fl_gamma", 0.0)
-        if gamma == 0:
-            return F.binary_cross_entropy_with_logits(logits, wanted, pos_weight=weight)
-        loss = F.binary_cross_entropy_with_logits(
-            logits, wanted, pos_weight=weight, reduction="none"
-        )
-        probability = logits.sigmoid()
-        agreement = wanted * probability + (1 - wanted) * (1 - probability)
-        alpha = wanted * 0.25 + (1 - wanted) * 0.75
-        return (loss * alpha * (1 - agreement) ** gamma).mean()
+        if gamma > 0:
+            alpha = self.hyp.get("focal_alpha", PAPERS_ALPHA)
+            return focal_loss(logits, wanted, alpha, gamma, positive_weight).mean()
+        weight = logits.new_tensor(positive_weight)
+        return F.binary_cross_entropy_with_logits(logits, wanted, pos_weight=weight)
 
 
 def _put_largest(wanted: Tensor, index: tuple[Tensor, ...], values: Tensor) -> None:

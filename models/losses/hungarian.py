@@ -1,7 +1,7 @@
-"""RT-DETR's set loss: varifocal, L1 and GIoU for every decoder layer, the encoder and denoising.
+"""RT-DETR's set loss: a class loss, L1 and a box loss for every decoder layer, the encoder and denoising.
 
-Sources: RT-DETR (arXiv 2304.08069, eq. 3), varifocal loss (arXiv 2008.13367, eq. 2),
-DETR (arXiv 2005.12872).
+Sources: RT-DETR (arXiv 2304.08069, eq. 3) with varifocal loss and GIoU, DETR (arXiv 2005.12872).
+The terms of the box loss are called `giou` whatever `box_loss` says, as their weight in the recipe is.
 
 Letters: S stages, B batch, Q queries, C classes, N objects, P matched pairs.
 Boxes are cxcywh, normalised.
@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from models.assigners.hungarian import HungarianAssigner, Match
 from models.heads.rtdetr import RTDETRDecoder, RTDETRRaw
-from utils.boxes import cxcywh_to_xyxy, elementwise_iou, generalized_iou, xyxy_to_cxcywh
+from models.losses.box import BoxLoss, Frame
+from models.losses.classification import ClassTargets, choose_class_loss
+from utils.boxes import cxcywh_to_xyxy, elementwise_iou, xyxy_to_cxcywh
 from utils.structures import Targets
 
 
@@ -35,17 +36,22 @@ class HungarianLoss:
 
     Args:
         head: the head whose raw predictions come in.
-        hyp: weights `cls`, `l1`, `giou`; `vfl_alpha`, `vfl_gamma` and, for batches without objects,
-            `vfl_gamma_empty`; matching costs `cost_class`, `cost_l1`, `cost_giou`, `cost_alpha`,
-            `cost_gamma`.
+        hyp: weights `cls`, `l1`, `giou`; `box_loss` (GIoU if it has none), `cls_loss` (`varifocal`) and
+            the numbers that these read, for batches without objects `vfl_gamma_empty` in place of
+            `vfl_gamma`; matching costs `cost_class`, `cost_l1`, `cost_giou`, `cost_alpha`, `cost_gamma`.
+        allow_code: whether `box_loss` may be a user's file.
     """
 
     times_batch = False
 
-    def __init__(self, head: RTDETRDecoder, hyp: Mapping[str, Any]) -> None:
+    def __init__(
+        self, head: RTDETRDecoder, hyp: Mapping[str, Any], *, allow_code: bool = False
+    ) -> None:
         self.weights = {name: hyp[name] for name in StageLosses._fields}
-        self.alpha, self.gamma = hyp["vfl_alpha"], hyp["vfl_gamma"]
-        self.gamma_empty = hyp["vfl_gamma_empty"]
+        self.box_loss = BoxLoss(hyp.get("box_loss", "giou"), hyp, allow_code=allow_code)
+        self.class_loss = choose_class_loss(hyp.get("cls_loss", "varifocal"), hyp)
+        self.hyp = hyp
+        self.hyp_empty = {**hyp, "vfl_gamma": hyp["vfl_gamma_empty"]}
         self.assigner = HungarianAssigner(
             hyp["cost_class"],
             hyp["cost_l1"],
@@ -66,19 +72,24 @@ class HungarianLoss:
         targets = targets._replace(boxes=xyxy_to_cxcywh(targets.boxes.float() / scale))
         logits = torch.cat((raw.encoder_logits[None], raw.logits)).float()
         boxes = torch.cat((raw.encoder_boxes[None], raw.boxes)).float()
-        match = self.assigner(logits, boxes, targets.image_index, targets.labels, targets.boxes)
+        frame = Frame((height, width), unit=scale)
+        match = self.assigner(
+            logits, boxes, targets.image_index, targets.labels, targets.boxes,
+            lambda queries, objects: self.box_loss.similarity(queries, objects, frame),
+        )  # fmt: skip
         count = mean_object_count(targets)
-        stages = self._stage_losses(logits, boxes, targets, match)
+        stages = self._stage_losses(logits, boxes, targets, match, frame)
         terms = {
             name: self.weights[name] * loss[-1] / count for name, loss in stages._asdict().items()
         }
         for name, loss in stages._asdict().items():
             terms[f"{name}_aux"] = self.weights[name] * loss[:-1].sum() / count
-        terms.update(self._denoising_losses(raw, targets, count))
+        terms.update(self._denoising_losses(raw, targets, count, frame))
+        self.box_loss.end_step()
         return terms
 
     def _denoising_losses(
-        self, raw: RTDETRRaw, targets: Targets, count: Tensor
+        self, raw: RTDETRRaw, targets: Targets, count: Tensor, frame: Frame
     ) -> dict[str, Tensor]:
         """Losses of queries whose objects are known: no matching."""
         if raw.denoising is None:
@@ -88,14 +99,14 @@ class HungarianLoss:
         objects = object_index[image, query]
         stage = torch.arange(len(logits), device=image.device).repeat_interleave(len(image))
         match = Match(stage, *(t.repeat(len(logits)) for t in (image, query, objects)))
-        stages = self._stage_losses(logits.float(), boxes.float(), targets, match)
+        stages = self._stage_losses(logits.float(), boxes.float(), targets, match, frame)
         return {
             f"{name}_dn": self.weights[name] * loss.sum() / (count * groups)
             for name, loss in stages._asdict().items()
         }
 
     def _stage_losses(
-        self, logits: Tensor, boxes: Tensor, targets: Targets, match: Match
+        self, logits: Tensor, boxes: Tensor, targets: Targets, match: Match, frame: Frame
     ) -> StageLosses:
         """Sums per stage, from logits (S, B, Q, C) and boxes (S, B, Q, 4).
 
@@ -105,7 +116,7 @@ class HungarianLoss:
         place = (match.stage, match.image, match.query)
         chosen, wanted = boxes[place], targets.boxes[match.object]
         corners, wanted_corners = cxcywh_to_xyxy(chosen), cxcywh_to_xyxy(wanted)
-        giou = 1 - generalized_iou(corners, wanted_corners)
+        giou = self.box_loss(corners, wanted_corners, frame)
         l1 = (chosen - wanted).abs().sum(-1)
         with torch.no_grad():
             quality = torch.zeros_like(logits)
@@ -114,21 +125,12 @@ class HungarianLoss:
             quality[(*place, labels)] = elementwise_iou(corners, wanted_corners)
             is_class[(*place, labels)] = 1
         none = logits.new_zeros(len(logits))
-        gamma = self.gamma if len(targets.labels) else self.gamma_empty
+        numbers = self.hyp if len(targets.labels) else self.hyp_empty
+        aims = ClassTargets(is_class, quality, is_class)
         return StageLosses(
             none.index_add(0, match.stage, giou),
-            self._varifocal(logits, quality, is_class, gamma).sum((1, 2, 3)),
+            self.class_loss(logits, aims, numbers).sum((1, 2, 3)),
             none.index_add(0, match.stage, l1),
-        )
-
-    def _varifocal(self, logits: Tensor, quality: Tensor, is_class: Tensor, gamma: float) -> Tensor:
-        """Elementwise varifocal loss; the target of a matched query's class is its box's overlap.
-
-        The weight of the negatives takes gradient too, which about doubles theirs.
-        """
-        weight = self.alpha * logits.sigmoid() ** gamma * (1 - is_class) + quality
-        return weight * functional.binary_cross_entropy_with_logits(
-            logits, quality, reduction="none"
         )
 
 

@@ -1,7 +1,7 @@
-"""Losses of YOLO11 and YOLOv9: classification towards alignment, CIoU, distribution focal loss.
+"""Losses of YOLO11 and YOLOv9: classification towards alignment, a box loss, distribution focal loss.
 
-Sources: TOOD (arXiv 2108.07755) for targets and weights, CIoU (arXiv 1911.08287), DFL (arXiv
-2006.04388, eq. 6), YOLOv9 (arXiv 2402.13616) for the weighted auxiliary branch.
+Sources: TOOD (arXiv 2108.07755) for targets and weights, DFL (arXiv 2006.04388, eq. 6), YOLOv9 (arXiv
+2402.13616) for the weighted auxiliary branch. The assignment goes by CIoU whatever the box loss is.
 Letters: B batch, A anchor points, C classes, R bins of a distance, P positive predictions.
 """
 
@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from models.assigners.task_aligned import Assignment, Predictions, assign
 from models.heads.ddetect import DualRaw
 from models.heads.dfl import DFLRaw, distances_to_boxes, expected_distance
-from utils.boxes import complete_iou
+from models.losses.box import BoxLoss, Frame
+from models.losses.classification import ClassTargets, choose_class_loss
 from utils.structures import Targets
 
 # A distance stays this far below the last bin, so that there is always a bin above it.
@@ -29,12 +29,17 @@ class TaskAlignedLoss:
 
     Args:
         head: gives `reg_max`.
-        hyp: weights `box`, `cls`, `dfl`; assignment `tal_topk`, `tal_alpha`, `tal_beta`.
+        hyp: weights `box`, `cls`, `dfl`; assignment `tal_topk`, `tal_alpha`, `tal_beta`; `box_loss`
+            (CIoU if it has none), `cls_loss` (`bce`) and the numbers that these read.
+        allow_code: whether `box_loss` may be a user's file.
     """
 
     times_batch = True
 
-    def __init__(self, head: Any, hyp: Mapping[str, Any]) -> None:
+    def __init__(self, head: Any, hyp: Mapping[str, Any], *, allow_code: bool = False) -> None:
+        self.hyp = hyp
+        self.box_loss = BoxLoss(hyp.get("box_loss", "ciou"), hyp, allow_code=allow_code)
+        self.class_loss = choose_class_loss(hyp.get("cls_loss", "bce"), hyp)
         self.reg_max: int = head.reg_max
         self.weights = {name: float(hyp[name]) for name in ("box", "cls", "dfl")}
         self.topk = int(hyp["tal_topk"])
@@ -46,6 +51,7 @@ class TaskAlignedLoss:
         assignment = self._assign(raw, targets)
         normaliser = assignment.weights.sum().clamp(min=1)
         box, dfl = self._localisation(raw, targets, assignment)
+        self.box_loss.end_step()
         terms = {"box": box, "cls": self._classification(raw, targets, assignment), "dfl": dfl}
         return {name: self.weights[name] * term / normaliser for name, term in terms.items()}
 
@@ -60,25 +66,32 @@ class TaskAlignedLoss:
         return distances_to_boxes(points, expected_distance(distances, bins) * strides)
 
     def _classification(self, raw: DFLRaw, targets: Targets, assignment: Assignment) -> Tensor:
-        """Binary cross-entropy towards the alignment weight of the object's class, summed."""
+        """Class loss towards the alignment weight of the object's class, summed."""
         wanted = torch.zeros_like(raw.logits)
         labels = targets.labels[assignment.objects]
         images, places = _places(assignment, raw.points)
         wanted[images, places, labels] = assignment.weights
-        return F.binary_cross_entropy_with_logits(raw.logits, wanted, reduction="sum")
+        return self.class_loss(raw.logits, ClassTargets(wanted, wanted), self.hyp).sum()
 
     def _localisation(
         self, raw: DFLRaw, targets: Targets, assignment: Assignment
     ) -> tuple[Tensor, Tensor]:
-        """CIoU and distribution focal loss of the positives, weighted by alignment, summed."""
+        """Box loss and distribution focal loss of the positives, weighted by alignment, summed."""
         images, places = _places(assignment, raw.points)
         points, strides = raw.points[places], raw.strides[places]
         distances = raw.distances[images, places]
         truths = targets.boxes[assignment.objects].float()
-        missed = 1 - complete_iou(self._boxes(distances, points, strides), truths)
+        frame = Frame(_image_size(raw))
+        missed = self.box_loss(self._boxes(distances, points, strides), truths, frame)
         sides = torch.cat((points - truths[:, :2], truths[:, 2:] - points), 1) / strides
         focal = distribution_focal_loss(distances.view(-1, 4, self.reg_max), sides).mean(1)
         return (missed * assignment.weights).sum(), (focal * assignment.weights).sum()
+
+
+def _image_size(raw: DFLRaw) -> tuple[Tensor, Tensor]:
+    """Height and width in pixels: where the last cells end."""
+    width, height = (raw.points + raw.strides / 2).amax(0).unbind()
+    return height, width
 
 
 def _places(assignment: Assignment, points: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,8 +123,9 @@ class DualTaskAlignedLoss:
 
     times_batch = True
 
-    def __init__(self, head: Any, hyp: Mapping[str, Any]) -> None:
-        self.branch = TaskAlignedLoss(head, hyp)
+    def __init__(self, head: Any, hyp: Mapping[str, Any], *, allow_code: bool = False) -> None:
+        self.branch = TaskAlignedLoss(head, hyp, allow_code=allow_code)
+        self.box_loss = self.branch.box_loss
         self.aux_weight = float(hyp["aux_weight"])
 
     def __call__(self, raw: DualRaw, targets: Targets) -> dict[str, Tensor]:
