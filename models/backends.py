@@ -79,7 +79,7 @@ def load_backend(
 
 def model_info(model: DetectionModel) -> ArtifactInfo:
     """What a model in memory would say about itself."""
-    any_size = all(getattr(module, "any_size", True) for module in model.modules())
+    any_size = model.any_size
     return ArtifactInfo(
         model.names, model.max_stride, model.imgsz, None, any_size, model.head.family,
         model.head.postprocess, "decoded", model.channels,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -43,32 +44,78 @@ def run_on_meta(module: nn.Module, *inputs: Any) -> Any:
             raise
 
 
-def idle_parameters(module: nn.Module, inputs: Any, kept: Sequence[int]) -> list[str]:
+def run_for_real(module: nn.Module, *inputs: Any) -> Any:
+    """As `run_on_meta`, for code that asks for values: a copy of `module` computes on random numbers on the CPU."""
+    with evaluating(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        outputs = copy.deepcopy(module)(*tree_map(_random, inputs))
+    return tree_map(_as_meta, outputs)
+
+
+def idle_parameters(module: nn.Module, inputs: tuple[Any, ...], kept: Sequence[int]) -> list[str]:
     """Names of the parameters that the outputs number `kept` of `module` do not depend on.
 
     Found by a backward pass of meta tensors in eval mode; empty for code that cannot be run so.
     """
     shapes = _meta_tensors(module)
-    with suppress(ForeignError), foreign_code():
+    with suppress(ForeignError), foreign_code(), evaluating(module):
         return _without_gradient(module, shapes, inputs, kept)
-    with suppress(ForeignError), foreign_code(), _fake_tensors():
+    with suppress(ForeignError), foreign_code(), _fake_tensors(), evaluating(module):
         return _without_gradient(module, _faked(shapes), tree_map(_fake, inputs), kept)
     return []
 
 
+def train_on_meta(
+    module: nn.Module, inputs: tuple[Any, ...], memory_format: torch.memory_format
+) -> None:
+    """One forward and backward pass in training mode on the meta device; `module` is not changed.
+
+    Raises:
+        Whatever its code raises.
+    """
+
+    def laid_out(value: Any) -> Any:
+        is_map = isinstance(value, torch.Tensor) and value.ndim == 4
+        return value.to(memory_format=memory_format) if is_map else value
+
+    modes = {m: m.training for m in module.modules()}
+    try:
+        tensors = {key: laid_out(value) for key, value in _meta_tensors(module).items()}
+        _without_gradient(module.train(), tensors, tree_map(laid_out, inputs), None)
+    finally:
+        for submodule, training in modes.items():
+            submodule.training = training
+
+
+def train_for_real(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """As `train_on_meta`, with random numbers on the CPU and a copy of `module`."""
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        outputs = copy.deepcopy(module).train()(*tree_map(_random, inputs))
+        _total(outputs, None).backward()
+
+
 def _without_gradient(
-    module: nn.Module, tensors: dict[str, torch.Tensor], inputs: Any, kept: Sequence[int]
+    module: nn.Module,
+    tensors: dict[str, torch.Tensor],
+    inputs: tuple[Any, ...],
+    kept: Sequence[int] | None,
 ) -> list[str]:
     parameters = {
         key: tensors[key].requires_grad_()
         for key, p in module.named_parameters()
         if p.requires_grad
     }
-    with evaluating(module), torch.enable_grad():
-        outputs = _call_with(module, tensors, (inputs,))
-        maps = list(outputs.values()) if isinstance(outputs, Mapping) else outputs
-        torch.stack([maps[k].sum() for k in kept]).sum().backward()
+    with torch.enable_grad():
+        total = _total(_call_with(module, tensors, inputs), kept)
+        if total.requires_grad:  # without, all of them are idle
+            total.backward()
     return [key for key, tensor in parameters.items() if tensor.grad is None]
+
+
+def _total(outputs: Any, kept: Sequence[int] | None) -> torch.Tensor:
+    """The sum of the maps number `kept`, or of all."""
+    maps = list(outputs.values()) if isinstance(outputs, Mapping) else outputs
+    maps = [maps] if isinstance(maps, torch.Tensor) else maps
+    return torch.stack([maps[k].sum() for k in (range(len(maps)) if kept is None else kept)]).sum()
 
 
 def _meta_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -104,6 +151,12 @@ def _faked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _fake(value: Any) -> Any:
     return torch.empty(value.shape, dtype=value.dtype) if isinstance(value, torch.Tensor) else value
+
+
+def _random(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return torch.rand(value.shape, dtype=value.dtype)
 
 
 def _as_meta(value: Any) -> Any:

@@ -191,6 +191,14 @@ def backbone(in_channels: Sequence[Any], args: Sequence[Any], scaling: Scaling) 
     return Plan(list(args), None, repeats_inside=True)
 
 
+def by_signature(in_channels: Sequence[Any], args: Sequence[Any], scaling: Scaling) -> Plan:
+    """A class that nobody registered: nothing is known of it until the parser has read its constructor and tried it.
+
+    It may be a block, a neck, or a backbone where it reads the image.
+    """
+    return Plan(list(args), None)
+
+
 def detection_head(in_channels: Sequence[Any], args: Sequence[Any], scaling: Scaling) -> Plan:
     """`[nc, ...]` becomes `(nc, ..., [channels of each level])`: the last row of a model."""
     levels = [single([channels]) for channels in in_channels]

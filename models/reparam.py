@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 from models.fusing.dataflow import Call, Record, record_run
 from models.fusing.pairs import Folder
 from models.fusing.precision import default_type, in_type, own_type, widest_type
+from models.parser.wiring import with_releases
 from models.table import Totals, count_params, measure
 
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-4}
@@ -182,7 +183,7 @@ def _sample_for(model: Any) -> Tensor:
     stride = getattr(model, "max_stride", 32)
     height, width = (5 * stride, 6 * stride) if is_ranking else (2 * stride, 3 * stride)
     own: tuple[int, int] = getattr(model, "imgsz", (height, width))
-    is_fixed = any(getattr(module, "any_size", True) is False for module in model.modules())
+    is_fixed = any(getattr(module, "any_size", True) is False for module in model.modules())  # the model among them
     shape = (1, getattr(model, "channels", 3))
     generator = torch.Generator().manual_seed(0)
     sample = torch.rand(*shape, height, width, generator=generator)
@@ -240,16 +241,8 @@ def _drop_rows(model: Any) -> list[str]:
     kept.reverse()
     dropped = [f"model.{n} ({row.module})" for n, row in enumerate(rows) if n not in set(kept)]
     model.model = nn.ModuleList(modules[number] for number in kept)
-    model.rows = _with_releases([rows[number] for number in kept])
+    model.rows = with_releases([rows[number] for number in kept])
     return [*dropped, f"model.{len(rows) - 1} (auxiliary part)"]
-
-
-def _with_releases(rows: list[Any]) -> tuple[Any, ...]:
-    last = {slot: number for number, row in enumerate(rows) for slot in row.inputs}
-    return tuple(
-        row._replace(release=tuple(slot for slot, at in last.items() if at == number))
-        for number, row in enumerate(rows)
-    )
 
 
 def _drop_idle(

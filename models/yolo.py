@@ -22,6 +22,7 @@ from models.blocks import csp, gelan, hg  # noqa: F401
 from models.heads import ddetect, detect, rtdetr  # noqa: F401
 from models.parser.build import apply_activation, build_rows, require_backbone
 from models.parser.graft import forget_weights, replace_backbone, row_slots
+from models.parser.imports import import_code
 from models.parser.rows import ModelSpec, parse_spec, read_model_config, resolve
 from models.parser.wiring import Row
 from models.registry import LayerError
@@ -30,11 +31,10 @@ from models.table import format_table, measure, row_records
 from utils.channels import as_channels
 from utils.config import ArgumentParser, integer, parse_imgsz
 from utils.errors import CheckpointError, ConfigError, ForeignError, foreign_code, nearest, run_cli
+from utils.logger import get_logger
 from utils.structures import Decoded, Targets
 
 ACTIVATIONS = ("ReLU", "ReLU6", "SiLU", "GELU", "Hardswish", "LeakyReLU", "Mish", "ELU", "Identity")
-HOME = "imports_from"
-"""Key of a config: the folder that the files of `imports` were found from when the model was built."""
 
 
 class DetectionModel(nn.Module):
@@ -79,6 +79,17 @@ class DetectionModel(nn.Module):
         return self.head.strides
 
     @property
+    def any_size(self) -> bool:
+        """Whether it takes images of other sizes than it was built for."""
+        own = (getattr(module, "any_size", True) for module in self.model.modules())
+        return all(own) and all(row.any_size for row in self.rows)
+
+    @property
+    def computes_channels_last(self) -> bool:
+        """Whether every module works in that memory format."""
+        return all(row.channels_last for row in self.rows)
+
+    @property
     def max_stride(self) -> int:
         """Image sizes must be multiples of this: the largest stride of a map, not of what was pooled to one cell."""
         maps = (
@@ -96,11 +107,12 @@ class DetectionModel(nn.Module):
         """
         if self.channels != 3:
             images = as_channels(images, self.channels)
+        self._check_size(images)
         slots: dict[int, Any] = {-1: images}
         output: Any = images
         for row, module in zip(self.rows, self.model, strict=True):
-            inputs = [slots[i] for i in row.inputs] if row.takes_list else slots[row.inputs[0]]
-            output = module(inputs, targets) if module is self.model[-1] else module(inputs)
+            inputs = row.arguments([slots[i] for i in row.inputs])
+            output = module(*inputs, targets) if module is self.model[-1] else module(*inputs)
             if row.map_slots is None:
                 slots[row.index] = output
             else:
@@ -117,6 +129,15 @@ class DetectionModel(nn.Module):
             for slot in row.release:
                 slots.pop(slot, None)
         return output
+
+    def _check_size(self, images: Tensor) -> None:
+        bound = next((row for row in self.rows if not row.any_size), None)
+        height, width = images.shape[-2:]
+        if bound is not None and (height, width) != self.imgsz:
+            raise ConfigError(
+                f"{bound.place} {bound.module}: got images of {height}x{width}, expected the {self.imgsz[0]}x{self.imgsz[1]} that "
+                "it was built for. Give that --imgsz, without --rect and --multi-scale."
+            )
 
     def decode(self, raw: Any) -> Decoded:
         """Boxes (B, A, 4) in xyxy pixels and scores (B, A, C)."""
@@ -160,14 +181,25 @@ def build_model(
     num_classes = num_classes if num_classes is not None or not names else len(names)
     file, config, lines = read_model_config(cfg, num_classes=num_classes, scale=scale)
     spec = parse_spec(file, config, lines)
-    _import_code(spec, allow_code)
+    import_code(spec, allow_code)
     if fresh:
         spec = parse_spec(file, forget_weights(config), lines)
     if backbone:
         spec = _with_backbone(spec, lines, backbone)
     model = parse_model(spec, names=names, imgsz=imgsz)
     modules.tell_broken_files()
+    _tell_notes(spec, model.rows)
     return model
+
+
+def _tell_notes(spec: ModelSpec, rows: Sequence[Row]) -> None:
+    """Warn of rows that can be read in two ways, or whose modules cannot do everything."""
+    notes = [(row.place, row.module, note) for row in rows for note in row.notes]
+    said = dict.fromkeys(
+        (row.module, note) for row in rows if (note := modules.shadowed(row.module))
+    )
+    for place, name, note in [*notes, *(("", *words) for words in said)]:
+        get_logger().warning(f"{' '.join(filter(None, (spec.file, place, name)))}: {note}")
 
 
 def _with_backbone(
@@ -218,29 +250,6 @@ def parse_options(words: Sequence[str]) -> dict[str, Any]:
             )
         options[key] = resolve(value, {})
     return options
-
-
-def _import_code(spec: ModelSpec, allowed: bool) -> None:
-    for name in spec.imports:
-        if not allowed:
-            raise ConfigError(
-                f"{spec.file} imports: {name} would run code. Read it, then give --allow-code if you trust it."
-            )
-        folders = [Path(spec.file).parent, Path(spec.config.get(HOME) or ""), Path()]
-        home = next((folder for folder in folders if (folder / name).is_file()), None)
-        if home is None:
-            places = dict.fromkeys(str(folder.resolve()) for folder in folders)
-            raise ConfigError(
-                f"{spec.file} imports: got {name}, expected a file beside the YAML; it is not in {', '.join(places)}. Put "
-                "it into one of them."
-            )
-        spec.config[HOME] = str(home.resolve())
-        try:
-            modules.import_outside(home / name)
-        except ForeignError as error:
-            raise ConfigError(
-                f"{spec.file} imports: {name} cannot be imported - {error}."
-            ) from error
 
 
 def parse_model(

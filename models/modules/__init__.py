@@ -1,7 +1,7 @@
-"""Backbones: image -> list of feature maps. Every file in this folder is found; nothing else needs editing.
+"""Backbones, and what users add. Every file and package in this folder is found; nothing else needs editing.
 
-A file may register its layers (`@register(backbone)`) or simply define a class or function under the name that the
-YAML uses, which then counts as a backbone.
+A file may register its layers (`@register(rule)`) or simply define a class or function under the name that the YAML uses: what
+it is, a block, a neck or a backbone, shows when the parser tries it. `file.Name` means the class of a certain file.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
 
-from models.registry import Layer, LayerError, backbone, find, registering_modules
+from models.registry import Layer, LayerError, backbone, by_signature, find, registering_modules
 from utils.errors import ForeignError, foreign_code
 from utils.logger import get_logger
 
 _FILES: dict[str, ModuleType] = {}
 _BROKEN: dict[str, str] = {}
 _TOLD: set[str] = set()
+PACKAGE = "__init__.py"
 USER_CODE = (f"{__name__}.", "yoke_import_")
 """How the names of modules begin that users write."""
 
@@ -39,27 +40,47 @@ def _import_files() -> None:
 
 
 def import_outside(path: Path) -> None:
-    """Run a user's Python file, once a process, and offer what it registers or defines; the caller has been allowed to.
+    """Run a user's Python file or package, once a process, and offer what it registers or defines; the caller has been
+    allowed to.
 
     Raises:
-        ForeignError: the file is missing, or its own code failed.
+        ForeignError: it is missing, or its own code failed.
     """
-    place = str(path.resolve())
-    name = f"yoke_import_{path.stem}_{sha256(place.encode()).hexdigest()[:8]}"
-    if name in _FILES:
-        return
-    spec = importlib.util.spec_from_file_location(name, path)
+    path = path.resolve()
+    root = path
+    while (
+        root.parent / PACKAGE
+    ).is_file():  # a file of a package: its relative imports need the whole
+        root = root.parent
+    name = f"yoke_import_{root.stem}_{sha256(str(root).encode()).hexdigest()[:8]}"
+    with foreign_code(ForeignError, users=USER_CODE), _findable(root.parent):
+        _FILES[name] = _run_once(name, root)
+        if path != root:
+            inside = ".".join((name, *path.relative_to(root).with_suffix("").parts))
+            _FILES[inside] = importlib.import_module(inside)
+        elif root.is_dir() and not any(layer_of(_FILES[name], key) for key in vars(_FILES[name])):
+            for info in pkgutil.iter_modules([str(root)]):  # it offers nothing itself: its files do
+                _FILES[f"{name}.{info.name}"] = importlib.import_module(f"{name}.{info.name}")
+
+
+def _run_once(name: str, path: Path) -> ModuleType:
+    """The module of a file or of a folder with an `__init__.py`, run if it was not before."""
+    if name in sys.modules and name in _FILES:
+        return sys.modules[name]
+    file = path / PACKAGE if path.is_dir() else path
+    inside = [str(path)] if path.is_dir() else None
+    spec = importlib.util.spec_from_file_location(name, file, submodule_search_locations=inside)
     if spec is None or spec.loader is None:
         raise ForeignError("is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # where dataclasses look for the names of annotations
     try:
-        with foreign_code(users=USER_CODE), _findable(path.resolve().parent):
+        with foreign_code(ForeignError, users=USER_CODE):
             spec.loader.exec_module(module)
     except ForeignError:
         del sys.modules[name]
         raise
-    _FILES[name] = module
+    return module
 
 
 @contextmanager
@@ -73,21 +94,65 @@ def _findable(folder: Path) -> Iterator[None]:
         sys.path[:] = before
 
 
-def find_backbone(name: str) -> Layer | None:
-    """The backbone called `name`: registered, or a class or function that a file simply defines.
+def find_pasted(name: str) -> Layer | None:
+    """The layer called `name` that a file of this folder or an import defines; registered backbones among them.
+
+    `file.Name` means the one of that file, whatever else has the name.
 
     Raises:
         LayerError: it is defined twice.
     """
+    place, _, own_name = name.rpartition(".")
+    if place:
+        files = [module for module in _FILES.values() if _stem(module) == place]
+        return next(
+            (
+                layer
+                for m in files
+                if (layer := _registered_in(m, own_name) or layer_of(m, own_name))
+            ),
+            None,
+        )
     registered = find(name)
+    found = [layer for module in _unregistered_files() if (layer := layer_of(module, name))]
+    found = list(
+        {id(layer.build): layer for layer in found}.values()
+    )  # a package and its file offer the same
     if registered is not None and registered.rule is not backbone:
         return None  # a user's own `Conv` is a part of his file
-    found = [layer for module in _unregistered_files() if (layer := layer_of(module, name))]
     found += [registered] if registered is not None else []
     if len(found) > 1:
         places = " and ".join(sorted(_file_of(layer) for layer in found))
-        raise LayerError(f"is defined twice, in {places}. Rename one of them.")
+        ways = " or ".join(
+            sorted(f"{_stem(sys.modules[layer.build.__module__])}.{name}" for layer in found)
+        )
+        raise LayerError(f"is defined twice, in {places}. Write {ways}, or rename one of them.")
     return found[0] if found else None
+
+
+def shadowed(name: str) -> str:
+    """What a YAML should know that names the built-in `name`, where a user's file defines one too; "" otherwise."""
+    registered = find(name)
+    if registered is None or registered.rule is backbone:
+        return ""
+    found = [layer for module in _unregistered_files() if (layer := layer_of(module, name))]
+    if not found:
+        return ""
+    ways = " or ".join(f"{_stem(sys.modules[layer.build.__module__])}.{name}" for layer in found)
+    return (
+        f"the built-in {name} is meant, not the one in {_file_of(found[0])}. Write {ways} for that."
+    )
+
+
+def _registered_in(module: ModuleType, name: str) -> Layer | None:
+    layer = find(name)
+    return layer if layer is not None and layer.build.__module__ == module.__name__ else None
+
+
+def _stem(module: ModuleType) -> str:
+    """What a file or package is called, without its suffix."""
+    path = Path(str(module.__file__))
+    return path.parent.name if path.name == PACKAGE else path.stem
 
 
 def _file_of(layer: Layer) -> str:
@@ -104,13 +169,14 @@ def _unregistered_files() -> list[ModuleType]:
 
 
 def layer_of(module: ModuleType, name: str) -> Layer | None:
-    """The public class or function `name` that `module` itself defines, as a backbone."""
+    """The public class or function `name` that `module`, or a part of the package, itself defines."""
     if name.startswith("_"):
         return None
     value = vars(module).get(name)
-    is_own = getattr(value, "__module__", None) == module.__name__
+    home = str(getattr(value, "__module__", None))
+    is_own = home == module.__name__ or home.startswith(f"{module.__name__}.")
     if is_own and (inspect.isclass(value) or inspect.isfunction(value)):
-        return Layer(name, value, backbone)
+        return Layer(name, value, by_signature)
     return None
 
 

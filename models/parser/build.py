@@ -1,65 +1,49 @@
-"""Rows -> modules: the index rule, names, channel rules and a shape for every row.
+"""Rows -> modules: the index rule, channel rules and a shape for every row.
 
 A plain row fills one slot. A backbone row fills one slot a pyramid level, P1 to P5 (and P6, P7 where it has them), by stride;
-what it does not have is an empty slot. Rows refer to slots by index, by name, or as `P3`. After a module is built it is run on
-the meta device, so that every shape, stride and misfit is known before any data is touched.
+what it does not have is an empty slot. A neck fills one slot a map. Rows refer to slots by index, by name, or as `P3`. After a
+module is built it is run on the meta device, so that every shape, stride and misfit is known before any data is touched.
 """
 
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from models import modules
-from models.meta import idle_parameters, run_on_meta
+from models.meta import idle_parameters, run_for_real, run_on_meta
+from models.parser.naming import (
+    BuildState,
+    SkipError,
+    leave_broken,
+    remember_names,
+    resolve_sources,
+)
+from models.parser.pasted import Settled, Style, arguments, materialize, settle
+from models.parser.pasted_checks import Traits, check
+from models.parser.readings import RowArguments
 from models.parser.rows import ModelSpec, RowSpec
-from models.parser.slots import PYRAMID_SLOTS, backbone_slots, brief, plain_slot, shapes_of
-from models.parser.wiring import Row, Slot
+from models.parser.slots import backbone_slots, brief, neck_slots, plain_slot, shapes_of
+from models.parser.wiring import Row, Slot, with_releases
 from models.registry import (
     Layer,
     LayerError,
     Plan,
     Scaling,
     all_names,
+    by_signature,
     find_anywhere,
 )
 from utils.errors import CheckpointError, ConfigError, ForeignError, foreign_code, nearest
 
-IMAGE = -1
-BROKEN = "broken"
 VALUES_ADVICE = (
     " Shapes are found on torch's meta device, where tensors have no values: leave .item(), .numpy() and decisions on "
     "numbers out of forward, or behind `if self.training`."
 )
-
-
-@dataclass
-class _State:
-    """What the parser knows while it walks the rows."""
-
-    spec: ModelSpec
-    imgsz: tuple[int, int]
-    slots: list[Slot] = field(default_factory=list)
-    named: dict[str, int] = field(default_factory=dict)
-    pyramid: dict[str, int] = field(default_factory=dict)
-    has_backbone: bool = False
-    problems: list[str] = field(default_factory=list)
-    modules: list[nn.Module] = field(default_factory=list)
-    rows: list[Row] = field(default_factory=list)
-
-    def image(self) -> Slot:
-        channels = int(self.spec.config.get("ch", 3))
-        return Slot(torch.empty(1, channels, *self.imgsz, device="meta"), channels, 1)
-
-
-class _SkipError(Exception):
-    """The row reads a slot whose own row has failed: said once is enough."""
 
 
 def build_rows(spec: ModelSpec, imgsz: tuple[int, int]) -> tuple[list[nn.Module], tuple[Row, ...]]:
@@ -68,24 +52,24 @@ def build_rows(spec: ModelSpec, imgsz: tuple[int, int]) -> tuple[list[nn.Module]
     Raises:
         ConfigError: with all problems of the file, one line each.
     """
-    state = _State(spec, imgsz)
+    state = BuildState(spec, imgsz)
     for row in spec.rows:
         try:
             _build_row(state, row)
-        except _SkipError:
-            _leave_broken(state, row)
+        except SkipError:
+            leave_broken(state, row, is_backbone=_gives_maps(state, row))
         except CheckpointError:
             raise
         except (LayerError, ConfigError) as error:
             state.problems.append(f"{spec.file} {row.place} {row.module}: {error}")
-            _leave_broken(state, row)
+            leave_broken(state, row, is_backbone=_gives_maps(state, row))
     if state.problems:
         raise ConfigError("\n".join(state.problems))
     _select_maps(state)
-    return state.modules, _with_releases(state.rows)
+    return state.modules, with_releases(state.rows)
 
 
-def _select_maps(state: _State) -> None:
+def _select_maps(state: BuildState) -> None:
     """Tell every backbone which of its maps are read: no weight that trains is left without a use.
 
     One that can drop maps (`select_strides`) does so; in another the parameters that serve no map that is read are frozen.
@@ -107,32 +91,20 @@ def _select_maps(state: _State) -> None:
             )
 
 
-def _freeze_idle(state: _State, row: Row, module: nn.Module, kept: list[int]) -> None:
-    value = (state.image() if row.inputs[0] == IMAGE else state.slots[row.inputs[0]]).value
-    for name in idle_parameters(module, [value] if row.takes_list else value, kept):
+def _freeze_idle(state: BuildState, row: Row, module: nn.Module, kept: list[int]) -> None:
+    values = [state.slot(index).value for index in row.inputs]
+    for name in idle_parameters(module, row.arguments(values), kept):
         module.get_parameter(name).requires_grad_(False)
 
 
-def _leave_broken(state: _State, row: RowSpec) -> None:
-    """Fill the slots of a row that failed, so that rows which read them are not reported as well."""
-    slots = PYRAMID_SLOTS if _gives_maps(row) else 1
-    state.slots.extend(Slot(None, None, 0, BROKEN) for _ in range(slots))
-    last = len(state.slots) - 1
-    if row.section == "backbone":
-        for level in range(1, PYRAMID_SLOTS + 1):
-            state.pyramid.setdefault(f"P{level}", last)
-    if row.name:
-        state.named[row.name] = last
-
-
-def _gives_maps(row: RowSpec) -> bool:
+def _gives_maps(state: BuildState, row: RowSpec) -> bool:
     """Whether a row that failed is a backbone; an unknown name in the first row is taken for one."""
     try:
         layer = _find_layer(row.module)
     except LayerError:  # two backbones of one name
         return True
-    if layer is None:
-        return row.section == "backbone" and row.number == 0
+    if layer is None or layer.rule is by_signature:
+        return row.section == "backbone" and not state.slots
     return _is_backbone(layer, row.args)
 
 
@@ -160,7 +132,7 @@ def require_backbone(name: str) -> None:
 
 
 def _find_layer(name: str) -> Layer | None:
-    return modules.find_backbone(name) or find_anywhere(name)
+    return modules.find_pasted(name) or find_anywhere(name)
 
 
 def _unknown(name: str) -> LayerError:
@@ -174,51 +146,165 @@ def _unknown(name: str) -> LayerError:
     )
 
 
-def _build_row(state: _State, row: RowSpec) -> None:
-    first = len(state.slots)
+class _Built(NamedTuple):
+    """A row's module and what came out of it."""
+
+    module: nn.Module
+    output: Any
+    slots: list[Slot]
+    map_slots: tuple[int | None, ...] | None
+    kind: str
+    args: str
+    style: Style
+    traits: Traits = Traits()
+
+
+def _build_row(state: BuildState, row: RowSpec) -> None:
     layer = _find_layer(row.module)
     if layer is None:
         raise _unknown(row.module)
-    inputs = _resolve_sources(state, row)
-    sources = [state.image() if i == IMAGE else state.slots[i] for i in inputs]
+    inputs = resolve_sources(state, row)
+    sources = [state.slot(i) for i in inputs]
     scaling = _scaling(state, row, sources)
-    plan = _plan(layer, [slot.channels for slot in sources], row.args, scaling)
-    module = _module(layer, plan, row, scaling)
-    predicts = plan.channels is not None and hasattr(module, "decode")
-    takes_list = isinstance(row.source, list) or predicts  # a head of one level may say -1
-    values = [slot.value for slot in sources]
-    output = _propagate(module, values if takes_list else values[0])
-    new, map_slots = (
-        backbone_slots(module, output, first, state.imgsz)
-        if plan.channels is None
-        else ([plain_slot(plan.channels, output, state.imgsz)], None)
-    )
-    if predicts:  # predictions are no map
-        new = [slot._replace(stride=0) for slot in new]
-    state.slots.extend(new)
-    _remember_names(state, row, first, new, is_backbone=map_slots is not None)
-    filled = [slot for slot in new if not slot.reason]
-    state.modules.append(module)
+    first = len(state.slots)
+    if layer.rule is by_signature:
+        is_image = len(inputs) == 1 and state.is_image(inputs[0])
+        built = _by_signature(layer, row, sources, scaling, first, is_image, state.imgsz)
+    else:
+        built = _by_rule(layer, row, sources, scaling, first, state.imgsz)
+    state.slots.extend(built.slots)
+    remember_names(state, row, first, built.slots, kind=built.kind)
+    filled = [slot for slot in built.slots if not slot.reason]
+    state.modules.append(built.module)
     state.rows.append(
         Row(
             index=len(state.slots) - 1,
             inputs=tuple(inputs),
-            takes_list=takes_list,
-            map_slots=map_slots,
+            takes_list=built.style == "list",
+            map_slots=built.map_slots,
             release=(),
             source=row.source,
             repeats=scaling.repeats,
             module=row.module.removeprefix("nn."),
-            args=_printed(plan.args, row.kwargs),
+            args=built.args,
             shape=tuple(shape for slot in filled for shape in shapes_of(slot.value)),
             strides=tuple(slot.stride for slot in filled),
             section=row.section,
             place=row.place,
+            spread=built.style == "spread",
+            is_neck=built.kind == "neck",
+            any_size=built.traits.any_size,
+            channels_last=built.traits.channels_last,
+            notes=built.traits.notes,
         )
     )
 
 
-def _scaling(state: _State, row: RowSpec, sources: list[Slot]) -> Scaling:
+def _by_rule(
+    layer: Layer,
+    row: RowSpec,
+    sources: Sequence[Slot],
+    scaling: Scaling,
+    first: int,
+    imgsz: tuple[int, int],
+) -> _Built:
+    """A registered layer: its rule says what the constructor takes and which channels come out."""
+    plan = _plan(layer, [slot.channels for slot in sources], row.args, scaling)
+    module = _module(layer, plan, row, scaling)
+    predicts = plan.channels is not None and hasattr(module, "decode")
+    takes_list = isinstance(row.source, list) or len(sources) > 1 or predicts
+    values = [slot.value for slot in sources]
+    output = _propagate(module, values if takes_list else values[0])
+    slots, map_slots = (
+        backbone_slots(module, output, first, imgsz)
+        if plan.channels is None
+        else ([plain_slot(plan.channels, output, imgsz)], None)
+    )
+    if predicts:  # predictions are no map
+        slots = [slot._replace(stride=0) for slot in slots]
+    kind = "map" if map_slots is None else "backbone"
+    style: Style = "list" if takes_list else "map"
+    are_maps = all(isinstance(value, Tensor) and value.ndim == 4 for value in values)
+    traits = (
+        check(module, sources, style, output, imgsz) if are_maps and _is_users(module) else Traits()
+    )
+    printed = _printed(plan.args, row.kwargs)
+    return _Built(module, output, slots, map_slots, kind, printed, style, traits)
+
+
+def _by_signature(
+    layer: Layer,
+    row: RowSpec,
+    sources: Sequence[Slot],
+    scaling: Scaling,
+    first: int,
+    is_image: bool,
+    imgsz: tuple[int, int],
+) -> _Built:
+    """A pasted class: its constructor is read, and what comes out says what it is."""
+    values = _maps(row, sources)
+    said = RowArguments(row.args, row.kwargs, scaling)
+    is_list = isinstance(row.source, list)
+    settled = settle(layer, said, values, is_image=is_image, is_list=is_list)
+    is_maps = isinstance(settled.output, (list, tuple, Mapping))
+    module, output = _instance(layer, settled, values, 1 if is_maps else scaling.repeats, said)
+    if is_maps and is_image:
+        slots, map_slots = backbone_slots(module, output, first, imgsz)
+    elif is_maps:
+        slots, map_slots = neck_slots(output, first, imgsz)
+    else:
+        slots, map_slots = [plain_slot(output.shape[1], output, imgsz)], None
+    traits = check(module, sources, settled.style, output, imgsz)
+    notes = tuple(note for note in (settled.note, *traits.notes) if note)
+    kind = "map" if map_slots is None else "backbone" if is_image else "neck"
+    return _Built(
+        module, output, slots, map_slots, kind, settled.text, settled.style,
+        traits._replace(notes=notes),
+    )  # fmt: skip
+
+
+def _maps(row: RowSpec, sources: Sequence[Slot]) -> list[Tensor]:
+    """The maps that a pasted class reads."""
+    values = [slot.value for slot in sources]
+    if not all(isinstance(value, Tensor) and value.ndim == 4 for value in values):
+        raise LayerError(
+            f"got from {row.source}, which is no map (B, C, H, W). Read rows that give maps."
+        )
+    return values
+
+
+def _instance(
+    layer: Layer, settled: Settled, values: Sequence[Tensor], repeats: int, said: RowArguments
+) -> tuple[nn.Module, Any]:
+    """The settled module with weights, as often in a sequence as its constructor leaves the repeats to us."""
+    module, output = _with_weights(layer, settled, values), settled.output
+    if settled.reading.repeats_inside or repeats == 1:
+        return module, output
+    if len(values) > 1:
+        raise LayerError(
+            f"got repeats {repeats} for {len(values)} inputs, expected 1. Write a row for each."
+        )
+    chain = [module]
+    again = settle(
+        layer, said, [output], is_image=False, is_list=False
+    )  # the first may change the width
+    chain += [_with_weights(layer, again, [output]) for _ in range(repeats - 1)]
+    sequence = nn.Sequential(*chain)
+    return sequence, _propagate(sequence, *arguments(values, settled.style))
+
+
+def _with_weights(layer: Layer, settled: Settled, values: Sequence[Tensor]) -> nn.Module:
+    try:
+        with foreign_code(LayerError, users=modules.USER_CODE):
+            module: nn.Module = layer.build(*settled.reading.args, **settled.reading.kwargs)
+            if any(is_lazy(p) for p in module.parameters()):
+                materialize(module, values, settled.style)
+    except ForeignError as error:
+        raise LayerError(f"cannot be built as {settled.text} - {error}") from error
+    return module
+
+
+def _scaling(state: BuildState, row: RowSpec, sources: list[Slot]) -> Scaling:
     spec, strides = state.spec, tuple(slot.stride for slot in sources)
     repeats = spec.repeats(row.repeats)
     return Scaling(
@@ -248,40 +334,6 @@ def _plan(layer: Layer, channels: list[Any], args: list[Any], scaling: Scaling) 
             return layer.rule(channels, args, scaling)
     except ForeignError as error:
         raise LayerError(f"does not take {args} - {error}") from error
-
-
-def _resolve_sources(state: _State, row: RowSpec) -> list[int]:
-    first = len(state.slots)
-    items = row.source if isinstance(row.source, list) else [row.source]
-    return [_resolve_source(state, item, first) for item in items]
-
-
-def _resolve_source(state: _State, item: int | str, first: int) -> int:
-    if isinstance(item, str):
-        table = {**state.pyramid, **state.named}
-        if item not in table:
-            filled = (name for name, i in table.items() if state.slots[i].reason in ("", BROKEN))
-            options = ", ".join(filled) or "none so far"
-            raise LayerError(
-                f"got from {item!r}, expected an index or a name: {options}.{nearest(item, table)}"
-            )
-        index = table[item]
-    else:
-        index = item if item >= 0 else first + item
-        if index == IMAGE and first == 0:
-            return IMAGE
-        if first == 0:
-            raise LayerError(f"got from {item} in the first row, expected -1, the image.")
-        if not 0 <= index < first:
-            raise LayerError(
-                f"got from {item}, which means row {index}, expected an index from 0 to {first - 1}."
-            )
-    slot = state.slots[index]
-    if slot.reason == BROKEN:
-        raise _SkipError
-    if slot.reason:
-        raise LayerError(f"got from {item}, which is empty: {slot.reason}.")
-    return index
 
 
 def _construct(layer: Layer, plan: Plan, row: RowSpec) -> nn.Module:
@@ -317,38 +369,28 @@ def _propagate(module: nn.Module, value: Any) -> Any:
         with foreign_code(users=modules.USER_CODE):
             return run_on_meta(module, value)
     except ForeignError as error:
-        shapes = [s for v in (value if isinstance(value, list) else [value]) for s in shapes_of(v)]
-        advice = VALUES_ADVICE if "meta tensor" in str(error) else ""
-        raise LayerError(
-            f"does not fit its input of shape {brief(shapes)} - {error}{advice}"
-        ) from error
+        if "meta" in str(error).lower() and _is_users(module):
+            return _propagate_for_real(module, value)
+        raise _misfit(value, error) from error
 
 
-def _remember_names(
-    state: _State, row: RowSpec, first: int, new: list[Slot], is_backbone: bool
-) -> None:
-    if is_backbone:
-        state.pyramid = {f"P{k + 1}": first + k for k in range(len(new))}
-        state.has_backbone = True
-    elif row.section == "backbone" and not state.has_backbone:
-        stride = new[0].stride
-        if stride > 1 and stride & (stride - 1) == 0:
-            state.pyramid[f"P{round(math.log2(stride))}"] = first
-    if row.name:
-        if row.name in state.named:
-            raise LayerError(
-                f"got name {row.name!r}, which row {state.named[row.name]} already has."
-            )
-        state.named[row.name] = len(state.slots) - 1
+def _propagate_for_real(module: nn.Module, value: Any) -> Any:
+    """For code that asks for values, which the meta device does not have."""
+    try:
+        with foreign_code(users=modules.USER_CODE):
+            return run_for_real(module, value)
+    except ForeignError as error:
+        raise _misfit(value, error) from error
 
 
-def _with_releases(rows: list[Row]) -> tuple[Row, ...]:
-    """Note after which row each slot can be forgotten."""
-    last = {slot: number for number, row in enumerate(rows) for slot in row.inputs}
-    return tuple(
-        row._replace(release=tuple(slot for slot, at in last.items() if at == number))
-        for number, row in enumerate(rows)
-    )
+def _is_users(module: nn.Module) -> bool:
+    return any(type(m).__module__.startswith(modules.USER_CODE) for m in module.modules())
+
+
+def _misfit(value: Any, error: ForeignError) -> LayerError:
+    shapes = [s for v in (value if isinstance(value, list) else [value]) for s in shapes_of(v)]
+    advice = VALUES_ADVICE if "meta tensor" in str(error) else ""
+    return LayerError(f"does not fit its input of shape {brief(shapes)} - {error}{advice}")
 
 
 def apply_activation(module: nn.Module, make: Callable[[], nn.Module]) -> None:

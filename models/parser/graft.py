@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from models import modules
 from models.parser.rows import resolve
 from models.parser.wiring import Row
-from models.registry import LayerError, find
+from models.registry import LayerError, by_signature, find
 from models.registry import backbone as backbone_rule
 from models.timm_features import is_known
 from utils.errors import ConfigError
@@ -56,7 +56,8 @@ def row_slots(rows: Sequence[Row]) -> list[RowSlots]:
         is_image = (
             row.map_slots is None and strides == (1,) and bool(row.shape) and row.shape[0][0] == 3
         )
-        slots.append(RowSlots(first, strides, row.map_slots is not None, is_image))
+        is_backbone = row.map_slots is not None and not row.is_neck
+        slots.append(RowSlots(first, strides, is_backbone, is_image))
     return slots
 
 
@@ -149,7 +150,10 @@ class _Writer:
         is_stable = (
             isinstance(item, str) and item in self.taken or isinstance(item, int) and item < 0
         )
-        return item if is_stable else self._label(target)
+        if is_stable:
+            return item
+        label, own = self._label(target), self.slots[target]
+        return f"{label}.{slot - own.first}" if len(own.strides) > 1 else label
 
     def _slot(self, item: int | str, i: int) -> int | None:
         """The original slot that `item` means in row `i`; None for the image itself and for what does not exist."""
@@ -251,9 +255,9 @@ def _parameters(module: Any) -> dict[str, Parameter | None]:
     """The arguments that a backbone row may give by position."""
     name, layer = str(module), None
     with suppress(LayerError):  # a name for two things: the parser will tell
-        layer = find(name) or modules.find_backbone(name)
+        layer = find(name) or modules.find_pasted(name)
     if layer is None:  # timm's models take these two by position
         return dict.fromkeys(WEIGHT_PARAMETERS[:2]) if is_known(name) else {}
-    if layer.rule is not backbone_rule:
+    if layer.rule not in (backbone_rule, by_signature):
         return {}
     return dict(inspect.signature(layer.build).parameters)

@@ -56,19 +56,21 @@ def plain_slot(channels: int | list[int] | None, output: Any, imgsz: tuple[int, 
         raise LayerError(f"gives {output.shape[1]} channels, but its rule says {channels}.")
     if is_one and isinstance(output, (list, tuple, Mapping)):
         raise LayerError(
-            f"returns {_told(output)}, but its rule says one map of {channels} channels. Return one map, or register it "
+            f"returns {told(output)}, but its rule says one map of {channels} channels. Return one map, or register it "
             "with @register(backbone) if it makes all maps from the image."
         )
     return Slot(output, channels, stride_of(output, imgsz))
 
 
-def _told(value: Any) -> str:
+def told(value: Any) -> str:
     """What `value` is, in words: `a list of (8x32x32, NoneType)`."""
     if isinstance(value, Mapping):
-        value = list(value.values())
+        return told(list(value.values())).replace("a list", "a dictionary", 1)
     if isinstance(value, (list, tuple)):
         items = (brief(shapes_of(v)) if isinstance(v, Tensor) else type(v).__name__ for v in value)
         return f"a list of ({', '.join(items)})"
+    if isinstance(value, Tensor):
+        return f"a tensor {brief(shapes_of(value))}"
     return type(value).__name__
 
 
@@ -116,6 +118,15 @@ def backbone_slots(
     return slots, map_slots
 
 
+def neck_slots(
+    output: Any, first: int, imgsz: tuple[int, int]
+) -> tuple[list[Slot], tuple[int | None, ...]]:
+    """One slot for each map of a neck from index `first` on, in their order, and their indices."""
+    maps = _feature_maps(output)
+    slots = [Slot(m, m.shape[1], stride_of(m, imgsz)) for m in maps]
+    return slots, tuple(range(first, first + len(maps)))
+
+
 def _feature_maps(output: Any) -> list[Tensor]:
     maps = list(output.values()) if isinstance(output, Mapping) else output
     if (
@@ -124,7 +135,7 @@ def _feature_maps(output: Any) -> list[Tensor]:
         or not maps
     ):
         raise LayerError(
-            f"returns {_told(output)}, expected a list of feature maps (B, C, H, W); a layer with one output "
+            f"returns {told(output)}, expected a list of feature maps (B, C, H, W); a layer with one output "
             "registers with a rule: @register(convolution)."
         )
     return list(maps)

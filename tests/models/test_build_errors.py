@@ -34,7 +34,7 @@ class Liar(nn.Module):
             "Maps: says channels [1, 2, 3, 4, 5], but its outputs have [8, 16, 24, 32, 40].",
         ),
         (maps_row(ALL, says={"strides": [4, 8, 16, 32, 64]}), "says strides [4, 8, 16, 32, 64]"),
-        (maps_row(ALL, kind="tensor"), "returns Tensor, expected a list of feature maps"),
+        (maps_row(ALL, kind="tensor"), "returns a tensor 8x64x64, expected a list of feature maps"),
         ([-1, 1, "Liar", [8]], "Liar: gives 4 channels, but its rule says 8."),
         ([-1, 1, "Conv", [8, 3, 0]], "does not fit its input of shape 3x128x128"),  # stride 0
         ([-1, 1, "Conv", [8, -1]], "cannot be built with [3, 8, -1]"),

@@ -163,10 +163,11 @@ MAPS = "expected a list of feature maps (B, C, H, W); a layer with one output re
         ("self.strides = [4, 8, 16]", "maps", "says strides [4, 8, 16], but its outputs have [8, 16, 32]. Mend `strides`."),
         ("pass", "[None, *maps]", f"returns a list of (NoneType, 8x16x16, 16x8x8, 24x4x4), {MAPS}"),
         ("pass", "[m.flatten(1) for m in maps]", f"returns a list of (2048, 1024, 384), {MAPS}"),
-        ("pass", "maps[0]", f"returns Tensor, {MAPS}"),
-        ("self.nothing()", "maps", "cannot be built with no arguments - "
+        ("pass", "maps[0].flatten(1)", "returns a tensor 2048, expected a map (B, C, H, W) or a list of maps. Return one map, "
+     "or a list of maps."),
+        ("self.nothing()", "maps", "cannot be built as Mine() - "
      "AttributeError: 'Mine' object has no attribute 'nothing' (mine.py line 8)"),
-        ("import no_such_library", "maps", "cannot be built with no arguments - "
+        ("import no_such_library", "maps", "cannot be built as Mine() - "
      "ModuleNotFoundError: No module named 'no_such_library' (mine.py line 8)"),
         ("pass", "self.nothing(x)", "does not fit its input of shape 3x128x128 - "
      "AttributeError: 'Mine' object has no attribute 'nothing' (mine.py line 12)"),
@@ -179,7 +180,7 @@ def test_a_users_module_does_not_do_what_it_says(says, gives, message, told):
 
 def test_a_thing_that_is_no_module_is_told(told):
     found = told(["[-1, 1, Mine, []]"], HEAD, "class Mine:\n    pass\n")
-    assert found == "backbone[0] (line 4) Mine: is a Mine, expected a torch.nn.Module."
+    assert found == "backbone[0] (line 4) Mine: cannot be built as Mine() - is a Mine, expected a torch.nn.Module."
 
 
 @pytest.mark.parametrize("says", ["strides = 8", "channels = 64", "channels = len"])

@@ -1,0 +1,320 @@
+"""A class as its author wrote it, without registration: which call of its constructor a row means, settled by trying.
+
+Every reading of the row (`readings`) is built and run on the meta device, or for real where code asks for values. The first
+that fits is taken; where another fits as well and means something else, both are told. What comes out is measured: one map
+from one or more is a block, a list of maps is a neck, and a backbone where it is made from the image.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from inspect import Parameter
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from models import modules
+from models.meta import run_for_real, run_on_meta
+from models.parser.readings import Inputs, Reading, RowArguments, as_written, readings
+from models.parser.signature import Constructor, read_constructor, shown, usage
+from models.parser.slots import brief, shapes_of, told
+from models.registry import Layer, LayerError
+from utils.errors import ForeignError, foreign_code
+
+MOST_TOLD = 2  # readings that an error shows
+Style = Literal["map", "list", "spread"]
+"""How `forward` takes its inputs: one map, a list of them, or each as an argument of its own."""
+
+
+class Settled(NamedTuple):
+    """How a row is read.
+
+    Attributes:
+        reading: the call of the constructor.
+        text: the call as the table prints it, `CBAM(c1=256, reduction=16)`.
+        style: how `forward` is called.
+        output: what comes out, on the meta device.
+        note: what its author should know of the choice, "" where there was none.
+    """
+
+    reading: Reading
+    text: str
+    style: Style
+    output: Any
+    note: str = ""
+
+
+class _Failure(NamedTuple):
+    """Why a reading does not fit."""
+
+    text: str
+    stage: Literal["bind", "build", "run", "output"]
+    reason: str
+
+
+def settle(
+    layer: Layer, row: RowArguments, values: Sequence[Tensor], *, is_image: bool, is_list: bool
+) -> Settled:
+    """The reading of `row` that fits `layer`, a class or factory function without a rule.
+
+    Args:
+        layer: what the row names.
+        row: its arguments.
+        values: meta tensors (1, C, H, W) that the row reads.
+        is_image: the row reads the image, so that a list of maps is a backbone's.
+        is_list: `from` is a list.
+
+    Raises:
+        LayerError: nothing fits; with the constructor, what was tried and what to write.
+    """
+    constructor = read_constructor(layer.build)
+    _check_names(layer, constructor, row)
+    height, width = (int(n) for n in values[0].shape[2:])
+    inputs = Inputs(tuple(int(v.shape[1]) for v in values), (height, width))
+    candidates = readings(constructor, row, inputs)
+    if is_image:
+        candidates = [as_written(row), *(r for r in candidates if r[:2] != as_written(row)[:2])]
+    failures: list[_Failure] = []
+    for run in (run_on_meta, run_for_real):
+        fitting = _try_all(layer, candidates, values, is_list, is_image, run, failures)
+        if fitting:
+            return _choose(layer, fitting, inputs)
+        if not any("meta" in failure.reason.lower() for failure in failures):
+            break
+    raise _unfit(layer, constructor, row, failures, values)
+
+
+def _check_names(layer: Layer, constructor: Constructor, row: RowArguments) -> None:
+    names = {a.name for a in constructor.arguments}
+    wrong = [] if constructor.takes_any_name else sorted(set(row.kwargs) - names)
+    if wrong:
+        raise LayerError(
+            f"got an unexpected keyword argument {wrong[0]!r}, expected those of {layer.name}{shown(layer.build)}."
+        )
+
+
+def _try_all(
+    layer: Layer,
+    candidates: Sequence[Reading],
+    values: Sequence[Tensor],
+    is_list: bool,
+    is_image: bool,
+    run: Callable[..., Any],
+    failures: list[_Failure],
+) -> list[Settled]:
+    """The first fitting reading of each group; a guess only where nothing before it fits."""
+    fitting: list[Settled] = []
+    failures.clear()
+    for reading in candidates:
+        if fitting and (reading.is_guess or any(s.reading.group == reading.group for s in fitting)):
+            continue
+        found = _try(layer, reading, values, is_list, is_image, run)
+        if isinstance(found, _Failure):
+            failures.append(found)
+        elif not any(found.text == other.text for other in fitting):
+            fitting.append(found)
+            if is_image and isinstance(found.output, (list, tuple, Mapping)):
+                break  # a backbone's numbers are its own
+    return fitting
+
+
+def _try(
+    layer: Layer,
+    reading: Reading,
+    values: Sequence[Tensor],
+    is_list: bool,
+    is_image: bool,
+    run: Callable[..., Any],
+) -> Settled | _Failure:
+    text = call_text(layer, reading)
+    if _bound(layer.build, reading) is None:
+        return _Failure(text, "bind", "is not what its constructor takes")
+    try:
+        module = _build(layer, reading, values, on_meta=run is run_on_meta)
+    except (ForeignError, LayerError) as error:
+        return _Failure(text, "build", str(error))
+    failure: _Failure | None = None
+    for style in _styles(module, values, is_list):
+        try:
+            with foreign_code(LayerError, users=modules.USER_CODE):
+                if any(is_lazy(p) for p in module.parameters()):
+                    materialize(module, values, style)
+                output = run(module, *arguments(values, style))
+        except (ForeignError, LayerError) as error:
+            failure = failure or _Failure(text, "run", str(error))
+            continue
+        wrong = _wrong_output(output, is_image)
+        if not wrong:
+            return Settled(reading, text, style, output)
+        if failure is None or failure.stage == "run":
+            failure = _Failure(text, "output", wrong)
+    assert failure is not None
+    return failure
+
+
+def _build(layer: Layer, reading: Reading, values: Sequence[Tensor], *, on_meta: bool) -> nn.Module:
+    """The module of one reading; no random number of the caller's is drawn and nothing is warned."""
+    device = torch.device("meta" if on_meta else "cpu")
+    with torch.random.fork_rng(devices=[]), device, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with foreign_code(LayerError, users=modules.USER_CODE):
+            module = layer.build(*reading.args, **reading.kwargs)
+    if not isinstance(module, nn.Module):
+        raise LayerError(f"is a {type(module).__name__}, expected a torch.nn.Module.")
+    if any(not is_lazy(p) and p.numel() == 0 for p in module.parameters()):
+        raise LayerError("has weights without a number")
+    return module
+
+
+def materialize(module: nn.Module, values: Sequence[Tensor], style: Style) -> None:
+    """Let lazy layers see their inputs once: they find their own channels."""
+    device = next(module.parameters()).device
+    inputs = [torch.rand(v.shape, device=device) for v in values]
+    modes = {m: m.training for m in module.modules()}
+    with torch.no_grad():
+        module.eval()(*arguments(inputs, style))
+    for submodule, training in modes.items():
+        submodule.training = training
+
+
+def arguments(values: Sequence[Any], style: Style) -> tuple[Any, ...]:
+    """`values` as `forward` takes them."""
+    if style == "spread":
+        return tuple(values)
+    return (list(values) if style == "list" else values[0],)
+
+
+def _styles(module: nn.Module, values: Sequence[Any], is_list: bool) -> list[Style]:
+    """How `forward` may want its inputs, the likeliest first."""
+    if len(values) == 1:
+        return ["map", "list"]
+    try:
+        parameters = inspect.signature(module.forward).parameters.values()
+    except (TypeError, ValueError):
+        return ["list", "spread"]
+    required = [p for p in parameters if p.default is p.empty]
+    wants_each = len(required) > 1 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    return ["spread", "list"] if wants_each else ["list", "spread"]
+
+
+def _wrong_output(output: Any, is_image: bool) -> str:
+    """What is neither a map nor maps, in words; a backbone's list is looked at where its slots are made."""
+    if is_image and isinstance(output, (list, tuple, Mapping)):
+        return ""
+    maps = list(output.values()) if isinstance(output, Mapping) else output
+    maps = [maps] if isinstance(maps, Tensor) else maps
+    least = 2 if isinstance(output, Mapping) else 1
+    if isinstance(maps, (list, tuple)) and len(maps) >= least and all(map(_is_map, maps)):
+        return ""
+    advice = "Return one map, or a list of maps."
+    if isinstance(output, Mapping) and output:
+        advice = f"Return the map itself, {next(iter(output))!r} of that dictionary."
+    return f"returns {told(output)}, expected a map (B, C, H, W) or a list of maps. {advice}"
+
+
+def _is_map(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 4
+
+
+def _is_loose(settled: Settled, inputs: Inputs) -> bool:
+    """Whether the row's width was dropped though nothing of that width goes in or comes out."""
+    reading = settled.reading
+    if not reading.drops_width:
+        return False
+    widths = {*inputs.channels, sum(inputs.channels), *(s[0] for s in shapes_of(settled.output))}
+    return not {reading.width, reading.written} & widths
+
+
+def _choose(layer: Layer, fitting: Sequence[Settled], inputs: Inputs) -> Settled:
+    """The first that uses the row's width as one; a warning where another means something else."""
+    sound = [s for s in fitting if not _is_loose(s, inputs)]
+    chosen, *others = sound or fitting[:1]
+    if not sound:
+        return chosen._replace(
+            note=f"read as {chosen.text}; the row's {chosen.reading.written} is neither its input nor its output of "
+            f"{shapes_of(chosen.output)[0][0]} channels and is not used. Leave it out, or name the argument that is meant."
+        )
+    if others:
+        return chosen._replace(
+            note=f"read as {chosen.text}, but {others[0].text} fits the row too. Write "
+            f"{_difference(layer, chosen, others[0])} for the first, {_difference(layer, others[0], chosen)} for the second."
+        )
+    return chosen
+
+
+def _difference(layer: Layer, this: Settled, other: Settled) -> str:
+    """`{reduction: 16}`: what to write so that `this` and not `other` is meant."""
+    own, others = (_bound(layer.build, s.reading) or {} for s in (this, other))
+    differing = {k: v for k, v in own.items() if k not in others or others[k] != v}
+    return f"{{{', '.join(f'{k}: {_value(v)}' for k, v in differing.items())}}}"
+
+
+def call_text(layer: Layer, reading: Reading) -> str:
+    """`CBAM(c1=256, reduction=16)`, defaults among them; as given where the call does not bind."""
+    bound = _bound(layer.build, reading)
+    name = layer.name.rpartition(".")[2]
+    if bound is None:
+        bound = {**{f"#{i}": v for i, v in enumerate(reading.args)}, **reading.kwargs}
+    words = (f"{'' if k.startswith(('*', '#')) else f'{k}='}{_value(v)}" for k, v in bound.items())
+    return f"{name}({', '.join(words)})"
+
+
+def _bound(build: Callable[..., Any], reading: Reading) -> dict[str, Any] | None:
+    """Every argument of the call by name, defaults among them; those of `*args` as `*0`, `*1`."""
+    try:
+        signature = inspect.signature(build)
+        call = signature.bind(*reading.args, **reading.kwargs)
+    except (TypeError, ValueError):
+        return None
+    call.apply_defaults()
+    found: dict[str, Any] = {}
+    for name, value in call.arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is Parameter.VAR_POSITIONAL:
+            found.update({f"*{i}": v for i, v in enumerate(value)})
+        elif kind is Parameter.VAR_KEYWORD:
+            found.update(value)
+        else:
+            found[name] = value
+    return found
+
+
+def _value(value: Any) -> str:
+    return getattr(value, "__name__", None) or repr(value)
+
+
+def _unfit(
+    layer: Layer,
+    constructor: Constructor,
+    row: RowArguments,
+    failures: Sequence[_Failure],
+    values: Sequence[Tensor],
+) -> LayerError:
+    """Nothing fits: one call is told as it is, of several the one that got furthest."""
+    seen = list({f.text: f for f in failures if f.stage != "bind"}.values())
+    own = f"{layer.name}{shown(layer.build)}"
+    says = f"Channels and repeats come from the parser; a row says {usage(constructor)}."
+    if not seen:
+        parts = (list(row.args), dict(row.kwargs))
+        given = " ".join(str(part) for part in parts if part) or "no arguments"
+        return LayerError(f"got {given}, which {own} does not take. {says}")
+    shape = brief([s for v in values for s in shapes_of(v)])
+    stages = ("build", "run", "output")
+    first = max(seen, key=lambda f: stages.index(f.stage))
+    if first.stage == "output":
+        return LayerError(first.reason)
+    if len(seen) == 1 and first.stage == "run":
+        return LayerError(f"does not fit its input of shape {shape} - {first.reason}")
+    if len(seen) == 1:
+        return LayerError(f"cannot be built as {first.text} - {first.reason}")
+    others = [f for f in seen if f is not first]
+    told_calls = [first, *others[: MOST_TOLD - 1]]
+    tried = "; ".join(f"{f.text}: {f.reason.rstrip('.')}" for f in told_calls)
+    more = f" ({len(seen) - MOST_TOLD} more were tried)" if len(seen) > MOST_TOLD else ""
+    return LayerError(
+        f"no call of {own} fits an input of shape {shape} - tried {tried}{more}. {says}"
+    )

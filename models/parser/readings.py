@@ -1,0 +1,272 @@
+"""The ways in which a row may be meant for a pasted constructor, the likeliest first; nothing is built here.
+
+Forks write rows for the same block in two ways: with the width in front (`[1024, 16]`, scaled as every width is) and
+without (`[16]`). The channels of the input never stand in a row: they are put where the constructor's words want
+them (`signature`), or first where its words say nothing. Which of the calls is right shows when it is tried (`pasted`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+from typing import Any, NamedTuple
+
+from models.parser.signature import CHANNEL_ROLES, Argument, Constructor, Role
+from models.registry import LayerError, Scaling
+
+LEAST_WIDTH = 8  # a smaller number is a kernel, a stride or a count
+
+
+class Inputs(NamedTuple):
+    """What a row reads.
+
+    Attributes:
+        channels: of each map.
+        size: (height, width) of the first map.
+    """
+
+    channels: tuple[int, ...]
+    size: tuple[int, int]
+
+
+class Reading(NamedTuple):
+    """One call of a constructor.
+
+    Attributes:
+        args: by position.
+        kwargs: by name.
+        width: the row's output width, scaled, if its first number was taken for it.
+        written: that number as the row has it.
+        drops_width: the constructor takes no output width, so the number went nowhere.
+        repeats_inside: the constructor was given the repeats.
+        is_guess: wanted only where nothing else fits: by position, or a small number as a width.
+        is_bound: it was given the size of the map.
+        group: readings of one group differ in what fits the constructor, not in what the row means.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    width: int | None = None
+    written: Any = None
+    drops_width: bool = False
+    repeats_inside: bool = False
+    is_guess: bool = False
+    is_bound: bool = False
+    group: int = 0
+
+
+class RowArguments(NamedTuple):
+    """What a row says: its arguments by position and by name, and the factors that scale them."""
+
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    scaling: Scaling
+
+
+def readings(constructor: Constructor, row: RowArguments, inputs: Inputs) -> list[Reading]:
+    """Every reading of `row`, the likeliest first, none twice."""
+    found: list[Reading] = []
+    by_words = constructor.find(*CHANNEL_ROLES) is not None
+    for reading in (*_by_words(constructor, row, inputs), *_by_position(row, inputs, by_words)):
+        if not any(r[:2] == reading[:2] for r in found):
+            found.append(reading)
+    return found
+
+
+def as_written(row: RowArguments) -> Reading:
+    """The row's arguments and nothing else, as a backbone takes them."""
+    return Reading(tuple(row.args), dict(row.kwargs))
+
+
+class _Head(NamedTuple):
+    """What the leading numbers of a row are taken for."""
+
+    rest: tuple[Any, ...]
+    width: Any = None
+    is_guess: bool = False
+
+
+def _heads(constructor: Constructor, row: RowArguments, inputs: Inputs) -> Iterator[_Head]:
+    """With a width in front or without; an input in front of it is known already and left out."""
+    args = tuple(row.args)
+    takes_output = constructor.find(Role.OUTPUT) is not None
+    if args and _is_known_input(args[0], row.scaling, inputs) and takes_output:
+        later = [a for a in constructor.arguments if a.role is Role.OTHER and a.by_position]
+        displaced = later[0].default if later else None
+        is_width = len(args) > 1 and _is_width(args[1])
+        if is_width and not (isinstance(displaced, int) and args[1] <= 4 * displaced):
+            yield _Head(args[2:], args[1])
+    if args and _is_width(args[0]):
+        yield _Head(args[1:], args[0])
+    yield _Head(args)
+    if args and takes_output and _is_count(args[0]) and not _is_width(args[0]):
+        yield _Head(args[1:], args[0], is_guess=True)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_width(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return bool(value) and all(_is_width(v) for v in value)
+    return _is_count(value) and value >= LEAST_WIDTH
+
+
+def _is_known_input(value: Any, scaling: Scaling, inputs: Inputs) -> bool:
+    """Whether `value`, as it stands or scaled, is what the row reads anyway."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    if not all(_is_count(v) for v in values):
+        return False
+    wanted = [*inputs.channels] if isinstance(value, (list, tuple)) else [inputs.channels[0]]
+    return wanted in ([*values], [scaling.channels(v) for v in values])
+
+
+def scaled(value: Any, scaling: Scaling) -> Any:
+    """A width, or a list of them, times the model's factor."""
+    if isinstance(value, (list, tuple)):
+        return [scaled(v, scaling) for v in value]
+    return scaling.channels(value) if _is_count(value) else value
+
+
+def _by_words(constructor: Constructor, row: RowArguments, inputs: Inputs) -> Iterator[Reading]:
+    named = {a.name: a for a in constructor.arguments}
+    own = {k: _keyword(named.get(k), v, row.scaling, inputs) for k, v in row.kwargs.items()}
+    free = [a for a in constructor.arguments if a.name not in own]
+    heads = product(_heads(constructor, row, inputs), (True, False))
+    for group, (head, repeats_inside) in enumerate(heads):
+        for reading in _filled(free, constructor, head, row, inputs, own, repeats_inside):
+            yield reading._replace(group=group, is_guess=head.is_guess)
+
+
+def _keyword(argument: Argument | None, value: Any, scaling: Scaling, inputs: Inputs) -> Any:
+    """What a row gives by name: widths are scaled, the input's is known."""
+    if argument is None or argument.role not in (*CHANNEL_ROLES, Role.INNER):
+        return value
+    if argument.role in (Role.INPUT, Role.WIDTH) and _is_known_input(value, scaling, inputs):
+        return list(inputs.channels) if isinstance(value, (list, tuple)) else inputs.channels[0]
+    return scaled(value, scaling) if _is_width(value) else value
+
+
+def _filled(
+    free: Sequence[Argument],
+    constructor: Constructor,
+    head: _Head,
+    row: RowArguments,
+    inputs: Inputs,
+    own: dict[str, Any],
+    repeats_inside: bool,
+) -> Iterator[Reading]:
+    """The readings that put the numbers of `head` and the known ones into the `free` arguments."""
+    repeats = next((a for a in free if _takes_repeats(a)), None)
+    if repeats_inside and repeats is None:
+        return
+    if repeats is not None and not repeats_inside and not head.rest:
+        return  # nothing in the row could stand for them
+    width = None if head.width is None else scaled(head.width, row.scaling)
+    known: dict[str, list[Any]] = {}
+    for argument in free:
+        values = _values(argument, width, inputs)
+        if values:
+            known[argument.name] = values
+    if repeats is not None and repeats_inside:
+        known[repeats.name] = [row.scaling.repeats]
+    left = [a for a in free if a.name not in known and a.by_position]
+    if len(head.rest) > len(left) and not constructor.takes_more:
+        return
+    given = list(zip(left, head.rest))
+    if not all(argument.suits(value) for argument, value in given):
+        return
+    inner = {a.name: scaled(v, row.scaling) if a.role is Role.INNER and _is_width(v) else v for a, v in given}  # fmt: skip
+    drops = head.width is not None and not any(a.role is Role.OUTPUT for a in free)
+    more = tuple(head.rest[len(left) :])
+    sizes = {a.name for a in free if a.role in (Role.SIZE, Role.HEIGHT, Role.EXTENT, Role.CELLS)}
+    for choice in product(*known.values()):
+        chosen = {k: v for k, v in zip(known, choice, strict=True) if v is not _LEFT_OUT}
+        call = {**chosen, **inner, **own}
+        yield _call(constructor, call, more)._replace(
+            width=width if isinstance(width, int) else None,
+            written=head.width,
+            drops_width=drops,
+            repeats_inside=repeats is not None and repeats_inside,
+            is_bound=bool(sizes & chosen.keys()),
+        )
+
+
+_LEFT_OUT = object()
+
+
+def _takes_repeats(argument: Argument) -> bool:
+    return argument.role is Role.REPEATS and not isinstance(argument.default, (list, tuple))
+
+
+def _values(argument: Argument, width: Any, inputs: Inputs) -> list[Any]:
+    """What an argument may be given without the row saying it, the likeliest first; empty: the row must."""
+    height, extent = inputs.size
+    if argument.role in (Role.INPUT, Role.WIDTH):
+        return _input_values(argument, inputs)
+    if argument.role is Role.OUTPUT:
+        if width is not None:
+            return [width]
+        same = inputs.channels[0]
+        values = [list(inputs.channels), same] if argument.wants_list else [same]
+        return values if argument.is_required else [_LEFT_OUT, *values]
+    sizes: dict[Role, list[Any]] = {
+        Role.SIZE: [(height, extent), height] if not isinstance(argument.default, int) else [height, (height, extent)],
+        Role.HEIGHT: [height],
+        Role.EXTENT: [extent],
+        Role.CELLS: [height * extent],
+    }  # fmt: skip
+    values = sizes.get(argument.role, [])
+    if argument.default is None and values:
+        return [_LEFT_OUT, *values]
+    return values
+
+
+def _input_values(argument: Argument, inputs: Inputs) -> list[Any]:
+    """The channels of one map; of several a list, the common number or the sum."""
+    channels = inputs.channels
+    if len(channels) == 1:
+        return [[channels[0]], channels[0]] if argument.wants_list else [channels[0]]
+    numbers = list(dict.fromkeys((channels[0], sum(channels), channels[-1])))
+    if len(set(channels)) > 1:
+        numbers = list(dict.fromkeys((sum(channels), channels[0], channels[-1])))
+    return [list(channels), *numbers] if argument.wants_list else [*numbers, list(channels)]
+
+
+def _call(constructor: Constructor, chosen: Mapping[str, Any], more: tuple[Any, ...]) -> Reading:
+    """`chosen` by name; by position where `*args` come behind."""
+    if not more:
+        return Reading((), dict(chosen))
+    names = [a.name for a in constructor.arguments if a.by_position]
+    args = tuple(chosen[name] for name in names if name in chosen)
+    return Reading((*args, *more), {k: v for k, v in chosen.items() if k not in names})
+
+
+def _by_position(row: RowArguments, inputs: Inputs, by_words: bool) -> Iterator[Reading]:
+    """For words that say nothing: input and output, input, output, neither; the numbers of the row behind."""
+    args, kwargs = tuple(row.args), dict(row.kwargs)
+    several = len(inputs.channels) > 1
+    fronts: list[tuple[Any, ...]] = [inputs.channels] if several else []
+    fronts += [(list(inputs.channels),), (sum(inputs.channels),)] if several else []
+    fronts.append((inputs.channels[0],))
+    guess = Reading((), kwargs, is_guess=True)
+    if not by_words and not args:
+        yield guess
+    if args and _is_width(args[0]):
+        try:
+            width = scaled(args[0], row.scaling)
+        except LayerError:
+            return
+        found = guess._replace(width=width if isinstance(width, int) else None, written=args[0])
+        if not by_words:
+            yield found._replace(args=args[1:], drops_width=True)
+        for front in fronts:
+            yield found._replace(args=(*front, width, *args[1:]))
+            yield found._replace(args=(*front, *args[1:]), drops_width=True)
+        yield found._replace(args=(width, *args[1:]))
+    for front in fronts:
+        yield guess._replace(args=(*front, *args))
+        if not args:
+            yield guess._replace(args=(*front, inputs.channels[0]))
+    yield guess._replace(args=args)
