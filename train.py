@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from engine.evolve import evolve
 from engine.finite import use_batch, use_gradients
+from engine.multi_scale import resize_randomly
 from engine.outputs import RunRecorder, class_table
 from engine.run import EpochProgress, Run, prepare, single_values, whole_val_loader
 from engine.state import (
@@ -87,20 +87,28 @@ def _train_epochs(run: Run, recorder: RunRecorder) -> None:
         is_last = epoch + 1 == options.epochs
         evaluation, val_losses = (None, {}) if options.noval and not is_last else validate(run)
         run.epoch = epoch + 1
-        if evaluation and evaluation.metrics.fitness >= run.best_fitness:
-            run.best_fitness, run.best_epoch = evaluation.metrics.fitness, epoch
+        if evaluation:
+            _note_fitness(run, evaluation.metrics.fitness, epoch)
         recorder.epoch(epoch, losses, val_losses, evaluation, time.time() - start)
         if run.world.is_main and (not options.nosave or is_last or _is_out_of_patience(run)):
             _save(run, epoch)
     if run.epoch < options.epochs:
         get_logger().info(
-            f"stopped: no better epoch since epoch {run.best_epoch + 1} (--patience {options.patience})"
+            f"stopped: no better epoch since epoch {run.improved_epoch + 1} (--patience {options.patience})"
         )
+
+
+def _note_fitness(run: Run, fitness: float, epoch: int) -> None:
+    """Of equal epochs the latest is the best one, for it is trained longest; better it is not."""
+    if fitness > run.best_fitness:
+        run.improved_epoch = epoch
+    if fitness >= run.best_fitness:
+        run.best_fitness, run.best_epoch = fitness, epoch
 
 
 def _is_out_of_patience(run: Run) -> bool:
     """Whether so many epochs were measured without a better one that the training ends early."""
-    waited = run.epoch - 1 - run.best_epoch
+    waited = run.epoch - 1 - run.improved_epoch
     return not run.options.noval and 0 < run.options.patience <= waited
 
 
@@ -130,7 +138,7 @@ def train_one_epoch(run: Run, epoch: int, recorder: RunRecorder) -> dict[str, fl
         images, targets = as_float(batch.images, run.device), batch.targets.to(run.device)
         if run.options.multi_scale:
             images, targets = resize_randomly(images, targets, run, iteration)
-        recorder.batch(epoch, step, batch)
+        recorder.batch(epoch, step, images, targets, batch.paths)
         with autocast(run.device, run.autocast), single_values(run.model, len(images)):
             raw = run.wrapped(images, targets)
         losses = run.criterion(raw, targets)
@@ -143,7 +151,7 @@ def train_one_epoch(run: Run, epoch: int, recorder: RunRecorder) -> dict[str, fl
             if iteration - run.last_step >= run.warmup.accumulate(iteration, run.accumulate):
                 optimizer_step(run)
                 run.last_step = iteration
-        run.progress = run.progress.after(losses, is_used)
+        run.progress = run.progress.after(losses, is_used, len(targets.labels))
         means = {
             name: value / max(run.progress.used, 1) for name, value in run.progress.sums.items()
         }
@@ -151,6 +159,11 @@ def train_one_epoch(run: Run, epoch: int, recorder: RunRecorder) -> dict[str, fl
         bar.status(train_status(means, len(targets.labels), size, memory_used(run.device)))
         if is_to_stop(run):
             raise leave(run)
+    if not sum(all_gather_objects(run.progress.objects)):
+        get_logger().warning(
+            f"epoch {epoch + 1}: none of its {steps} batches has an object, it learned from background alone. The "
+            "accounts of the splits at the start say what became of them."
+        )
     return _mean_of_ranks(run.progress.sums, run.progress.used)
 
 
@@ -189,21 +202,6 @@ def optimizer_step(run: Run) -> None:
     run.optimizer.zero_grad(set_to_none=True)
     if is_used:
         run.ema.update(run.model)
-
-
-def resize_randomly(
-    images: Tensor, targets: Targets, run: Run, iteration: int
-) -> tuple[Tensor, Targets]:
-    """Another image size for this batch, from half to one and a half, in steps of the stride."""
-    stride = run.model.max_stride
-    generator = torch.Generator().manual_seed(run.options.seed * 1_000_003 + iteration)
-    factor = 0.5 + torch.rand((), generator=generator).item()
-    size = [max(round(side * factor / stride), 1) * stride for side in run.imgsz]
-    scale = torch.tensor(
-        [size[1] / images.shape[3], size[0] / images.shape[2]] * 2, device=images.device
-    )
-    resized = F.interpolate(images, size=size, mode="bilinear", align_corners=False)
-    return resized, targets._replace(boxes=targets.boxes * scale)
 
 
 def validate(run: Run) -> tuple[Evaluation, dict[str, float]]:

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from data.dataset import DetectionDataset
 from data.formats.faults import write_faults
 from engine.run import Run
 from utils.boxes import xyxy_to_cxcywh
+from utils.channels import as_channels
 from utils.config import save_yaml
 from utils.logger import CsvLogger, TensorBoardLogger, get_logger, results_columns
 from utils.metrics import ConfusionMatrix, Metrics
@@ -23,7 +25,7 @@ from utils.plots import (
     plot_labels,
     plot_results,
 )
-from utils.structures import Batch, Detections
+from utils.structures import Batch, Detections, Targets
 from utils.visualize import plot_batch
 
 PICTURED_BATCHES = 3
@@ -70,13 +72,15 @@ class RunRecorder:
             plot_labels(labels, boxes, run.train_set.names, run.folder / "labels.jpg")
             plot_correlogram(boxes, run.folder / "labels_correlogram.jpg")
 
-    def batch(self, epoch: int, step: int, batch: Batch) -> None:
-        """Picture the first training batches."""
+    def batch(
+        self, epoch: int, step: int, images: Tensor, targets: Targets, paths: Sequence[str]
+    ) -> None:
+        """Picture the first training batches as the network gets them: (B, 3, H, W) in [0, 1]."""
         if self.plots and epoch == 0 and step < PICTURED_BATCHES:
+            seen = as_channels(images, self.run.model.channels).expand(-1, 3, -1, -1)
+            pixels = seen.mul(255).round().clamp(0, 255).byte()
             path = self.run.folder / f"train_batch{step}.jpg"
-            plot_batch(
-                batch.images, batch.targets, self.run.train_set.names, path, titles=batch.paths
-            )
+            plot_batch(pixels, targets, self.run.train_set.names, path, titles=paths)
 
     def epoch(
         self,

@@ -51,12 +51,21 @@ class EpochProgress(NamedTuple):
     sums: Mapping[str, float] = MappingProxyType({})
     rng: Mapping[str, Any] | None = None
 
-    def after(self, losses: Mapping[str, torch.Tensor], is_used: bool) -> EpochProgress:
+        objects: in all of them.
+    def after(
+        self, losses: Mapping[str, torch.Tensor], is_used: bool, objects: int
+    ) -> EpochProgress:
         """The progress after one more batch; its losses count if it was used."""
         sums = self.sums or dict.fromkeys(losses, 0.0)
         if is_used:
             sums = {name: sums[name] + value.item() for name, value in losses.items()}
-        return self._replace(step=self.step + 1, used=self.used + is_used, sums=sums)
+        return self._replace(
+            step=self.step + 1,
+            used=self.used + is_used,
+            sums=sums,
+            objects=self.objects + objects,
+        )
+    objects: int = 0
 
 
 @dataclass
@@ -78,7 +87,8 @@ class Run:
         epoch: the next epoch.
         last_step: iteration of the last optimiser step.
         best_fitness: of the best epoch so far.
-        best_epoch: that epoch.
+        best_epoch: that epoch; of several alike the latest.
+        improved_epoch: the first of those.
         skipped: batches left out for a loss that was not finite, in a row.
         skipped_steps: optimiser steps left out for gradients that were not finite, in a row.
         progress: in the epoch that runs.
@@ -122,6 +132,7 @@ class Run:
 
 
 def prepare(
+    improved_epoch: int = 0
     options: Any,
     folder: Path,
     device: torch.device,

@@ -45,6 +45,7 @@ def checkpoint_of(run: Run, finished_epoch: int) -> dict[str, Any]:
         "best_fitness": run.best_fitness,
         "best_epoch": run.best_epoch,
         "torch_version": str(torch.__version__),
+        "improved_epoch": run.improved_epoch,
         "optimizer": {**optimizer_state_by_name(run.optimizer), "pending": pending},
         "scaler": run.scaler.state_dict(),
         "skipped": [run.skipped, run.skipped_steps],
@@ -178,6 +179,7 @@ def restore(run: Run, checkpoint: dict[str, Any]) -> None:
     run.skipped, run.skipped_steps = checkpoint.get("skipped", (0, 0))
     run.progress = _progress(checkpoint.get("progress"), run.world)
     restore_rng(checkpoint["rng"])
+    run.improved_epoch = checkpoint.get("improved_epoch", run.best_epoch)
 
 
 def _progress(states: Sequence[Mapping[str, Any]] | None, world: World) -> EpochProgress:
