@@ -18,7 +18,15 @@ from torch.nn.parallel import DistributedDataParallel
 from data.config import DataConfig
 from data.dataset import DetectionDataset, build_dataset
 from data.loader import build_loader
-from engine.setup import automatic_batch_size, check_anchors, complete, freeze, open_data, recipe
+from engine.setup import (
+    automatic_batch_size,
+    check_anchors,
+    complete,
+    freeze,
+    open_data,
+    recipe,
+    settle_losses,
+)
 from engine.stopping import StopRequest
 from engine.weights import build_from_flags
 from models.losses import build_criterion
@@ -157,6 +165,8 @@ def prepare(
     model = build_from_flags(options, names)
     imgsz = parse_imgsz(options.imgsz, model.max_stride)
     hyp = _recipe(options, model) if hyp is None else complete(hyp, model.head.family)
+    hyp = settle_losses(hyp, options)
+    criterion = build_criterion(model.head, hyp, imgsz, allow_code=options.allow_code)
     _set_recipe_attributes(model.head, hyp)
     model.to(device, memory_format=memory_format_for(model, device))
     batch_size = options.batch_size
@@ -191,14 +201,14 @@ def prepare(
     return Run(
         options=options, folder=folder, world=world, device=device, hyp=hyp, imgsz=imgsz, data=data, model=model,
         wrapped=_wrap(model, device, world), ema=ema, frozen=frozen,
-        criterion=build_criterion(model.head, hyp, imgsz), optimizer=optimizer,
+        criterion=criterion, optimizer=optimizer,
         scaler=torch.amp.GradScaler(device.type, enabled=autocast is torch.float16),
         schedule=build_schedule(hyp["schedule"], options.epochs, hyp["lrf"]),
         warmup=Warmup(max(warmup_steps, LEAST_WARMUP) if warmup_steps else 0, hyp["warmup_bias_lr"], hyp["warmup_momentum"]),
         accumulate=accumulate, autocast=autocast, train_set=train_set, train_loader=train_loader, val_set=val_set,
         val_loader=val_loader,
         evaluator=CocoEvaluator(val_set.coco_ground_truth(), val_set.category_ids, val_set.names),
-        val_criterion=build_criterion(ema.model.head, hyp, imgsz),
+        val_criterion=build_criterion(ema.model.head, hyp, imgsz, allow_code=options.allow_code),
     )  # fmt: skip
 
 
@@ -214,7 +224,7 @@ def _recipe(options: Any, model: DetectionModel) -> dict[str, Any]:
     schedule = next((kind for flag, kind in schedules.items() if getattr(options, flag)), None)
     overrides = {
         "optimizer": options.optimizer, "schedule": schedule, "close_mosaic": options.close_mosaic,
-        "label_smoothing": options.label_smoothing or None,
+        "label_smoothing": options.label_smoothing or None, "box_loss": options.box_loss, "cls_loss": options.cls_loss,
     }  # fmt: skip
     return recipe(model.head.family, options.hyp, overrides)
 

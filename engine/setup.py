@@ -15,6 +15,9 @@ from torch import nn
 
 from data.config import DataConfig, load_data_config
 from data.download import fetch
+from models.losses.box import name_problem
+from models.losses.classification import class_loss_problem
+from models.losses.own import settle_own
 from models.yolo import DetectionModel
 from utils.anchors import anchor_fit, fit_anchors
 from utils.config import load_hyp
@@ -22,6 +25,7 @@ from utils.errors import ConfigError, nearest
 from utils.logger import get_logger
 
 RECIPES = Path(__file__).resolve().parent.parent / "data" / "hyps"
+RECIPE_CHECKS = {"box_loss": name_problem, "cls_loss": class_loss_problem}
 GOOD_RECALL = 0.98
 
 
@@ -44,7 +48,7 @@ def recipe(family: str, hyp: str | None, overrides: Mapping[str, Any]) -> dict[s
         ConfigError: unknown keys or wrong types in the user's file.
     """
     default = RECIPES / f"{family}.yaml"
-    merged = dict(load_hyp(hyp, default))
+    merged = dict(load_hyp(hyp, default, RECIPE_CHECKS))
     if hyp:
         get_logger().info(f"recipe: {hyp} over data/hyps/{family}.yaml")
     else:
@@ -56,6 +60,16 @@ def recipe(family: str, hyp: str | None, overrides: Mapping[str, Any]) -> dict[s
         flag = "--" + key.replace("_", "-")
         get_logger().info(f"{flag}: without effect for {family}, its recipe has no such number")
     return {key: given.get(key, value) for key, value in merged.items()}
+
+
+def settle_losses(hyp: Mapping[str, Any], options: Any) -> dict[str, Any]:
+    """The recipe with the whole path of a user's box loss, by which a resumed run finds it again.
+
+    Raises:
+        ConfigError: it is neither beside the recipe nor in the working folder.
+    """
+    beside = [Path(options.hyp).parent] if options.hyp and not options.box_loss else []
+    return {**hyp, "box_loss": settle_own(hyp["box_loss"], [*beside, Path()])}
 
 
 def complete(hyp: Mapping[str, Any], family: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 
 from engine.run import EpochProgress, Run
 from engine.stopping import name_of
+from models.losses import criterion_state, restore_criterion
 from utils.checkpoint import (
     capture_rng,
     finalize_checkpoint,
@@ -48,6 +49,7 @@ def checkpoint_of(run: Run, finished_epoch: int) -> dict[str, Any]:
         "improved_epoch": run.improved_epoch,
         "optimizer": {**optimizer_state_by_name(run.optimizer), "pending": pending},
         "scaler": run.scaler.state_dict(),
+        "criterion": criterion_state(run.criterion),
         "skipped": [run.skipped, run.skipped_steps],
         "rng": capture_rng(),
     }
@@ -173,6 +175,7 @@ def restore(run: Run, checkpoint: dict[str, Any]) -> None:
         run.scaler.load_state_dict(checkpoint["scaler"])
     for name, gradient in checkpoint["optimizer"]["pending"].items():
         parameters[name].grad = gradient.to(parameters[name]) * run.scaler.get_scale()
+    restore_criterion(run.criterion, checkpoint.get("criterion", {}))
     run.epoch = checkpoint["epoch"] + 1
     run.last_step = checkpoint["last_step"]
     run.best_fitness, run.best_epoch = checkpoint["best_fitness"], checkpoint["best_epoch"]

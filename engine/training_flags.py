@@ -14,6 +14,8 @@ from engine.flags import (
     add_size_flag,
     say_ignored,
 )
+from models.losses.box import name_problem
+from models.losses.classification import CLASS_LOSSES
 from utils.config import ArgumentParser, integer, number
 from utils.device import AMP_CHOICES
 
@@ -71,6 +73,12 @@ def _seed(text: str) -> int:
     return value
 
 
+def _box_loss(text: str) -> str:
+    if problem := name_problem(text):
+        raise ArgumentTypeError(problem)
+    return text
+
+
 def _add_model_group(parser: ArgumentParser) -> None:
     add_model_flags(parser)
     add = parser.add_argument
@@ -125,6 +133,12 @@ def _add_optimisation_group(parser: ArgumentParser) -> None:
     add("--hyp", default=None, help="recipe YAML over the family's own in data/hyps")
     add("--epochs", type=integer(1), help=f"passes over the data, {EPOCHS} if left out")
     add("--optimizer", choices=("SGD", "Adam", "AdamW"), help="instead of the recipe's")
+    add(
+        "--box-loss",
+        type=_box_loss,
+        help="instead of the recipe's: giou, focal-eiou, file.py:name ...",
+    )
+    add("--cls-loss", choices=tuple(CLASS_LOSSES), help="instead of the recipe's")
     add("--cos-lr", action="store_true", help="cosine instead of the recipe's schedule")
     add("--flat-cos-lr", action="store_true", help="flat, then cosine")
     add("--fixed-lr", action="store_true", help="constant after the warm-up")

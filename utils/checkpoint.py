@@ -5,7 +5,7 @@ carries `format: "yoke"` and `version`. The keys that this module itself knows:
 
     model      state dict of the network (after `finalize_checkpoint`: the averaged weights)
     ema        {"model": state dict of the average, "updates": int}
-    optimizer, scaler, rng    what only a resumed training needs
+    optimizer, scaler, criterion, rng    what only a resumed training needs
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ UNREADABLE = (
     zipfile.BadZipFile,
 )
 TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
-TRAINING_ONLY = ("ema", "optimizer", "scaler", "rng")
+TRAINING_ONLY = ("ema", "optimizer", "scaler", "criterion", "rng")
 
 
 class ForeignCheckpointError(CheckpointError):

@@ -31,7 +31,9 @@ HYP_RANGES = {
     **dict.fromkeys(("momentum", "warmup_momentum", "auto_momentum"), (0.0, 0.9999)),
     **dict.fromkeys(("hsv_h", "hsv_s", "hsv_v", "translate", "flipud", "fliplr"), (0.0, 1.0)),
     **dict.fromkeys(("mosaic", "mosaic9", "mixup", "copy_paste"), (0.0, 1.0)),
-    **dict.fromkeys(("label_smoothing", "ema_decay"), (0.0, 1.0)),
+    **dict.fromkeys(("label_smoothing", "ema_decay", "focal_alpha"), (0.0, 1.0)),
+    **dict.fromkeys(("box_alpha", "shape_theta", "qfl_beta", "wiou_alpha", "wiou_steps"), (1.0, math.inf)),
+    **dict.fromkeys(("nwd_constant", "wiou_delta"), (0.001, math.inf)), "inner_ratio": (0.1, 10.0),
     "scale": (0.0, 0.99), "degrees": (0.0, 180.0), "shear": (0.0, 89.0), "perspective": (0.0, 0.01),
 }  # fmt: skip
 """Smallest and largest value of a recipe's number; of those that are not here, 0 and no limit."""
@@ -130,12 +132,17 @@ def save_yaml(path: str | Path, data: Mapping[str, Any]) -> None:
     Path(path).write_text(text, encoding="utf-8")
 
 
-def load_hyp(path: str | Path | None, family_default_path: str | Path) -> Mapping[str, Any]:
+def load_hyp(
+    path: str | Path | None,
+    family_default_path: str | Path,
+    checks: Mapping[str, Callable[[Any], str]] = MappingProxyType({}),
+) -> Mapping[str, Any]:
     """Hyper-parameters: the family's file, overlaid with the user's, its section for the family last.
 
     Args:
         path: the user's file, None for the family's recipe as it stands.
         family_default_path: the family's recipe; it says which keys there are and of what type.
+        checks: for keys whose values must be more than of that type, what is wrong with a value.
 
     Returns:
         A read-only mapping; `dict(...)` copies it.
@@ -152,8 +159,9 @@ def load_hyp(path: str | Path | None, family_default_path: str | Path) -> Mappin
         where = f"{path}:{line}"
         if key in base:
             problem = _type_problem(base[key], value) or _range_problem(key, value)
+            problem = f"{problem}." if problem else checks.get(key, _no_problem)(value)
             if problem:
-                problems.append(f"{where}: {key} - {problem}.")
+                problems.append(f"{where}: {key} - {problem}")
             merged[key] = float(value) if type(base[key]) is float and type(value) is int else value
         elif key in KNOWN_HYP_KEYS:
             without_effect.append(key)
@@ -328,6 +336,10 @@ def _range_problem(key: str, value: Any) -> str:
         return ""
     expected = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
     return f"got {value:g}, expected {expected}"
+
+
+def _no_problem(value: Any) -> str:
+    return ""
 
 
 def _kind(value: Any) -> str:
