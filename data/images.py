@@ -5,11 +5,13 @@ What differs from a plain decode:
 * EXIF orientation is applied, in JPEG and in every other format that carries it.
 * Grey and palette images become RGB; of an animation the first frame counts.
 * Transparent pixels are laid on white, which is what a browser's page shows.
-* 16-bit grey is scaled by 1/257, its full range; 32-bit and float grey is stretched from its
-  smallest to its largest value, since such files do not say what white is.
+* 16 bits, grey or colour, are scaled by 1/257, their full range; 32-bit and float grey is stretched
+  from its smallest to its largest value, since such files do not say what white is. Where `white`
+  is given, all of them run from 0 to it: 4095 for 12 bits of a camera in 16-bit files.
 * CMYK (also Adobe's inverted form) becomes RGB.
 
-Grey and RGB JPEG, nearly all images in practice, are decoded by OpenCV; Pillow does the rest.
+Files, Pillow's images and arrays are read alike. Grey and RGB JPEG, nearly all images in practice,
+are decoded by OpenCV, and so are colours of 16 bits, which Pillow cuts to 8; Pillow does the rest.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import io
 import struct
 import zlib
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import cv2
 import numpy as np
@@ -38,8 +40,12 @@ IMAGE_SUFFIXES = EXTRA_DECODER | frozenset(
     | {".jpe", ".jpeg", ".jpf", ".jpg", ".jpx", ".mpo", ".pbm", ".pcx", ".pfm", ".pgm", ".png"}
     | {".pnm", ".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp"}
 )
+FULL_WHITE = 65535
+"""White of 16 bits where nothing else is said."""
 _ORIENTATION_TAG = 0x0112
-_DECODE_ERRORS = (
+_BITS_TAG = 258
+_ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
+PIXEL_ERRORS = (
     OSError,
     ValueError,
     TypeError,
@@ -51,6 +57,7 @@ _DECODE_ERRORS = (
     zlib.error,
     PillowImage.DecompressionBombError,
 )
+"""What Pillow and NumPy raise on pixels that are damaged or none."""
 
 
 class ImageError(DatasetError):
@@ -62,8 +69,26 @@ def is_image_path(path: str | Path) -> bool:
     return Path(path).suffix.lower() in IMAGE_SUFFIXES
 
 
-def read_image(path: str | Path) -> Image:
+class Header(NamedTuple):
+    """What the scan of a file tells.
+
+    Attributes:
+        height: of the upright image.
+        width: likewise.
+        peak: the largest value in whole numbers of more than 8 bits; 0 for other images.
+    """
+
+    height: int
+    width: int
+    peak: int = 0
+
+
+def read_image(path: str | Path, white: float | None = None) -> Image:
     """Read a file as an upright RGB image.
+
+    Args:
+        path: the file.
+        white: the value that is white in images deeper than 8 bits; None for what stands above.
 
     Returns:
         RGB, (H, W, 3), uint8, owned by the caller.
@@ -76,26 +101,73 @@ def read_image(path: str | Path) -> Image:
         data = Path(path).read_bytes()
     except OSError as error:
         raise _unreachable(path, error) from error
-    return decode_image(data, str(path))
+    return decode_image(data, str(path), white)
 
 
-def decode_image(data: bytes, name: str) -> Image:
+def decode_image(data: bytes, name: str, white: float | None = None) -> Image:
     """Decode the bytes of an image file; `name` stands in the message of an `ImageError`."""
     try:
         with PillowImage.open(io.BytesIO(data)) as image:
             if data[:2] == b"\xff\xd8" and image.mode in ("L", "RGB") and _has_jpeg_end(data):
                 return _decode_with_opencv(data, _orientation(image), name)
-            rgb = _to_rgb(image)
-            # Asked for after loading, since Pillow turns a TIFF by itself and drops the tag.
-            return _turn(rgb, _orientation(image))
+            return from_pillow(image, white)
     except (UnidentifiedImageError, PillowImage.DecompressionBombError):
         return _decode_with_opencv(data, None, name)
-    except _DECODE_ERRORS as error:
+    except PIXEL_ERRORS as error:
         raise _damaged(name, error) from error
 
 
+def from_pillow(image: PillowImage.Image, white: float | None = None) -> Image:
+    """An image of Pillow as `read_image` gives its file.
+
+    Raises:
+        OSError, ValueError and others of Pillow: its file is damaged, or it holds no numbers.
+    """
+    deep = _deep_colours(image)
+    if deep is not None:
+        # OpenCV turns a TIFF by itself, as Pillow does.
+        orientation = 1 if image.format == "TIFF" else _orientation(image)
+        return _turn(_from_channels(deep, white), orientation)
+    if image.mode.startswith(("I", "F")):
+        rgb = _from_channels(np.asarray(image)[:, :, None], white)
+    else:
+        has_alpha = image.mode in _ALPHA_MODES or "transparency" in image.info
+        rgba = image.convert("RGBA") if has_alpha else image
+        rgb = np.array(_on_white(rgba) if has_alpha else image.convert("RGB"), dtype=np.uint8)
+    # Asked for after loading, since Pillow turns a TIFF by itself and drops the tag.
+    return _turn(rgb, _orientation(image))
+
+
+def from_array(array: NDArray[Any], white: float | None = None) -> Image:
+    """An array as `read_image` gives a file with these pixels.
+
+    Args:
+        array: grey, grey and alpha, RGB or RGBA, (H, W), (H, W, C) or (C, H, W); of 8 or 16 bits
+            without sign, or bool; grey also of other numbers.
+        white: as for `read_image`.
+
+    Raises:
+        ValueError: another shape or type, or values that are no numbers.
+    """
+    if array.ndim == 3 and array.shape[2] not in (1, 2, 3, 4) and array.shape[0] in (1, 2, 3, 4):
+        array = array.transpose(1, 2, 0)
+    array = array[:, :, None] if array.ndim == 2 else array
+    if array.dtype == np.bool_:
+        array = array.astype(np.uint8) * 255
+    is_grey = array.ndim == 3 and array.shape[2] == 1 and array.dtype.kind in "iuf"
+    is_colour = array.ndim == 3 and array.shape[2] in (1, 2, 3, 4)
+    if not array.size or not (is_grey or (is_colour and array.dtype in (np.uint8, np.uint16))):
+        raise ValueError(f"got {array.dtype} {array.shape}")
+    return _from_channels(array, white)
+
+
 def image_size(path: str | Path) -> tuple[int, int]:
-    """Height and width of the upright image, from its header, after a check that the file is whole.
+    """Height and width of the upright image; see `image_header`."""
+    return image_header(path)[:2]
+
+
+def image_header(path: str | Path) -> Header:
+    """Size and depth of an image from its header, after a check that the file is whole.
 
     A JPEG is taken as whole when its end mark is there; one that does not end so, and every other
     format, is decoded once.
@@ -106,15 +178,17 @@ def image_size(path: str | Path) -> tuple[int, int]:
     """
     try:
         with PillowImage.open(path) as image:
+            peak = 0
             if not _looks_whole(path, image.format):
+                peak = _peak(image)
                 image.load()
             width, height = image.size
             turned = _orientation(image) in (5, 6, 7, 8)
-            return (width, height) if turned else (height, width)
+            return Header(*((width, height) if turned else (height, width)), peak)
     except (UnidentifiedImageError, PillowImage.DecompressionBombError):
         height, width = read_image(path).shape[:2]
-        return height, width
-    except _DECODE_ERRORS as error:
+        return Header(height, width)
+    except PIXEL_ERRORS as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise _unreachable(path, error) from error
         raise _damaged(str(path), error) from error
@@ -165,28 +239,78 @@ def _turn(image: Image, orientation: int) -> Image:
     return np.ascontiguousarray(image)
 
 
-def _to_rgb(image: PillowImage.Image) -> Image:
-    if image.mode.startswith(("I", "F")):
-        grey = _scale_grey(np.asarray(image))
-        return np.repeat(grey[:, :, None], 3, axis=2)
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        page = PillowImage.new("RGBA", rgba.size, "white")
-        image = PillowImage.alpha_composite(page, rgba)
-    return np.array(image.convert("RGB"), dtype=np.uint8)
+def _on_white(rgba: PillowImage.Image) -> PillowImage.Image:
+    page = PillowImage.new("RGBA", rgba.size, "white")
+    return PillowImage.alpha_composite(page, rgba).convert("RGB")
 
 
-def _scale_grey(values: NDArray[np.generic]) -> NDArray[np.uint8]:
-    """Bring grey values deeper than 8 bits to 0..255 (see the head of this file)."""
+def _deep_colours(image: PillowImage.Image) -> NDArray[Any] | None:
+    """Channels (H, W, C) of 16 bits, of which Pillow would keep the upper half; else None."""
+    file = getattr(image, "fp", None)
+    if file is None or not _is_deep(image):
+        return None
+    place = file.tell()
+    file.seek(0)
+    data = file.read()
+    file.seek(place)
+    try:
+        decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error:
+        return None
+    if decoded is None or decoded.dtype != np.uint16:
+        return None
+    order = {3: [2, 1, 0], 4: [2, 1, 0, 3]}.get(decoded.shape[2] if decoded.ndim == 3 else 1)
+    return None if order is None else decoded[:, :, order]
+
+
+def _is_deep(image: PillowImage.Image) -> bool:
+    """Whether the file of a colour image that is not loaded yet has 16 bits a channel."""
+    tiles = getattr(image, "tile", None)
+    if image.mode not in ("RGB", "RGBA", "LA") or not tiles:
+        return False
+    if image.format == "JPEG2000":
+        return True  # its header is read by OpenCV; 8 bits are given back to Pillow
+    if image.format == "TIFF":
+        return max(getattr(image, "tag_v2", {}).get(_BITS_TAG, (8,))) == 16
+    told = tiles[0][3]
+    return ";16" in str(told) or (image.format == "PPM" and FULL_WHITE in tuple(told))
+
+
+def _peak(image: PillowImage.Image) -> int:
+    """The largest whole number of an image deeper than 8 bits; 0 for other images."""
+    if image.mode.startswith("I"):
+        return int(np.asarray(image).max())
+    deep = _deep_colours(image)
+    return 0 if deep is None else int(deep[:, :, :3].max())
+
+
+def _from_channels(values: NDArray[Any], white: float | None) -> Image:
+    """Grey, grey and alpha, RGB or RGBA, (H, W, C), as RGB of 8 bits."""
+    count = values.shape[2]
+    colours = _to_bytes(values[:, :, : count - 1 if count in (2, 4) else count], white)
+    rgb = np.repeat(colours, 3, axis=2) if colours.shape[2] == 1 else colours
+    if count in (1, 3):
+        return np.ascontiguousarray(rgb)
+    alpha = _to_bytes(values[:, :, -1:], None)
+    rgba = np.ascontiguousarray(np.concatenate([rgb, alpha], axis=2))
+    return np.array(_on_white(PillowImage.fromarray(rgba)), dtype=np.uint8)
+
+
+def _to_bytes(values: NDArray[Any], white: float | None) -> Image:
+    """Bring values deeper than 8 bits to 0..255 (see the head of this file)."""
+    if values.dtype == np.uint8:
+        return np.asarray(values, dtype=np.uint8)
     numbers = values.astype(np.float64)
     if not np.isfinite(numbers).all():
         raise ValueError("pixel values that are no numbers")
     low, high = float(numbers.min()), float(numbers.max())
     is_whole = np.issubdtype(values.dtype, np.integer)
-    if is_whole and low >= 0 and high <= 65535:
-        low, high = 0.0, 65535.0
-    span = high - low or 1.0
-    return np.rint((numbers - low) * (255.0 / span)).astype(np.uint8)
+    if white is not None:
+        low, high = 0.0, float(white)
+    elif is_whole and low >= 0 and high <= FULL_WHITE:
+        low, high = 0.0, float(FULL_WHITE)
+    scaled = (numbers - low) * (255.0 / (high - low or 1.0))
+    return np.rint(np.clip(scaled, 0, 255)).astype(np.uint8)
 
 
 def _has_jpeg_end(data: bytes) -> bool:

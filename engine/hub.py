@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image as PillowImage
 from torch import Tensor, nn
 
-from data.images import Image, read_image
+from data.images import PIXEL_ERRORS, Image, from_array, from_pillow, read_image
 from data.transforms import fitted_size, letterbox
 from engine.results import Results
 from models.postprocess import postprocess
 from models.yolo import DetectionModel
+from utils.channels import white_of
 from utils.config import parse_imgsz
 from utils.errors import DatasetError
 from utils.structures import Letterbox, as_float
@@ -26,6 +28,7 @@ class Detector(nn.Module):
     Attributes:
         model: the network, in eval mode.
         names: class names by index.
+        white: the value that is white in pictures deeper than 8 bits; None for their full range.
         conf: detections score above this.
         iou: boxes of one class that overlap more are suppressed.
         classes: only these class indices, None for all.
@@ -38,6 +41,7 @@ class Detector(nn.Module):
         super().__init__()
         self.model = model.float().eval()
         self.names = dict(enumerate(model.names))
+        self.white = white_of(model.config)
         self.conf = 0.25
         self.iou = 0.45
         self.classes: Sequence[int] | None = None
@@ -52,8 +56,9 @@ class Detector(nn.Module):
         """Detect objects.
 
         Args:
-            images: a path, a PIL image, an array (H, W, 3) in RGB, a list of those, or a tensor (B,
-                3, H, W) in [0, 1] whose sides are multiples of the stride, which is taken as it is.
+            images: a path, a PIL image, an array (H, W, 3) in RGB, a list of those, which are read
+                as files are (turned upright, alpha on white, 16 bits as 8), or a tensor (B, 3, H, W)
+                in [0, 1] whose sides are multiples of the stride, which is taken as it is.
             size: the sides that images are fitted into, one number or (height, width).
 
         Raises:
@@ -65,7 +70,7 @@ class Detector(nn.Module):
             batch = batch.to(parameter.device, parameter.dtype)
         else:
             items = list(images) if isinstance(images, (list, tuple)) else [images]
-            read = [_read(item, number) for number, item in enumerate(items)]
+            read = [_read(item, number, self.white) for number, item in enumerate(items)]
             pictures, files = [image for image, _ in read], [name for _, name in read]
             stacked, boxes = _stack(
                 pictures, parse_imgsz(size, self.model.max_stride), self.model.max_stride
@@ -88,41 +93,25 @@ class Detector(nn.Module):
         return Results(pictures, pred, self.names, files)
 
 
-def _read(item: Any, number: int) -> tuple[Image, str]:
-    """One image as RGB (H, W, 3) uint8, and a file name for it."""
+def _read(item: Any, number: int, white: float | None = None) -> tuple[Image, str]:
+    """One image as RGB (H, W, 3) uint8, read as its file would be, and a file name for it."""
     if isinstance(item, (str, Path)):
         if "://" in str(item):
             raise DatasetError(
                 f"{item}: nothing is downloaded. Fetch the picture first and give its path."
             )
-        return read_image(item), Path(item).name
-    name = Path(getattr(item, "filename", "") or f"image{number}.jpg").name
-    if hasattr(item, "convert"):
-        item = item.convert("RGB")
+        return read_image(item, white), Path(item).name
+    given = getattr(item, "filename", "")
+    name = Path(given or f"image{number}.jpg").name
     try:
-        array = np.asarray(item)
-    except (TypeError, ValueError) as error:
-        raise DatasetError(f"image {number}: got {type(item).__name__} - {error}.") from error
-    return _as_rgb(array, number), name
-
-
-def _as_rgb(array: np.ndarray[Any, Any], number: int) -> Image:
-    """Grey, RGB or RGBA, channels last or first, as RGB (H, W, 3) uint8."""
-    if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] not in (1, 3, 4):
-        array = array.transpose(1, 2, 0)
-    if array.ndim == 2:
-        array = array[..., None]
-    if (
-        array.dtype != np.uint8
-        or array.ndim != 3
-        or array.shape[2] not in (1, 3, 4)
-        or not array.size
-    ):
+        if isinstance(item, PillowImage.Image):
+            return from_pillow(item, white), name
+        return from_array(np.asarray(item), white), name
+    except PIXEL_ERRORS as error:
+        kind = type(item).__name__
         raise DatasetError(
-            f"image {number}: got {array.dtype} {array.shape}, expected a path, a PIL image or a "
-            "uint8 array (H, W, 3)."
-        )
-    return np.ascontiguousarray(array.repeat(3, 2) if array.shape[2] == 1 else array[..., :3])
+            f"image {number}: {kind} - {error}, expected a path, a PIL image or an array (H, W, 3) of uint8 or uint16."
+        ) from error
 
 
 def _stack(

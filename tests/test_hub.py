@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -178,10 +180,38 @@ def test_every_kind_of_picture_gives_the_same_detections(
     for given in (file, str(file), Image.fromarray(image), [image], image.transpose(2, 0, 1)):
         assert torch.equal(detector(given, size=96).pred[0], expected.pred[0])
     assert detector(file, size=96).files == ["a.png"]
-    alpha = np.dstack((image, np.zeros((60, 100), np.uint8)))
-    assert torch.equal(detector(alpha, size=96).pred[0], expected.pred[0])
     grey = detector(image[..., 0], size=96)
     assert grey.ims[0].shape == (60, 100, 3)
+
+
+def test_pictures_in_memory_are_read_as_their_files(detector: Detector, tmp_path: Path) -> None:
+    """Turned by EXIF, with alpha, of one bit, with a palette, of 16 bits in grey and in colour."""
+    image, twelve = pictures()[0], np.random.default_rng(0).integers(0, 4096, (60, 100, 3))
+    deep = twelve.astype(np.uint16)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    alpha = np.dstack((image, image[..., 0]))
+    made = {
+        "turned": Image.fromarray(image), "alpha": Image.fromarray(alpha),
+        "grey alpha": Image.fromarray(alpha[..., 2:]), "bit": Image.fromarray(image[..., 0] > 99),
+        "palette": Image.fromarray(image).quantize(16), "deep": Image.fromarray(deep[..., 0]),
+    }  # fmt: skip
+    arrays = {"alpha": alpha, "grey alpha": alpha[..., 2:], "bit": image[..., 0] > 99}
+    arrays |= {"deep": deep[..., 0], "deep colours": deep}
+    detector.white = 4095
+    for name, picture in made.items():
+        picture.save(tmp_path / f"{name}.png", exif=turned if name == "turned" else b"")
+    assert cv2.imwrite(str(tmp_path / "deep colours.png"), deep[..., ::-1])
+    for name in [*made, "deep colours"]:
+        file = tmp_path / f"{name}.png"
+        expected = detector(file, size=96)
+        given: list[Any] = [Image.open(file)]
+        given += [arrays[name]] if name in arrays else []
+        for found in (detector(one, size=96) for one in given):
+            assert (found.ims[0] == expected.ims[0]).all(), name
+            assert torch.equal(found.pred[0], expected.pred[0])
+    assert detector(Image.open(tmp_path / "turned.png"), size=96).ims[0].shape == (100, 60, 3)
+    assert detector(deep, size=96).ims[0].max() == 255
 
 
 def test_a_batch_gives_boxes_in_the_pixels_of_each_picture(detector: Detector) -> None:

@@ -1,6 +1,10 @@
-"""Images of the channels that a network takes."""
+"""Images of the channels and of the depth that a network takes."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -25,3 +29,20 @@ def as_channels(images: Tensor, channels: int) -> Tensor:
         )
     weights = images.new_tensor(LUMA).view(1, 3, 1, 1)
     return (images * weights).sum(1, keepdim=True)
+
+
+def white_of(config: Mapping[str, Any]) -> float | None:
+    """The value that is white in images deeper than 8 bits, as a model's mapping or a data YAML says.
+
+    Raises:
+        ConfigError: what stands there is no such number.
+    """
+    white = config.get("white")
+    if white is None:
+        return None
+    is_number = isinstance(white, (int, float)) and not isinstance(white, bool)
+    if not is_number or not 0 < white < math.inf:
+        raise ConfigError(
+            f"white: got {str(white)[:40]!r}, expected the value of white such as 4095 for 12 bits."
+        )
+    return float(white)
