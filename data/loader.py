@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from types import FrameType
 from typing import Any
@@ -31,6 +32,7 @@ LOGGER = logging.getLogger("yoke.data")
 PREFETCH = 2
 """Batches that each worker holds ready."""
 SHARED_MEMORY = "/dev/shm"
+GROUP_SIGNALS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
@@ -119,7 +121,9 @@ class DetectionLoader(DataLoader[Sample]):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         try:
-            yield from super().__iter__()  # type: ignore[misc]
+            with _signals_blocked():  # a new worker opens itself to them when it knows what to do
+                batches = super().__iter__()
+            yield from batches  # type: ignore[misc]
         except DatasetError as error:
             # Workers hand over the whole traceback as the message; its last line is the message.
             message = str(error).strip().splitlines()[-1]
@@ -248,6 +252,19 @@ def _shared_memory() -> int | None:
     return shutil.disk_usage(SHARED_MEMORY).free if os.path.isdir(SHARED_MEMORY) else None
 
 
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Keep back the signals that all processes of a run get; processes that are made meanwhile do too."""
+    if not hasattr(signal, "pthread_sigmask"):  # as on Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _begin_worker(_: int) -> None:
     """One thread per worker, or they would fight over the cores; and the main process decides when they end.
 
@@ -256,8 +273,12 @@ def _begin_worker(_: int) -> None:
     """
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _end_next_time)
+    for number in GROUP_SIGNALS:
+        # The main process sends SIGTERM, and repeats it, to a worker that hangs.
+        is_last_resort = number == signal.SIGTERM
+        signal.signal(number, _end_next_time if is_last_resort else signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, GROUP_SIGNALS)
 
 
 def _end_next_time(number: int, _: FrameType | None) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from models.weight_files.transfer import transfer
 from models.weights import load_backbone_weights, read_weights
 from models.yolo import DetectionModel, build_model
+from utils.checkpoint import require_finite
 from utils.config import parse_imgsz
 from utils.errors import CheckpointError
 from utils.logger import get_logger
@@ -48,4 +49,6 @@ def build_from_flags(options: Any, names: tuple[str, ...]) -> DetectionModel:
         get_logger().info(
             f"{options.backbone_weights}: {load_backbone_weights(model, options.backbone_weights).summary()}"
         )
+    if not is_resumed:
+        require_finite(model.state_dict(), options.weights or options.backbone_weights or cfg)
     return model

@@ -18,6 +18,7 @@ from models.reparam import fuse as fuse_model
 from models.runtimes.artifact import ArtifactInfo, Backend, damaged, missing_library, parse_metadata
 from models.runtimes.graphs import open_artifact
 from models.yolo import DetectionModel, build_model
+from utils.checkpoint import require_finite
 from utils.errors import CheckpointError, ConfigError
 from utils.structures import Decoded
 
@@ -152,4 +153,5 @@ def _read_safetensors(path: Path, allow_code: bool) -> DetectionModel:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise damaged(path, error) from error
+    require_finite(model.state_dict(), path)
     return model.float().eval()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from models.weight_files.transfer import ROW, TransferReport, match_keys, transfer
 from models.weights import ForeignWeights, read_weights
 from models.yolo import DetectionModel, build_model, model_from_checkpoint
-from utils.checkpoint import ForeignCheckpointError, load_checkpoint
+from utils.checkpoint import ForeignCheckpointError, load_checkpoint, require_finite
 from utils.errors import CheckpointError, ConfigError
 from utils.logger import get_logger
 
@@ -53,19 +53,21 @@ def load_weights(
         allow_code: whether Python files that the model YAML imports may run.
 
     Raises:
-        CheckpointError: the file cannot be read, carries no YAML we can build and `cfg` is None, or
+        CheckpointError: the file cannot be read, carries no YAML we can build and `cfg` is None, is not finite, or
             nothing in it fits.
         ConfigError: `cfg` is wrong.
     """
     if cfg is None and num_classes is None:
         try:
             model = model_from_checkpoint(load_checkpoint(path), allow_code)
+            require_finite(model.state_dict(), path)
             return Loaded(model.float().eval(), None)
         except ForeignCheckpointError:
             pass  # another project's file, or none: the reader below says
     weights = read_weights(path)
     model = _build_for(path, weights, cfg, num_classes, backbone, allow_code)
     report = transfer(model, weights.state, num_anchors=getattr(model.head, "num_anchors", None))
+    require_finite(model.state_dict(), path)
     return Loaded(model.eval(), report)
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import csv
 import os
+import random
+import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -168,3 +171,52 @@ def rows(folder: Path) -> list[dict[str, str]]:
 def last_line(told: str) -> str:
     """`best epoch 3: mAP50 0.1234, ...`, without the folder."""
     return next(line for line in told.splitlines() if line.startswith("best epoch")).split(";")[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+def test_runs_that_are_ended_at_random_moments_again_and_again(
+    seed: int, tmp_path: Path, whole: Straight
+):
+    """Five signals a run, so thirty in all, to the main process or to its workers too."""
+    rng = random.Random(seed)
+    weights = tmp_path / "runs" / "exp" / "weights"
+    fresh = [*whole.flags, "--project", tmp_path / "runs", "--name", "exp", "--exist-ok"]
+    told: list[str] = []
+    while len(told) < 5:
+        if is_finished(weights / "last.pt"):
+            assert_equal_runs(weights.parent, whole.folder)
+            shutil.rmtree(weights.parent)
+        number = rng.choice((signal.SIGTERM, signal.SIGKILL, signal.SIGINT))
+        process = start(tmp_path, *way(weights / "last.pt", fresh), group=True)
+        text = interrupted(process, rng.randint(2, 15), rng.random(), number, rng.random() < 0.5)
+        assert process.returncode in (0, 128 + number, -number), text
+        assert "Traceback" not in text
+        if process.returncode:
+            told.append(f"{number.name}: {text.splitlines()[-1]}")
+    print(*told, sep="\n")
+    if not is_finished(weights / "last.pt"):
+        end(start(tmp_path, *way(weights / "last.pt", fresh)))
+    assert_equal_runs(weights.parent, whole.folder)
+
+
+def is_finished(last: Path) -> bool:
+    return last.exists() and bool(load_checkpoint(last).get("finished"))
+
+
+def way(last: Path, fresh: list[Any]) -> list[Any]:
+    """How a run goes on: from its last.pt, or anew where it was stopped before the first."""
+    return ["--resume", last] if last.exists() else fresh
+
+
+def interrupted(
+    process: subprocess.Popen[str], lines: int, delay: float, number: signal.Signals, group: bool
+) -> str:
+    """What the process told, which got a signal `delay` twentieths of a second after so many lines."""
+    assert process.stderr is not None
+    told = [line for _, line in zip(range(lines), process.stderr, strict=False)]
+    time.sleep(delay / 20)
+    if process.poll() is None:
+        (os.killpg if group else os.kill)(process.pid, number)
+    _, rest = process.communicate(timeout=600)
+    return "".join(told) + rest

@@ -230,6 +230,33 @@ def _refuse_non_finite(value: Any, where: str) -> None:
         )
 
 
+def require_finite(state: Mapping[str, Tensor], source: str | Path) -> None:
+    """Refuse weights that no number can come of.
+
+    Args:
+        state: tensors by name.
+        source: the file that they are from.
+
+    Raises:
+        CheckpointError: some of them are NaN or infinite, or a running variance is below 0.
+    """
+    counts = {key: int(_unusable(key, value).sum()) for key, value in state.items()}
+    bad = [key for key, count in counts.items() if count]
+    if bad:
+        raise CheckpointError(
+            f"{source}: {len(bad)} of {len(state)} tensors cannot be used - {bad[0]} has {counts[bad[0]]} of "
+            f"{state[bad[0]].numel()} numbers that are NaN, infinite or a negative variance, expected none. Take the "
+            "checkpoint of an earlier epoch."
+        )
+
+
+def _unusable(key: str, value: Tensor) -> Tensor:
+    if not value.is_floating_point():
+        return torch.zeros(())
+    wrong = ~value.isfinite()
+    return wrong | (value < 0) if key.endswith("running_var") else wrong
+
+
 def _first_sentence(error: Exception) -> str:
     """The first line of a library's message, short enough for one line of ours."""
     text = str(error).strip().splitlines()
