@@ -6,8 +6,10 @@ maps. `plan_features` tries the ways that timm has, in a fixed order, and writes
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -78,6 +80,29 @@ def is_known(name: str) -> bool:
     return bool(timm.is_model(bare_name(name)))
 
 
+def statistics_of(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and standard deviation that images were normalised by when timm's weights of `name` were trained; None if timm
+    does not say."""
+    import timm
+
+    config = timm.get_pretrained_cfg(bare_name(name))
+    if config is None or config.mean is None or config.std is None:
+        return None
+    return tuple(map(float, config.mean)), tuple(map(float, config.std))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """timm's warnings of names that it does not use are kept back: what became of a file is told by its reader."""
+    log = logging.getLogger("timm")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
 def create(name: str, options: dict[str, Any]) -> Any:
     """`timm.create_model` with `features_only`: a module with a `feature_info`."""
     import timm
@@ -134,21 +159,22 @@ def _has_odd_patch(name: str) -> bool:
 
 
 def _try_plan(name: str, imgsz: tuple[int, int], options: dict[str, Any]) -> FeaturePlan:
+    channels = int(options.get("in_chans", 3))
     info = create(name, options).feature_info
     indices = _last_of_each_stride(info)
     try:
         net = create(name, {**options, "out_indices": indices})
-        maps = _run(net, imgsz)
+        maps = _run(net, channels, imgsz)
     except (
         REFUSALS
     ):  # some models cannot give every stage that they list, but their own choice works
         indices = tuple(int(i) for i in info.out_indices)
         net = create(name, {**options, "out_indices": indices})
-        maps = _run(net, imgsz)
+        maps = _run(net, channels, imgsz)
     is_channels_last = str(getattr(net, "output_fmt", "NCHW")).endswith("NHWC")
     strides = [power_of_two(float(r)) for r in net.feature_info.reduction()]
     other = (imgsz[0] + 32, imgsz[1] + 64)
-    other_maps = _maps_at(net, other)
+    other_maps = _maps_at(net, channels, other)
     taps = tuple(_tap(m, s, imgsz, is_channels_last) for m, s in zip(maps, strides, strict=True))
     if other_maps:  # some models round their maps up, which shows at one size and not at another
         others = [_tap(m, s, other, is_channels_last) for m, s in zip(other_maps, strides)]
@@ -178,7 +204,7 @@ def find_unused(
     """
     with torch.random.fork_rng(devices=[]), torch.device("meta"), torch.enable_grad():
         net = create(name, {**plan.options, "out_indices": plan.indices}).train()
-        maps = net(torch.empty(2, 3, *imgsz))
+        maps = net(torch.empty(2, plan.options.get("in_chans", 3), *imgsz))
         sum((maps[plan.kept[stride]].sum() for stride in strides), torch.zeros(())).backward()
     return sorted(key for key, parameter in net.named_parameters() if parameter.grad is None)
 
@@ -194,17 +220,17 @@ def _last_of_each_stride(info: Any) -> tuple[int, ...]:
     return tuple(sorted(i for stride, i in last.items() if stride > 1))
 
 
-def _run(net: nn.Module, imgsz: tuple[int, int]) -> list[Tensor]:
+def _run(net: nn.Module, channels: int, imgsz: tuple[int, int]) -> list[Tensor]:
     """Maps for one meta image, in eval mode."""
     net.eval()
     with torch.no_grad():
-        return list(net(torch.empty(1, 3, *imgsz)))
+        return list(net(torch.empty(1, channels, *imgsz)))
 
 
-def _maps_at(net: nn.Module, imgsz: tuple[int, int]) -> list[Tensor]:
+def _maps_at(net: nn.Module, channels: int, imgsz: tuple[int, int]) -> list[Tensor]:
     """Maps at another size; none where the model does not take it."""
     try:
-        return _run(net, imgsz)
+        return _run(net, channels, imgsz)
     except REFUSALS:
         return []
 

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from models.weight_files.torch_file import TensorFile, open_file
-from models.weight_files.transfer import ROW, TransferReport, transfer
+from models.weight_files.transfer import TransferReport, transfer
 from models.weight_files.unpickle import PickleError, Stub, shown
 from models.weight_files.unpickle_names import NumpyArray, TensorRef
-from utils.errors import CheckpointError
 
 __all__ = ["ForeignWeights", "TransferReport", "load_backbone_weights", "read_weights", "transfer"]
 
@@ -29,10 +28,11 @@ AVERAGED = ("ema", "model_ema", "ema_model", "state_dict_ema", "ema_state_dict",
 RAW = ("model", "state_dict", "model_state_dict", "net", "network", "weights", "params", "module")
 WRAPPERS = ("module.", "_orig_mod.", "model.model.")
 BOOKKEEPING = ("n_averaged", "num_updates", "decay")
-BACKBONE_PREFIXES = ("", "backbone.", "model.", "model.backbone.", "features.", "encoder.")
+NOT_WEIGHTS = ("optim", "scaler", "scheduler", "rng", "state")
 MAX_DEPTH = 64
 MAX_VISITS = 200_000
 MAX_WRAPPING = 5
+MAX_PARTS = 32
 MAX_STRIDE = 4096
 MAX_IMAGE = 65536
 # What a carried model YAML may not bring along. Its `imports` run only where code is allowed; `forget_weights` takes
@@ -104,7 +104,24 @@ def _find(content: Any, depth: int = 0) -> tuple[str, Any] | None:
             inner = _find(content[key], depth + 1)
             if inner is not None:
                 return ".".join(filter(None, (key, inner[0]))), inner[1]
-    return ("", content) if next(_flatten(content), None) else None
+    if next(_flatten(content), None):
+        return "", content
+    parts = _parts(content)
+    return ("", parts) if parts else None
+
+
+def _parts(content: dict[Any, Any]) -> dict[str, Any]:
+    """State dicts side by side (`student` and `teacher`, `backbone` and `head`) as one, their names in front."""
+    holders = [
+        (name, holder)
+        for name, holder in _items(content)
+        if isinstance(holder, (dict, Stub)) and not name.startswith(NOT_WEIGHTS)
+    ]
+    return {
+        f"{name}.{key}": value
+        for name, holder in holders[:MAX_PARTS]
+        for key, value in _flatten(holder)
+    }
 
 
 def _flatten(holder: Any) -> Iterator[tuple[str, Any]]:
@@ -268,50 +285,13 @@ def _anchors(
     return tuple(tuple(zip(level[::2], level[1::2], strict=True)) for level in levels)
 
 
-def load_backbone_weights(model: Any, path: str | Path) -> TransferReport:
+def load_backbone_weights(model: nn.Module, path: str | Path) -> TransferReport:
     """Give only the backbone of a detection model the numbers of a file.
 
-    The file may hold a backbone alone, with or without a prefix and with names flattened as timm
-    does (`stages.0` or `stages_0`), a classifier, whose last layer is left out, or a whole
-    detector.
+    The file may hold a backbone alone, under any prefix and with names flattened as timm does
+    (`stages.0` or `stages_0`), a classifier, whose last layer is left out, or a whole detector.
 
     Raises:
-        CheckpointError: the file cannot be read, or nothing in it fits the backbone.
+        CheckpointError: the file cannot be read, or has less than half of the backbone's tensors.
     """
-    state = read_weights(path).state
-    rows = [number for number, row in enumerate(model.rows) if row.section == "backbone"]
-    backbone = nn.ModuleDict({"model": nn.ModuleDict({str(n): model.model[n] for n in rows})})
-    maps = [n for n in rows if model.rows[n].map_slots is not None]
-    if any(ROW.match(key) for key in state) and not maps:
-        return transfer(backbone, state)
-    candidates = [(backbone, state)] if any(ROW.match(key) for key in state) else []
-    for number in maps:
-        for prefix in BACKBONE_PREFIXES:
-            candidates.append((model.model[number], _renamed(model.model[number], state, prefix)))
-    if not candidates:
-        raise CheckpointError(
-            f"{path}: the model's backbone is made of rows, the weights have none. Use --weights."
-        )
-    best = max(candidates, key=lambda item: _fitting(*item))
-    return transfer(*best)
-
-
-def _renamed(module: nn.Module, state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Tensors of `state` under `prefix`, keys as `module` writes them (dots or underscores)."""
-    own = {_flat(key): key for key in module.state_dict()}
-    found = {}
-    for key, value in state.items():
-        if key.startswith(prefix):
-            flat = _flat(key[len(prefix) :])
-            found[own.get(flat, key)] = value
-    return found
-
-
-def _flat(key: str) -> str:
-    return key.replace(".", "_")
-
-
-def _fitting(module: nn.Module, state: Mapping[str, Tensor]) -> int:
-    """How many tensors of `module` have one of the same name and shape in `state`."""
-    own = module.state_dict()
-    return sum(key in state and state[key].shape == value.shape for key, value in own.items())
+    return transfer(model, read_weights(path).state, only_backbone=True, source=str(path))

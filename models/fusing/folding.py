@@ -6,6 +6,7 @@ All sums are made in float64 and rounded once, to the type of the weight they go
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -36,16 +37,19 @@ def read_affine(module: nn.Module, shape: torch.Size) -> Affine | None:
     """How `module` maps an input of `shape` in eval mode, if that is a scale and shift per channel.
 
     BatchNorm of any make (with running statistics), frozen BatchNorm and layer scale are
-    recognised by what they hold. What was recognised is tried on random numbers, so a look-alike
-    is not taken for one.
+    recognised by what they hold; others may say it themselves (`affine()`). What was recognised is
+    tried on random numbers, so a look-alike is not taken for one.
     """
     if not any(True for _ in (*module.parameters(), *module.buffers())) or len(shape) < 2:
         return None
-    if getattr(module, "running_mean", None) is not None:
+    tells = getattr(module, "affine", None)
+    if isinstance(tells, MethodType):
+        candidates = [tells()]
+    elif getattr(module, "running_mean", None) is not None:
         candidates = [_read_norm(module)]
     else:
         candidates = _read_scale(module, shape)
-    fitting = [c for c in candidates if c is not None and _agrees(module, c, shape)]
+    fitting = [c for c in candidates if isinstance(c, Affine) and _agrees(module, c, shape)]
     return fitting[0] if fitting else None
 
 

@@ -68,11 +68,16 @@ class Folder:
                 waiting.append((call, affine))
                 self.left[self.names[call.module]] = str(reason)
         for call, affine in waiting:
+            name = self.names[call.module]
             try:
-                self._fold_forward(call, affine)
-            except NotFoldedError:
+                rest = self._fold_forward(call, affine)
+            except NotFoldedError as reason:
+                if call.input is None or self.record.maker(call.input) is None:
+                    self.left[name] = str(reason)  # nothing stands before it
                 continue
-            del self.left[self.names[call.module]]
+            self.left[name] = rest
+            if not rest:
+                del self.left[name]
 
     def changed_modules(self) -> set[nn.Module]:
         """Modules whose own output is rightly another one now."""
@@ -102,8 +107,8 @@ class Folder:
         self._replace(call.module, affine.rest)
         self.folded.append(f"{self.names[layer]} + {self.names[call.module]}")
 
-    def _fold_forward(self, call: Call, affine: Affine) -> None:
-        """Fold `affine` into the only layer that reads its output."""
+    def _fold_forward(self, call: Call, affine: Affine) -> str:
+        """Fold `affine` into the only layer that reads its output; what stays of it, in words."""
         assert call.output is not None
         self._require_plain(call)
         if affine.rest is not None:
@@ -113,19 +118,51 @@ class Folder:
         readers = self.record.readers.get(call.output, [])
         if len(readers) != 1:
             raise NotFoldedError(f"its output has {len(readers)} readers")
-        operation = self.record.operations[readers[0]]
+        value, operation, is_padded = self._behind_padding(call.output, readers[0])
         layer = self._weight_owner(operation)
-        if operation.reads[0] != call.output and operation.name == "convolution":
+        if operation.reads[0] != value and operation.name == "convolution":
             raise NotFoldedError("it is not the input of the layer behind it")
         axis = affine.axis % len(self.record.shape(call.output))
         expected = len(self.record.shape(call.output)) - 1 if isinstance(layer, nn.Linear) else 1
-        if axis != expected or not can_fold_before(layer, affine):
-            raise NotFoldedError("the layer behind it pads with zeros, which are not shifted")
+        if axis != expected:
+            raise NotFoldedError("its channels are not those of the layer behind it")
+        shifts_padding = is_padded and bool(affine.shift.any())
+        if shifts_padding or not can_fold_before(layer, affine):
+            return self._fold_scale(call, affine, layer)
         fold_before(layer, affine)
+        self._settle(call, layer)
+        self._replace(call.module, None)
+        return ""
+
+    def _fold_scale(self, call: Call, affine: Affine, layer: Any) -> str:
+        """Fold the scale of a module that can do its shift first and alone: zeros around an image are not shifted."""
+        split = getattr(call.module, "without_scale", None)
+        if split is None or not can_fold_before(layer, affine._replace(shift=affine.shift * 0)):
+            raise NotFoldedError("the layer behind it pads with zeros, which are not shifted")
+        fold_before(layer, affine._replace(shift=affine.shift * 0))
+        self._settle(call, layer)
+        self._replace(call.module, split())
+        return f"its mean is subtracted before {self.names[layer]}, which pads with zeros"
+
+    def _settle(self, call: Call, layer: Any) -> None:
+        """Note that `layer` does the work of `call` from now on."""
+        assert call.output is not None
         self.settled.add(layer)
         self.changed.add(call.output)
-        self._replace(call.module, None)
         self.folded.append(f"{self.names[call.module]} + {self.names[layer]}")
+
+    def _behind_padding(self, value: Value, reader: int) -> tuple[Value, Operation, bool]:
+        """The operation behind zeros that are put around `value`, what it reads, and whether there are any."""
+        operation = self.record.operations[reader]
+        is_padded = False
+        while operation.name == "constant_pad_nd" and not _pads_with(operation):
+            value = operation.writes[0]
+            self.changed.add(value)
+            readers = self.record.readers.get(value, [])
+            if len(readers) != 1 or value in self.record.outputs:
+                raise NotFoldedError(f"its padded output has {len(readers)} readers")
+            operation, is_padded = self.record.operations[readers[0]], True
+        return value, operation, is_padded
 
     def _require_plain(self, call: Call) -> None:
         count = len(self.record.calls_of(call.module))
@@ -207,6 +244,11 @@ class Folder:
             for name, child in parent._modules.items():
                 if child is module:
                     parent._modules[name] = new
+
+
+def _pads_with(operation: Operation) -> float:
+    """The number that a padding puts around its input."""
+    return float(operation.args[2]) if len(operation.args) > 2 else 0.0
 
 
 def has_hooks(module: nn.Module) -> bool:

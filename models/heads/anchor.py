@@ -66,6 +66,7 @@ class AnchorDetect(nn.Module):
     family = "yolov5"
     loss = "anchor"
     postprocess = "nms"
+    class_outputs = ("m.*",)
     anchors: Tensor
 
     def __init__(

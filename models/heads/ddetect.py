@@ -42,6 +42,7 @@ class DDetect(nn.Module):
     family = "yolov9"
     loss = "task_aligned"
     postprocess = "nms"
+    class_outputs = ("cv3.*.2.*",)
 
     def __init__(self, num_classes: int, channels: Sequence[int]) -> None:
         super().__init__()
@@ -95,6 +96,7 @@ class DualDDetect(nn.Module):
     family = "yolov9"
     loss = "dual_task_aligned"
     postprocess = "nms"
+    class_outputs = ("cv3.*.2.*", "cv5.*.2.*")
 
     def __init__(self, num_classes: int, channels: Sequence[int]) -> None:
         super().__init__()

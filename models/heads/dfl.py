@@ -153,6 +153,7 @@ class DFLDetect(nn.Module):
     family = "yolo11"
     loss = "task_aligned"
     postprocess = "nms"
+    class_outputs = ("cv3.*.2.*",)
 
     def __init__(
         self,

@@ -129,6 +129,7 @@ class RTDETRDecoder(nn.Module):
     family = "rtdetr"
     loss = "hungarian"
     postprocess = "topk"
+    class_outputs = ("enc_score_head.*", "dec_score_head.*", "denoising_class_embed.*")
     recipe_attributes = ("num_denoising", "label_noise", "box_noise")  # taken from the recipe
 
     def __init__(

@@ -9,7 +9,7 @@ Letters: B batch, C channels, H height, W width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,9 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.blocks.input_norm import InputNorm
 from models.blocks.layers import ChannelNorm
-from models.registry import Layer, LayerError, Plan, Scaling, backbone, register_fallback
+from models.registry import Layer, LayerError, Plan, Scaling, backbone, register_fallback, single
 from models.timm_features import (
+    REFUSALS,
     FeaturePlan,
     create,
     find_unused,
@@ -27,10 +29,13 @@ from models.timm_features import (
     known_names,
     narrow_plan,
     plan_features,
+    quiet,
+    statistics_of,
 )
 from models.timm_hub import cached_weights, hub_is_reachable
-from models.weights import read_weights
+from models.weights import read_weights, transfer
 from utils.errors import CheckpointError, ConfigError
+from utils.logger import get_logger
 
 REQUIRED_STRIDES = (8, 16, 32)
 VIT_STRIDES = (4, 8, 16, 32)
@@ -74,10 +79,13 @@ class TimmBackbone(nn.Module):
 
     Args:
         model_name: timm's name, `timm/` in front or a `.tag` behind are allowed.
-        imgsz: size (height, width); only models with a fixed input size depend on it.
+        imgsz: size (height, width); only models with a fixed input size depend on it. A third number is the channels of
+            an image that has not three.
         pretrained: load timm's weights, from its cache or the hub.
-        weights: load timm's weights of this model from a local file instead.
+        weights: load weights of this model from a local file instead.
         pyramid_width: channels of the maps that the model itself does not have.
+        normalize: bring images from [0, 1] to what the weights were trained on. None: by timm's mean and std once weights
+            of a bare backbone come in; true: from the start; false: never; or a mean and a std a channel.
         options: go to `timm.create_model`, such as `drop_path_rate`.
 
     Attributes:
@@ -93,6 +101,9 @@ class TimmBackbone(nn.Module):
 
     reparameterizes_inside = True
     """`reparameterize()` covers all modules inside; theirs are not to be called again."""
+    pretrained_prefix = "net."
+    """Where the tensors stand that weights of the bare backbone have."""
+    translator = "timm"
 
     def __init__(
         self,
@@ -101,30 +112,21 @@ class TimmBackbone(nn.Module):
         pretrained: bool = False,
         weights: str | None = None,
         pyramid_width: int = 256,
+        normalize: bool | Sequence[Sequence[float]] | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
-        if not isinstance(pretrained, bool):
-            raise LayerError(
-                f"got pretrained {pretrained!r}, expected true or false; a file is given as weights: path"
-            )
-        refused = sorted({"out_indices", "features_only"} & set(options))
-        if refused:
-            raise LayerError(
-                f"got {refused[0]}, which is not for a backbone to be told: the rows that read its maps by stride "
-                "decide. Leave it out."
-            )
-        if (
-            not isinstance(pyramid_width, int)
-            or isinstance(pyramid_width, bool)
-            or pyramid_width < 1
-        ):
-            raise LayerError(f"got pyramid_width {pyramid_width!r}, expected a number of channels")
+        _check(pretrained, pyramid_width, options)
         self.model_name = model_name
         self.imgsz = (int(imgsz[0]), int(imgsz[1]))
+        if len(imgsz) > 2:
+            options = {"in_chans": int(imgsz[2]), **options}
         self.plan: FeaturePlan = plan_features(model_name, self.imgsz, options)
         self.any_size = self.plan.any_size
-        self.net: nn.Module = _create_with_weights(model_name, self.plan, pretrained, weights)
+        self.normalize: Any = InputNorm(int(options.get("in_chans", 3)))
+        self.normalizes = normalize
+        self._set_norm(normalize)
+        self.net: nn.Module = _create_net(model_name, self.plan, pretrained and not weights)
         self.unused: list[str] = []
         self.channels: list[int] = []
         self.strides: list[int] = []
@@ -132,6 +134,60 @@ class TimmBackbone(nn.Module):
         self.levels = nn.ModuleDict()
         self._add_outputs(pyramid_width)
         self._is_reparameterized = False
+        if weights:
+            state = read_weights(weights).state
+            report = transfer(self, state, only_backbone=True, source=str(weights))
+            get_logger().info(f"{weights}: {report.summary()}")
+        elif pretrained:
+            self.on_pretrained()
+
+    def _set_norm(self, normalize: Any) -> None:
+        """Take the numbers of `normalize`: true for timm's, or a mean and a std."""
+        if normalize in (None, False):
+            return
+        numbers: Any = statistics_of(self.model_name) if normalize is True else normalize
+        try:
+            mean, std = numbers
+            self.normalize.set([float(n) for n in mean], [float(n) for n in std])
+        except (TypeError, ValueError) as error:
+            raise LayerError(
+                f"got normalize {normalize!r}, expected true, false or a mean and a std for each channel, such as "
+                "[[0.5, 0.5, 0.5], [0.5, 0.5, 0.5]]"
+            ) from error
+
+    def on_pretrained(self) -> None:
+        """Weights of the bare backbone have come in: images are to be normalised as those were that it learnt from."""
+        if self.normalizes is not None or not isinstance(self.normalize, InputNorm):
+            return
+        statistics = statistics_of(self.model_name)
+        if statistics is not None:
+            self.normalize.set(*statistics)
+            mean, std = (", ".join(f"{n:g}" for n in numbers) for numbers in statistics)
+            get_logger().info(
+                f"{self.model_name}: normalises images inside by timm's mean ({mean}) and std ({std}); normalize: false in "
+                "its row leaves it out"
+            )
+
+    def read_foreign(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What timm makes of weights in their authors' own spelling, by key of this module; only what is in the file.
+
+        timm does not say which tensors it has taken, so it also gets a file of the same names without numbers.
+        """
+        blank = {k: t * torch.nan if t.is_floating_point() else t for k, t in state.items()}
+        try:
+            with torch.random.fork_rng(devices=[]), quiet():
+                probe, numbers = (self._as_timm_loads(s) for s in (blank, state))
+        except (*REFUSALS, OSError):
+            return {}
+        taken = [k for k, t in probe.items() if t.is_floating_point() and t.isnan().any()]
+        return {self.pretrained_prefix + key: numbers[key] for key in taken}
+
+    def _as_timm_loads(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The state dict of a fresh timm model that was given `state` as its pretrained weights."""
+        options = {**self.plan.options, "out_indices": self.plan.indices, "pretrained": True}
+        overlay = {"pretrained_cfg_overlay": {"state_dict": dict(state)}}
+        net: nn.Module = create(self.model_name, {**options, **overlay})
+        return net.state_dict()
 
     def _add_outputs(self, width: int) -> None:
         """Which of timm's maps each output comes from, and the levels that derive those it does not have."""
@@ -188,7 +244,8 @@ class TimmBackbone(nn.Module):
                 f"{self.imgsz[1]} it was built for. Give this size as --imgsz."
             )
         taps = [
-            self._to_common_form(tap_map, i, height, width) for i, tap_map in enumerate(self.net(x))
+            self._to_common_form(tap_map, i, height, width)
+            for i, tap_map in enumerate(self.net(self.normalize(x)))
         ]
         maps = [taps[self.plan.kept[stride]] for stride, _ in self.sources]
         return [
@@ -209,35 +266,43 @@ class TimmBackbone(nn.Module):
         """Fold what timm itself can fold (RepVGG, MobileOne, LeViT and the like); in place, idempotent."""
         from timm.models import reparameterize_model
 
+        if isinstance(self.normalize, InputNorm) and self.normalize.is_identity:
+            self.normalize = nn.Identity()
         if not self._is_reparameterized:
             reparameterize_model(self.net, inplace=True)
             self._is_reparameterized = True
 
 
-def _create_with_weights(
-    model_name: str, plan: FeaturePlan, pretrained: bool, weights: str | None
-) -> nn.Module:
-    options = {**plan.options, "out_indices": plan.indices}
-    if weights:
-        state = read_weights(weights).state
-        net = _load(
-            weights, model_name, {**options, "pretrained_cfg_overlay": {"state_dict": state}}
+def _check(pretrained: Any, pyramid_width: Any, options: Mapping[str, Any]) -> None:
+    """Refuse arguments of a wrong kind."""
+    if not isinstance(pretrained, bool):
+        raise LayerError(
+            f"got pretrained {pretrained!r}, expected true or false; a file is given as weights: path"
         )
-        _require_transfer(net, state, weights, model_name)
-        return net
-    if pretrained:
-        source = f"timm's weights of {model_name}"
-        cached = cached_weights(model_name)
-        if cached:
-            return _load(
-                source, model_name, {**options, "pretrained_cfg_overlay": {"file": cached}}
-            )
-        if not hub_is_reachable():
-            raise CheckpointError(
-                f"{source}: are not in the cache, and the hub cannot be reached. {OFFLINE_ADVICE}"
-            )
-        return _load(source, model_name, options)
-    return create(model_name, options)
+    refused = sorted({"out_indices", "features_only"} & set(options))
+    if refused:
+        raise LayerError(
+            f"got {refused[0]}, which is not for a backbone to be told: the rows that read its maps by stride "
+            "decide. Leave it out."
+        )
+    if not isinstance(pyramid_width, int) or isinstance(pyramid_width, bool) or pyramid_width < 1:
+        raise LayerError(f"got pyramid_width {pyramid_width!r}, expected a number of channels")
+
+
+def _create_net(model_name: str, plan: FeaturePlan, pretrained: bool) -> nn.Module:
+    """The timm model, with timm's own weights where they are asked for."""
+    options = {**plan.options, "out_indices": plan.indices}
+    if not pretrained:
+        return create(model_name, options)
+    source = f"timm's weights of {model_name}"
+    cached = cached_weights(model_name)
+    if cached:
+        return _load(source, model_name, {**options, "pretrained_cfg_overlay": {"file": cached}})
+    if not hub_is_reachable():
+        raise CheckpointError(
+            f"{source}: are not in the cache, and the hub cannot be reached. {OFFLINE_ADVICE}"
+        )
+    return _load(source, model_name, options)
 
 
 def _load(source: str, model_name: str, options: dict[str, Any]) -> nn.Module:
@@ -250,27 +315,11 @@ def _load(source: str, model_name: str, options: dict[str, Any]) -> nn.Module:
         ) from error
 
 
-def _fingerprint(tensor: Tensor) -> tuple[int, float]:
-    """Element count and rounded sum: the same for a tensor under another name or shape."""
-    return tensor.numel(), float(f"{tensor.double().sum().item():.5g}")
-
-
-def _require_transfer(
-    net: nn.Module, state: dict[str, Tensor], source: str, model_name: str
-) -> None:
-    """timm loads a backbone without insisting on any name, so look whether its tensors really come from the file."""
-    given = {_fingerprint(tensor) for tensor in state.values() if tensor.ndim > 1}
-    kernels = [p for p in net.parameters() if p.ndim > 1]
-    found = sum(_fingerprint(p.detach()) in given for p in kernels)
-    if 2 * found < len(kernels):
-        raise CheckpointError(
-            f"{source}: does not fit {model_name} - {found} of its {len(kernels)} kernels are in the file. "
-            "Give timm's own weights of this very model."
-        )
-
-
 def _timm_rule(in_channels: Sequence[Any], args: Sequence[Any], scaling: Scaling) -> Plan:
-    """`[pretrained, ...]` becomes `(image size, pretrained, ...)`."""
+    """`[pretrained, ...]` becomes `(image size, pretrained, ...)`; an image may have other channels than three."""
+    is_image = len(in_channels) == 1 and isinstance(in_channels[0], int) and scaling.strides == (1,)
+    if is_image and in_channels[0] != 3:
+        return Plan([(*scaling.imgsz, single(in_channels)), *args], None, repeats_inside=True)
     plan = backbone(in_channels, args, scaling)
     return plan._replace(args=[scaling.imgsz, *plan.args])
 

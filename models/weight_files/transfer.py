@@ -1,82 +1,60 @@
-"""Giving a model the weights of another: by name, then by position, every shape checked.
+"""Giving a model the weights of another: rows by number or position, backbones by name under any prefix.
 
-Keys of a detector begin with the number of a row, `model.<row>.`, so one inserted or deleted layer
-moves every key behind it. The rows of both sides are therefore aligned as two sequences: the
-alignment that lets most tensors fit wins, and where two fit equally the one that keeps the numbers.
-All other keys go by name.
+A detector's file goes row by row (`alignment`). What it does not have for a backbone, or all of it where the file is one of a
+backbone alone, goes by the suffixes of names (`suffixes`). Every shape is checked; some that differ are made to fit
+(`fitting`), and class rows move by the classes' names (`classes`).
 """
 
 from __future__ import annotations
 
-import math
-import re
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from models.weight_files.alignment import ROW, align, match_keys
+from models.weight_files.backbones import (
+    Part,
+    PartMatch,
+    backbone_parts,
+    by_rows,
+    classifier_keys,
+    is_enough,
+    match_part,
+    too_few,
+)
+from models.weight_files.classes import ClassRows, class_keys, copy_class_rows, match_classes
+from models.weight_files.fitting import kind_of_change, made_to_fit, told
+from models.weight_files.report import TransferReport, example
+from models.weight_files.suffixes import Shapes
 from utils.errors import CheckpointError
 
-ROW = re.compile(r"^model\.(\d+)\.(.+)$")
-KEEPS_NUMBER = 1e-3  # over all rows still less than one tensor
-SHIFTED_SHARE = 0.5
-BOX_OUTPUTS = 5  # x, y, width, height, objectness
-MAX_GROUPS = 6
+__all__ = ["ROW", "TransferReport", "align", "match_keys", "transfer"]
 
-Shapes = dict[str, tuple[int, ...]]
+COUNTER = "num_batches_tracked"
 
 
-@dataclass(frozen=True)
-class TransferReport:
-    """What became of a model's tensors.
+class _Plan(NamedTuple):
+    """What goes where.
 
     Attributes:
-        transferred: keys of the model that got a tensor, some of them in part (`partial`).
-        partial: keys of which only the rows that do not depend on the classes were taken.
-        missing: keys of the model that the weights have no counterpart for.
-        mismatched: (key of the model, shape in the weights, shape in the model).
-        unused: keys of the weights that went nowhere.
-        moved: row of the model -> row of the weights, where they differ.
-        parameters: numbers transferred, and numbers the model has.
+        sources: key of the model -> key in `given`.
+        given: tensors of the file, and those that were made of them.
+        moved: rows that go by position.
+        keys: keys of the model that are looked for.
+        matches: what each backbone gets.
+        outside: whether the file has something for the rest of the model.
+        backbone_only: the rest of the model keeps its own weights.
     """
 
-    transferred: tuple[str, ...]
-    partial: tuple[str, ...]
-    missing: tuple[str, ...]
-    mismatched: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
-    unused: tuple[str, ...]
-    moved: Mapping[int, int] = field(default_factory=dict)
-    parameters: tuple[int, int] = (0, 0)
-
-    def summary(self) -> str:
-        """The report in one line, and one more for each kind of tensor that was left out."""
-        total = len(self.transferred) + len(self.missing) + len(self.mismatched)
-        share = 100 * self.parameters[0] / max(self.parameters[1], 1)
-        lines = [
-            f"transferred {len(self.transferred)} of {total} tensors ({share:.1f}% of the numbers)"
-        ]
-        if self.moved:
-            pairs = ", ".join(
-                f"{old} to {new}" for new, old in list(self.moved.items())[:MAX_GROUPS]
-            )
-            more = (
-                f" and {len(self.moved) - MAX_GROUPS} more" if len(self.moved) > MAX_GROUPS else ""
-            )
-            lines.append(f"rows by position: {pairs}{more}")
-        if self.partial:
-            lines.append(f"without class rows {len(self.partial)}: {_by_prefix(self.partial)}")
-        if self.missing:
-            lines.append(f"missing {len(self.missing)}: {_by_prefix(self.missing)}")
-        if self.mismatched:
-            key, got, expected = self.mismatched[0]
-            first = f"first {key} {_cross(got)}, expected {_cross(expected)}"
-            groups = _by_prefix(key for key, _, _ in self.mismatched)
-            lines.append(f"mismatched {len(self.mismatched)}: {groups}; {first}")
-        if self.unused:
-            lines.append(f"unused {len(self.unused)}: {_by_prefix(self.unused)}")
-        return "\n".join(lines)
+    sources: dict[str, str]
+    given: Mapping[str, Tensor]
+    moved: dict[int, int]
+    keys: Sequence[str]
+    matches: list[tuple[Part, PartMatch]]
+    outside: bool
+    backbone_only: bool
 
 
 def transfer(
@@ -85,6 +63,9 @@ def transfer(
     *,
     num_anchors: int | None = None,
     allow_empty: bool = False,
+    names: tuple[Sequence[str] | None, Sequence[str]] | None = None,
+    only_backbone: bool = False,
+    source: str = "weights",
 ) -> TransferReport:
     """Copy into `model` every tensor of `state` that belongs there.
 
@@ -94,139 +75,207 @@ def transfer(
         num_anchors: anchors of a cell, if the head stacks (5 + classes) outputs for each: with
             another number of classes the first five of each are still taken.
         allow_empty: accept that nothing fits.
+        names: class names of the file and of the model, by which class rows move; None takes the rows as they stand.
+        only_backbone: leave the rest of the model as it is; a network without rows is a backbone itself.
+        source: what errors call the weights.
 
     Raises:
-        CheckpointError: not one tensor fits, and `allow_empty` is not set.
+        CheckpointError: not one tensor fits, or less than half of a backbone's where the file has nothing else;
+            not where `allow_empty` is set.
     """
     target = model.state_dict()
-    sources, moved = match_keys(_shapes(state), _shapes(target))
-    transferred, partial, missing, mismatched, used, count = [], [], [], [], set(), 0
-    for key, value in target.items():
-        source = sources.get(key)
-        given = state[source] if source is not None else None
-        if given is None or source is None:
-            missing.append(key)
-            continue
-        used.add(source)
-        copied = _copy(value, given, num_anchors)
-        count += copied
-        if not copied and given.shape != value.shape:
-            mismatched.append((key, tuple(given.shape), tuple(value.shape)))
-            continue
-        transferred.append(key)
-        if given.shape != value.shape:
-            partial.append(key)
-    unused = tuple(key for key in state if key not in used)
-    total = sum(value.numel() for value in target.values())
-    report = TransferReport(
-        tuple(transferred),
-        tuple(partial),
-        tuple(missing),
-        tuple(mismatched),
-        unused,
-        moved,
-        (count, total),
-    )
-    if count == 0 and not allow_empty:
-        raise CheckpointError(
-            f"weights: none of {len(state)} tensors fits the model - got {_example(state)}, "
-            f"expected {_example(target)}. Give the weights of the same family and size, or none."
-        )
+    plan = _plan(model, target, state, only_backbone)
+    if not allow_empty:
+        _require_enough(plan, target, state, source, only_backbone)
+    rows = match_classes(*names) if names else match_classes(None, ())
+    report = _Copier(model, target, plan, rows, num_anchors).run(state)
+    if report.parameters[0] == 0 and not allow_empty:
+        raise CheckpointError(_nothing_fits(state, target, source))
+    for part, match in plan.matches:
+        arrived = getattr(part.module, "on_pretrained", None)
+        if arrived is not None and match.is_bare and is_enough(part, match):
+            arrived()
     return report
 
 
-def match_keys(source: Shapes, target: Shapes) -> tuple[dict[str, str], dict[int, int]]:
-    """Which tensors belong together: (key of `target` -> key of `source`, the same for moved rows).
+def _plan(
+    model: nn.Module, target: Mapping[str, Tensor], state: Mapping[str, Tensor], only_backbone: bool
+) -> _Plan:
+    """Rows go by alignment; a backbone that gets more by the suffixes of its names goes by those."""
+    given, wanted = _shapes(state), _shapes(target)
+    sources, moved = match_keys(given, wanted)
+    if only_backbone:
+        sources = _of_backbone(model, sources)
+    parts = backbone_parts(model, target, is_backbone=only_backbone)
+    matches = [(part, _match(part, sources, state, given, wanted)) for part in parts]
+    made: dict[str, Tensor] = {}
+    for part, match in matches:
+        if is_enough(part, match):
+            sources = {k: v for k, v in sources.items() if k not in part.keys} | match.sources
+            made |= match.tensors
+    inside = {key for part in parts for key in part.keys}
+    outside = any(key not in inside and given.get(sources[key]) == wanted[key] for key in sources)
+    used = [(part, match) for part, match in matches if is_enough(part, match)]
+    backbone_only = only_backbone or not outside and any(match.is_bare for _, match in used)
+    keys: Sequence[str] = list(target)
+    if backbone_only:
+        counted = frozenset().union(*(part.counted for part, _ in used or matches))
+        keys = [key for key in target if key in sources or key in counted]
+    return _Plan(
+        sources, {**state, **made}, _still_moved(moved, sources), keys, matches, outside, backbone_only
+    )  # fmt: skip
 
-    Shapes of counterparts may still differ where their names say that they are the same tensor.
+
+def _match(
+    part: Part,
+    sources: Mapping[str, str],
+    state: Mapping[str, Tensor],
+    given: Shapes,
+    wanted: Shapes,
+) -> PartMatch:
+    """What a backbone gets: by rows, or by suffixes where that is more."""
+    aligned = by_rows(part, sources, given, wanted)
+    if len(aligned.fitting) == len(part.counted):
+        return aligned
+    found = match_part(part, state, given, wanted)
+    return found if len(found.fitting) > len(aligned.fitting) else aligned
+
+
+def _of_backbone(model: nn.Module, sources: Mapping[str, str]) -> dict[str, str]:
+    """The pairs of a detector's backbone section; all of them for a network without rows."""
+    rows: Sequence[Any] = getattr(model, "rows", ())
+    kept = tuple(f"model.{n}." for n, row in enumerate(rows) if row.section == "backbone")
+    return {key: old for key, old in sources.items() if not rows or key.startswith(kept)}
+
+
+def _still_moved(moved: Mapping[int, int], sources: Mapping[str, str]) -> dict[int, int]:
+    """The rows of `moved` that nothing else has replaced since."""
+    pairs = {
+        (int(new[1]), int(old[1]))
+        for key, source in sources.items()
+        if (new := ROW.match(key)) and (old := ROW.match(source))
+    }
+    return {new: old for new, old in moved.items() if (new, old) in pairs}
+
+
+def _require_enough(
+    plan: _Plan,
+    target: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    source: str,
+    only_backbone: bool,
+) -> None:
+    """Refuse weights of another backbone: some names and shapes are alike everywhere."""
+    enough = any(is_enough(part, match) for part, match in plan.matches)
+    if enough or plan.outside or not plan.matches:
+        return
+    part, best = max(plan.matches, key=lambda item: len(item[1].fitting))
+    by_suffix = best.is_bare or only_backbone
+    if by_suffix and (best.fitting or only_backbone):
+        raise CheckpointError(f"{source}: {too_few(part, best, _shapes(state), _shapes(target))}")
+
+
+def _nothing_fits(state: Mapping[str, Tensor], target: Mapping[str, Tensor], source: str) -> str:
+    return (
+        f"{source}: none of {len(state)} tensors fits the model - got {example(state)}, expected {example(target)}. Give "
+        "the weights of the same family and size, or none."
+    )
+
+
+class _Copier:
+    """Copies what a plan says, and keeps account.
+
+    Attributes:
+        optional: keys of the model that older weights do not have; their absence changes nothing.
     """
-    source_rows, target_rows = _rows(source), _rows(target)
-    rows = dict(align(source_rows, target_rows))
-    pairs = {key: key for key in target if key in source and not ROW.match(key)}
-    for new, old in rows.items():
-        for key in target_rows[new]:
-            if key in source_rows[old]:
-                pairs[f"model.{new}.{key}"] = f"model.{old}.{key}"
-    return pairs, {new: old for new, old in sorted(rows.items()) if new != old}
 
+    def __init__(
+        self,
+        model: nn.Module,
+        target: Mapping[str, Tensor],
+        plan: _Plan,
+        rows: ClassRows,
+        num_anchors: int | None,
+    ) -> None:
+        self.model, self.target, self.plan = model, target, plan
+        self.rows, self.num_anchors = rows, num_anchors
+        self.class_keys = class_keys(model, plan.keys)
+        self.optional = set(_optional_keys(model))
+        self.transferred: list[str] = []
+        self.partial: list[str] = []
+        self.missing: list[str] = []
+        self.mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
+        self.adapted: list[tuple[str, str]] = []
+        self.count = 0
+        self.by_name = False
 
-def align(source: Mapping[int, Shapes], target: Mapping[int, Shapes]) -> list[tuple[int, int]]:
-    """Pairs (row of `target`, row of `source`), both rising, that let most tensors fit.
+    def run(self, state: Mapping[str, Tensor]) -> TransferReport:
+        """Copy everything; `state` is the file as it is."""
+        plan = self.plan
+        for key in plan.keys:
+            old = plan.sources.get(key)
+            if old is not None:
+                self._take(key, plan.given[old])
+            elif key not in self.optional:
+                self.missing.append(key)
+        left = self._left(state)
+        classifier = classifier_keys(left) if plan.backbone_only else ()
+        total = sum(self.target[key].numel() for key in plan.keys)
+        return TransferReport(
+            tuple(self.transferred), tuple(self.partial), tuple(self.missing), tuple(self.mismatched),
+            tuple(key for key in left if key not in classifier), plan.moved, (self.count, total),
+            tuple(self.adapted), classifier, self.rows.summary() if self.by_name else "",
+            tuple(match.note for _, match in plan.matches if match.note), plan.backbone_only,
+        )  # fmt: skip
 
-    The classic alignment of two sequences by dynamic programming (Needleman and Wunsch, 1970), gaps
-    free.
-    """
-    old_rows, new_rows = sorted(source), sorted(target)
-    best = [[0.0] * (len(old_rows) + 1) for _ in range(len(new_rows) + 1)]
-    score = [[_similarity(n, target[n], o, source[o]) for o in old_rows] for n in new_rows]
-    for i in range(1, len(new_rows) + 1):
-        for j in range(1, len(old_rows) + 1):
-            paired = best[i - 1][j - 1] + score[i - 1][j - 1] if score[i - 1][j - 1] else 0.0
-            best[i][j] = max(best[i - 1][j], best[i][j - 1], paired)
-    pairs = []
-    i, j = len(new_rows), len(old_rows)
-    while i and j:
-        if score[i - 1][j - 1] and best[i][j] == best[i - 1][j - 1] + score[i - 1][j - 1]:
-            i, j = i - 1, j - 1
-            pairs.append((new_rows[i], old_rows[j]))
-        elif best[i][j] == best[i - 1][j]:
-            i -= 1
+    def _left(self, state: Mapping[str, Tensor]) -> list[str]:
+        """Keys of the file that went nowhere; where a module translated them nobody can tell but for the classifier."""
+        used = set(self.plan.sources.values())
+        if any(match.tensors for _, match in self.plan.matches):
+            return list(classifier_keys(state))
+        return [key for key in state if key not in used and not key.endswith(COUNTER)]
+
+    @torch.no_grad()
+    def _take(self, key: str, given: Tensor) -> None:
+        """Copy one tensor, as it is or made to fit, or those of its rows that are known."""
+        value = self.target[key]
+        kind = "" if key in self.class_keys else kind_of_change(key, given.shape, value.shape)
+        if key in self.class_keys and not (self.rows.is_same and given.shape == value.shape):
+            self._take_rows(key, value, given)
+            return
+        made = made_to_fit(kind, given, value, self._owner(key)) if kind else given
+        if made is None or made.shape != value.shape:
+            self.mismatched.append((key, tuple(given.shape), tuple(value.shape)))
+            return
+        if kind:
+            self.adapted.append((key, told(kind, tuple(given.shape), tuple(value.shape))))
+        value.copy_(made)
+        self.transferred.append(key)
+        self.count += value.numel()
+
+    def _take_rows(self, key: str, value: Tensor, given: Tensor) -> None:
+        copied = copy_class_rows(value, given, self.rows, self.num_anchors)
+        is_known = self.rows.given is not None and given.shape[1:] == value.shape[1:]
+        self.count += copied
+        self.by_name |= is_known
+        if copied:
+            self.transferred.append(key)
+            if copied < value.numel():
+                self.partial.append(key)
+        elif is_known:  # and not one class of the file is among the model's
+            self.missing.append(key)
         else:
-            j -= 1
-    return pairs[::-1]
+            self.mismatched.append((key, tuple(given.shape), tuple(value.shape)))
+
+    def _owner(self, key: str) -> nn.Module:
+        return self.model.get_submodule(key.rpartition(".")[0])
 
 
-def _similarity(new: int, target: Shapes, old: int, source: Shapes) -> float:
-    """How many tensors of two rows fit; under another number most of them must."""
-    fitting = sum(source.get(key) == shape for key, shape in target.items() if shape)
-    if new == old:
-        return fitting + KEEPS_NUMBER if fitting else 0.0
-    counted = max(sum(map(bool, target.values())), sum(map(bool, source.values())))
-    return float(fitting) if fitting > SHIFTED_SHARE * counted else 0.0
-
-
-def _copy(target: Tensor, given: Tensor, num_anchors: int | None) -> int:
-    """Copy `given`, or its box outputs if only the classes differ; return how many numbers."""
-    with torch.no_grad():
-        if given.shape == target.shape:
-            target.copy_(given)
-            return target.numel()
-        if num_anchors and given.shape[1:] == target.shape[1:] and given.dim() in (1, 4):
-            outputs = [divmod(tensor.shape[0], num_anchors) for tensor in (given, target)]
-            if all(rest == 0 and each > BOX_OUTPUTS for each, rest in outputs):
-                boxes = target.unflatten(0, (num_anchors, -1))[:, :BOX_OUTPUTS]
-                boxes.copy_(given.unflatten(0, (num_anchors, -1))[:, :BOX_OUTPUTS])
-                return boxes.numel()
-    return 0
-
-
-def _rows(shapes: Shapes) -> dict[int, Shapes]:
-    """Shapes by row and key within the row."""
-    rows: dict[int, Shapes] = {}
-    for key, shape in shapes.items():
-        match = ROW.match(key)
-        if match:
-            rows.setdefault(int(match[1]), {})[match[2]] = shape
-    return rows
+def _optional_keys(model: nn.Module) -> Iterator[str]:
+    for name, module in model.named_modules():
+        if getattr(module, "is_optional", False):
+            yield from (f"{name}.{key}" for key in module.state_dict())
 
 
 def _shapes(state: Mapping[str, Tensor]) -> Shapes:
     return {key: tuple(value.shape) for key, value in state.items()}
-
-
-def _by_prefix(keys: Iterable[str]) -> str:
-    """`model.24 (6), model.9 (12)`: how many of `keys` begin with what."""
-    counts = Counter(".".join(key.split(".")[:2]) for key in keys)
-    shown = [f"{prefix} ({count})" for prefix, count in list(counts.items())[:MAX_GROUPS]]
-    rest = len(counts) - MAX_GROUPS
-    return ", ".join(shown) + (f" and {rest} more places" if rest > 0 else "")
-
-
-def _cross(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape)) or "one number"
-
-
-def _example(state: Mapping[str, Tensor]) -> str:
-    """A key with its shape, for an error."""
-    large = max(state.items(), key=lambda item: math.prod(item[1].shape), default=None)
-    return f"{large[0]} {_cross(tuple(large[1].shape))}" if large else "nothing"
