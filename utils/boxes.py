@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 EPS = 1e-7
+LEAST_HEIGHT = 1e-4  # of a box whose diagonal has an angle; its gradient, up to 4 / pi of 1 / this, fits half precision
 
 
 def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
@@ -107,7 +108,7 @@ def complete_iou(boxes1: Tensor, boxes2: Tensor, eps: float = EPS) -> Tensor:
     Args:
         boxes1: xyxy, (..., 4).
         boxes2: xyxy, (..., 4), broadcast against `boxes1`.
-        eps: keeps the divisors and the heights away from 0.
+        eps: keeps the divisors away from 0.
 
     Returns:
         One value per pair, (...).
@@ -186,7 +187,7 @@ class BoxPair:
     @cached_property
     def aspect_difference(self) -> Tensor:
         """Of the angles of the two diagonals, weighted, (...): the second penalty of CIoU."""
-        angles = _angle(self.first, self.eps) - _angle(self.second, self.eps)
+        angles = _angle(self.first) - _angle(self.second)
         shape = (4 / math.pi**2) * angles.square()
         with torch.no_grad():
             alpha = shape / (1 - self.iou + shape + self.eps)
@@ -205,7 +206,7 @@ def _wide(boxes: Tensor) -> Tensor:
     return boxes.float() if boxes.dtype in (torch.float16, torch.bfloat16) else boxes
 
 
-def _angle(boxes: Tensor, eps: float) -> Tensor:
+def _angle(boxes: Tensor) -> Tensor:
     """Angle of the diagonal, atan(width / height)."""
     width, height = (boxes[..., 2:] - boxes[..., :2]).unbind(-1)
-    return torch.atan(width / height.clamp(min=eps))
+    return torch.atan(width / height.clamp(min=LEAST_HEIGHT))
