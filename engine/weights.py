@@ -42,8 +42,9 @@ def build_from_flags(options: Any, names: tuple[str, ...]) -> DetectionModel:
     )  # fmt: skip
     if weights is not None:
         report = transfer(
-            model, weights.state, num_anchors=getattr(model.head, "num_anchors", None)
-        )
+            model, weights.state, num_anchors=getattr(model.head, "num_anchors", None),
+            names=(weights.names, names), source=options.weights,
+        )  # fmt: skip
         get_logger().info(f"{options.weights}: {report.summary()}")
     if options.backbone_weights and not is_resumed:
         get_logger().info(

@@ -66,7 +66,8 @@ def load_weights(
             pass  # another project's file, or none: the reader below says
     weights = read_weights(path)
     model = _build_for(path, weights, cfg, num_classes, backbone, allow_code)
-    report = transfer(model, weights.state, num_anchors=getattr(model.head, "num_anchors", None))
+    anchors = getattr(model.head, "num_anchors", None)
+    report = transfer(model, weights.state, num_anchors=anchors, source=str(path))
     require_finite(model.state_dict(), path)
     return Loaded(model.eval(), report)
 
@@ -77,6 +78,11 @@ def require_whole(path: str | Path, report: TransferReport) -> None:
     Raises:
         CheckpointError: it is so little that the model's boxes would mean nothing.
     """
+    if report.backbone_only:
+        raise CheckpointError(
+            f"{path}: has weights for the backbone only, expected those of a whole detector. Train one from it: "
+            f"train.py --weights {path}."
+        )
     given, wanted = report.parameters
     if given < WHOLE * wanted:
         raise CheckpointError(

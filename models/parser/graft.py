@@ -22,7 +22,10 @@ from models.timm_features import is_known
 from utils.errors import ConfigError
 
 CONTEXT_MODULES = ("SPP", "SPPF", "SPPELAN", "C2PSA", "PSA", "AIFI")
-WEIGHT_PARAMETERS = ("pretrained", "weights", "checkpoint_path")
+WEIGHT_PARAMETERS = (
+    *("pretrained", "weights", "checkpoint_path"),
+    *("pretrained_path", "pretrained_weights", "weights_path", "ckpt", "ckpt_path"),
+)
 
 
 class RowSlots(NamedTuple):
@@ -230,6 +233,9 @@ def _without_weights(row: Any) -> Any:
     if positional and isinstance(positional[-1], Mapping):
         keywords = dict(positional.pop())
     parameters = _parameters(row[2])
+    wishes = [*(keywords.get(key) for key in WEIGHT_PARAMETERS), *positional]
+    if not any(_asks(wish) for wish in wishes):
+        return row
     for key in WEIGHT_PARAMETERS:
         if _asks(keywords.get(key)):
             keywords[key] = _no_weights(key, parameters.get(key))
