@@ -9,18 +9,23 @@ Keys of a data YAML:
     names: {0: cat, 1: dog}     # or a list; may be absent for COCO and VOC (`nc: 2` is understood)
     images: {train: train2017}  # COCO, VOC: image folders, where they are not found by themselves
     one_based: true             # VOC: corners count from 1
+    white: 4095                 # the value of white in images deeper than 8 bits (12 bits in 16)
+    kpt_shape: [17, 3]          # YOLO: rows are boxes with so many keypoints, which are passed over
     sources:                    # what --download fetches; nothing is fetched without it
       - {url: https://..., to: images, md5: ..., size: 815585330}
 
-A `download` key in the manner of other projects, a script or an address, is never run.
+The file is read as model YAMLs and recipes are: `no` is a word and 010 is ten; names are text as it
+is written, 02146 and 1.10 too. A `download` key in the manner of other projects, a script or an
+address, is never run.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import reprlib
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +33,12 @@ import yaml
 
 from data.formats import coco, voc
 from data.formats.description import SPLITS, DataConfig, DownloadSource
+from data.formats.text import read_text
 from data.recognise import describe_folder, recognise_entry, yaml_in
 from data.shapes import draw_if_absent
-from utils.errors import DatasetError, nearest
+from utils.channels import white_of
+from utils.config import parse_yaml
+from utils.errors import ConfigError, DatasetError, nearest
 
 __all__ = ["DataConfig", "DownloadSource", "load_data_config"]
 
@@ -38,6 +46,14 @@ LOGGER = logging.getLogger("yoke.data")
 ROOT = Path(__file__).resolve().parents[1]
 FORMATS = ("yolo", "coco", "voc")
 ALIASES: dict[str, str] = {"valid": "val", "validation": "val"}
+KEYS = (
+    *("path", *SPLITS, *ALIASES, "names", "nc", "images", "one_based", "white", "kpt_shape"),
+    *("channels", "format", "builtin", "sources", "download"),
+)
+MOST_CLASSES = 100_000
+"""More are a slip, and would take memory before anything else is looked at."""
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxlist, _REPR.maxdict, _REPR.maxstring = 3, 20, 20, 80
 
 
 def load_data_config(source: str | Path) -> DataConfig:
@@ -66,7 +82,7 @@ def load_data_config(source: str | Path) -> DataConfig:
     if builtin == "shapes":
         _draw_shapes(config)
     elif builtin is not None:
-        raise DatasetError(f"{file}: builtin - got {builtin!r}, expected shapes.")
+        raise DatasetError(f"{file}: builtin - got {_shown(builtin)}, expected shapes.")
     return config
 
 
@@ -96,29 +112,43 @@ def _find_source(source: Path) -> Path:
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
+    text = read_text(file)
     try:
-        document = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise DatasetError(f"{file}: got no YAML ({reason}).") from error
-    except OSError as error:
-        raise DatasetError(f"{file}: cannot be read - got {error.strerror}.") from error
-    if not isinstance(document, dict):
-        raise DatasetError(f"{file}: got no mapping, expected keys train, val, names.")
+        document = parse_yaml(text, str(file)).data
+    except ConfigError as error:
+        raise DatasetError(str(error)) from error
+    if isinstance(document.get("names"), (list, dict)):
+        document["names"] = _as_written(text).get("names", document["names"])
     return document
 
 
+def _as_written(text: str) -> dict[str, Any]:
+    """The document with every value as the text that stands there."""
+    loader = yaml.BaseLoader(text)
+    try:
+        return dict(loader.get_single_data())
+    finally:
+        loader.dispose()
+
+
+def _shown(value: Any) -> str:
+    """A value in a message, however long or deep it is."""
+    return _REPR.repr(value)
+
+
 def _build(document: Mapping[str, Any], file: Path) -> DataConfig:
+    _tell_unknown(document, file)
     problems: list[str] = []
     folder = file if file.is_dir() else file.parent
     path = _data_folder(document.get("path"), folder, problems)
     splits, detected = _read_splits(document, path, problems)
     form = document.get("format", detected)
     if form not in FORMATS:
-        problems.append(f"format - got {form!r}, expected one of {', '.join(FORMATS)}")
+        problems.append(f"format - got {_shown(form)}, expected one of {', '.join(FORMATS)}")
     names = _read_names(document, problems)
     sources = _read_sources(document.get("sources"), problems)
     images = _read_image_folders(document.get("images"), path, problems)
+    pixels = _read_pixels(document, problems)
     if problems:
         raise DatasetError(f"{file}: {'; '.join(problems)}.")
     script = document.get("download")
@@ -129,16 +159,48 @@ def _build(document: Mapping[str, Any], file: Path) -> DataConfig:
         format=str(form),
         file=file,
         images=images,
-        one_based=bool(document.get("one_based", False)),
         sources=sources,
-        script=" ".join(str(script).split())[:60] if script else "",
+        script=" ".join(script.split())[:60] if isinstance(script, str) else "",
+        **pixels,
     )
     return config if names else _with_names_of_files(config)
 
 
+def _tell_unknown(document: Mapping[str, Any], file: Path) -> None:
+    unknown = [f"{_shown(key)}.{nearest(str(key), KEYS)}" for key in document if key not in KEYS]
+    if unknown:
+        LOGGER.warning("%s: without effect here, unknown key %s", file, " ".join(unknown))
+
+
+def _read_pixels(document: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    """How coordinates and pixel values are meant."""
+    one_based, channels = document.get("one_based", False), document.get("channels", 3)
+    if not isinstance(one_based, bool):
+        problems.append(f"one_based - got {_shown(one_based)}, expected true or false")
+    if isinstance(channels, bool) or channels not in (1, 3):
+        told = "expected 3. Images are read as RGB, which a model of ch: 1 turns grey"
+        problems.append(f"channels - got {_shown(channels)}, {told}")
+    shape = document.get("kpt_shape")
+    if shape is not None and not _is_keypoint_shape(shape):
+        told = "expected the number of keypoints and 2 or 3, as [17, 3]"
+        problems.append(f"kpt_shape - got {_shown(shape)}, {told}")
+        shape = None
+    try:
+        white = white_of(document)
+    except ConfigError as error:
+        problems.append(str(error).rstrip("."))
+        white = None
+    return {"one_based": one_based, "white": white, "keypoints": tuple(shape) if shape else None}
+
+
+def _is_keypoint_shape(value: Any) -> bool:
+    is_pair = isinstance(value, list) and len(value) == 2 and all(type(n) is int for n in value)
+    return is_pair and value[0] >= 1 and value[1] in (2, 3)
+
+
 def _data_folder(value: Any, folder: Path, problems: list[str]) -> Path:
     if value is not None and not isinstance(value, str):
-        problems.append(f"path - got {value!r}, expected a folder")
+        problems.append(f"path - got {_shown(value)}, expected a folder. Put a number in quotes")
         return folder
     path = Path(os.path.expanduser(value or "."))
     if path.is_absolute():
@@ -159,9 +221,14 @@ def _read_splits(
             continue
         entries = value if isinstance(value, list) else [value]
         if not entries or not all(isinstance(entry, str) and entry for entry in entries):
-            problems.append(f"{key} - got {value!r}, expected a path or a list of paths")
+            problems.append(f"{key} - got {_shown(value)}, expected a path or a list of paths")
             continue
-        found = [recognise_entry(_entry_path(entry, path)) for entry in entries]
+        try:
+            found = [recognise_entry(_entry_path(entry, path)) for entry in entries]
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            problems.append(f"{key} - got {_shown(value)}, expected a path ({reason})")
+            continue
         splits[split] = tuple(place for _, place in found)
         # A folder that is not there yet shows nothing.
         forms.update({form: key for form, place in found if form != "yolo" or place.exists()})
@@ -184,42 +251,59 @@ def _entry_path(entry: str, path: Path) -> Path:
 
 def _read_names(document: Mapping[str, Any], problems: list[str]) -> tuple[str, ...]:
     names, count = document.get("names"), document.get("nc")
-    if count is not None and (not isinstance(count, int) or count < 1):
-        problems.append(f"nc - got {count!r}, expected a number of classes")
+    if count is not None and not (type(count) is int and 1 <= count <= MOST_CLASSES):
+        told = f"expected a number of classes, 1 to {MOST_CLASSES}"
+        problems.append(f"nc - got {_shown(count)}, {told}")
         return ()
     if names is None:
         return tuple(f"class{k}" for k in range(count or 0))
     if isinstance(names, dict):
-        if sorted(names, key=str) != sorted(range(len(names)), key=str):
-            problems.append(f"names - got keys {list(names)[:20]}, expected 0 to {len(names) - 1}")
+        keys = [int(k) if str(k).isdecimal() and len(str(k)) < 10 else k for k in names]
+        if sorted(keys, key=str) != sorted(range(len(names)), key=str):
+            got, last = ", ".join(str(k)[:20] for k in keys[:20]), len(names) - 1
+            problems.append(f"names - got keys [{got}], expected 0 to {last}")
             return ()
-        names = [names[k] for k in range(len(names))]
+        names = [name for _, name in sorted(zip(keys, names.values()))]
     if not isinstance(names, list) or not names:
-        problems.append(f"names - got {names!r}, expected a list or a mapping of class names")
+        told = "expected a list or a mapping of class names"
+        problems.append(f"names - got {_shown(names)}, {told}")
         return ()
-    wrong = [name for name in names if isinstance(name, (bool, list, dict)) or name is None]
+    wrong = [name for name in names if not _is_name(name)]
     if wrong:
-        problems.append(f"names - got {wrong[0]!r}, expected text. Put the name in quotes")
+        problems.append(f"names - got {_shown(wrong[0])}, expected text that can be printed")
+        return ()
     texts = tuple(str(name) for name in names)
     repeated = sorted({name for name in texts if texts.count(name) > 1})
     if repeated:
-        problems.append(f"names - got {repeated[0]!r} twice, expected each name once")
+        problems.append(f"names - got {_shown(repeated[0])} twice, expected each name once")
     if count is not None and count != len(texts):
         problems.append(f"nc - got {count}, expected {len(texts)}, the number of names")
     return texts
 
 
+def _is_name(name: Any) -> bool:
+    return isinstance(name, str) and bool(name.strip()) and name.isprintable()
+
+
 def _read_sources(value: Any, problems: list[str]) -> tuple[DownloadSource, ...]:
     known = {field.name for field in fields(DownloadSource)}
+    if value is not None and not isinstance(value, list):
+        problems.append(f"sources - got {_shown(value)}, expected a list of addresses")
+        return ()
     sources = []
     for number, row in enumerate(value or []):
         if isinstance(row, str):
             row = {"url": row}
-        if not isinstance(row, dict) or "url" not in row or set(row) - known:
+        size = row.get("size", 0) if isinstance(row, dict) else 0
+        if (
+            not isinstance(row, dict)
+            or "url" not in row
+            or set(row) - known
+            or type(size) is not int
+        ):
             expected = ", ".join(sorted(known))
-            problems.append(f"sources[{number}] - got {row!r}, expected keys {expected}")
+            problems.append(f"sources[{number}] - got {_shown(row)}, expected keys {expected}")
             continue
-        size = int(row.get("size", 0))
         texts = {key: str(row[key]) for key in row if key != "size"}
         sources.append(DownloadSource(size=size, **texts))
     return tuple(sources)
@@ -231,8 +315,12 @@ def _read_image_folders(value: Any, path: Path, problems: list[str]) -> dict[str
     if isinstance(value, str):
         value = dict.fromkeys(SPLITS, value)
     if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
-        problems.append(f"images - got {value!r}, expected a folder, or one per split")
+        problems.append(f"images - got {_shown(value)}, expected a folder, or one per split")
         return {}
+    unknown = [key for key in value if key not in (*SPLITS, *ALIASES)]
+    if unknown:
+        told = f"expected {', '.join(SPLITS)}.{nearest(str(unknown[0]), SPLITS)}"
+        problems.append(f"images - got {_shown(unknown[0])}, {told}".rstrip("."))
     folders = {str(key): _entry_path(folder, path) for key, folder in value.items()}
     return {ALIASES.get(split, split): folder for split, folder in folders.items()}
 
@@ -247,5 +335,4 @@ def _with_names_of_files(config: DataConfig) -> DataConfig:
         names = ()
     if not names:
         raise DatasetError(f"{config.file}: no class names. Add `names: [...]`.")
-    values = {field.name: getattr(config, field.name) for field in fields(config)}
-    return DataConfig(**{**values, "names": names})
+    return replace(config, names=names)

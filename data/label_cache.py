@@ -41,7 +41,8 @@ def load_table(config: DataConfig, split: str) -> Table:
     reader = READERS[config.format]
     listing = reader.find(config, split)
     file = _cache_path(listing, split)
-    settings = (VERSION, config.format, config.names, config.one_based, config.images.get(split))
+    reading = (config.format, config.names, config.one_based, config.keypoints)
+    settings = (VERSION, *reading, config.images.get(split))
     annotation_key = digest_of_files([*listing.annotations, *(listing.images or [])], settings)
     table = _load(file, annotation_key)
     if table is None:

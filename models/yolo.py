@@ -14,7 +14,6 @@ if __name__ == "__main__":  # run as a script: the folder above holds the packag
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from models import common, modules, transformer  # noqa: F401  (they register layers)
@@ -29,7 +28,7 @@ from models.registry import LayerError
 from models.reparam import reparameterize_model
 from models.table import format_table, measure, row_records
 from utils.channels import as_channels
-from utils.config import ArgumentParser, integer, parse_imgsz
+from utils.config import ArgumentParser, integer, parse_imgsz, parse_value
 from utils.errors import CheckpointError, ConfigError, ForeignError, foreign_code, nearest, run_cli
 from utils.logger import get_logger
 from utils.structures import Decoded, Targets
@@ -241,8 +240,8 @@ def parse_options(words: Sequence[str]) -> dict[str, Any]:
         if key in options:
             raise ConfigError(f"--backbone: got {key} twice, expected it once. Leave one out.")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
+            value = parse_value(text)
+        except ValueError:
             value = None
         if value is None and text not in ("None", "none", "null", "~"):
             raise ConfigError(

@@ -75,6 +75,35 @@ _Loader.add_constructor(
 )
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes what YAML 1.1 or this dialect would read as anything but text, such as `on` and `1e-3`."""
+
+
+_Dumper.yaml_implicit_resolvers = {
+    first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, []), *resolvers]
+    for first, resolvers in {
+        **dict.fromkeys(yaml.SafeDumper.yaml_implicit_resolvers, []),
+        **_Loader.yaml_implicit_resolvers,
+    }.items()
+}
+
+
+def parse_value(text: str) -> Any:
+    """One value as a file would have it behind its key: `0.5`, `true`, the word `on`, `[8, 16]`.
+
+    Raises:
+        ValueError: it is no YAML.
+    """
+    try:
+        loader = _Loader(text)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"not valid YAML - {str(error).splitlines()[0]}") from error
+
+
 def read_yaml(path: str | Path) -> YamlFile:
     """Read a YAML file whose top level is a mapping, with the line of every value.
 
@@ -128,7 +157,7 @@ def parse_yaml(text: str, source: str) -> YamlFile:
 
 def save_yaml(path: str | Path, data: Mapping[str, Any]) -> None:
     """Write plain data as YAML, keys in their order; paths become text, tuples lists."""
-    text = yaml.safe_dump(_yaml_safe(data), sort_keys=False, allow_unicode=True)
+    text = yaml.dump(_yaml_safe(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     Path(path).write_text(text, encoding="utf-8")
 
 

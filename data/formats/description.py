@@ -47,6 +47,8 @@ class DataConfig:
         file: the YAML (or the folder) that this was read from; named in messages.
         images: folder of the images of a split, where the annotations do not say.
         one_based: VOC corners count pixels from 1, not from 0.
+        white: the value that is white in images deeper than 8 bits; None for their full range.
+        keypoints: how many there are behind each box of a YOLO row, and of how many numbers each.
         sources: what `--download` fetches.
         script: start of a `download` key in the manner of other projects; never run.
     """
@@ -58,6 +60,8 @@ class DataConfig:
     file: Path
     images: Mapping[str, Path]
     one_based: bool = False
+    white: float | None = None
+    keypoints: tuple[int, int] | None = None
     sources: tuple[DownloadSource, ...] = ()
     script: str = ""
 

@@ -1,7 +1,8 @@
 """YOLO text labels: one file per image, one object per line.
 
 `<class> <x centre> <y centre> <width> <height>`, fractions of the image, or `<class> <x1> <y1>
-<x2> <y2> <x3> <y3> ...`, a polygon, of which the surrounding box is taken. The labels of
+<x2> <y2> <x3> <y3> ...`, a polygon, of which the surrounding box is taken. Where the data YAML has
+`kpt_shape`, rows are boxes, with as many keypoints behind them or without. The labels of
 `.../images/.../a.jpg` stand in `.../labels/.../a.txt` (the last folder named `images` counts);
 without such a folder they stand beside the image.
 """
@@ -160,7 +161,7 @@ def _read_file(path: str, size: tuple[int, int], config: DataConfig, rows: Rows)
         fields = line.split()
         if not fields:
             continue
-        row = _read_row(fields, config.names)
+        row = _read_row(fields, config.names, config.keypoints)
         if isinstance(row, str):
             rows.faults.append(Fault(path, f"line {number}", row))
             continue
@@ -179,7 +180,7 @@ def _to_pixels(
 
 
 def _read_row(
-    fields: list[str], names: tuple[str, ...]
+    fields: list[str], names: tuple[str, ...], keypoints: tuple[int, int] | None = None
 ) -> tuple[int, tuple[float, float, float, float]] | str:
     """Class and xyxy as fractions, or what is wrong with the row."""
     try:
@@ -188,6 +189,11 @@ def _read_row(
         wrong = next(field for field in fields if not _is_number(field))
         return f"got {wrong!r}, expected a number"
     count = len(numbers)
+    if keypoints and count == 5 + keypoints[0] * keypoints[1]:
+        numbers, count = numbers[:5], 5
+    if keypoints and count != 5:
+        expected = f"{5 + keypoints[0] * keypoints[1]} (with the keypoints of kpt_shape)"
+        return f"got {count} columns, expected 5 (a box) or {expected}"
     if count != 5 and (count < 7 or count % 2 == 0):
         return f"got {count} columns, expected 5 (a box) or 7, 9, ... (a polygon)"
     label, points = numbers[0], numbers[1:]
@@ -196,7 +202,7 @@ def _read_row(
         return f"class id - got {fields[0]}, expected {expected}"
     # Written so that NaN fails too.
     if not all(-TOLERANCE <= value <= 1 + TOLERANCE for value in points):
-        wrong = next(f for f in fields[1:] if not -TOLERANCE <= float(f) <= 1 + TOLERANCE)
+        wrong = next(f for f in fields[1:count] if not -TOLERANCE <= float(f) <= 1 + TOLERANCE)
         return f"got {wrong}, expected fractions of the image, 0 to 1"
     if count == 5:
         x, y, width, height = points

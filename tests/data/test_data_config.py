@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
 from data.config import load_data_config
+from data.formats.faults import LabelError
 from data.label_cache import load_table
 from utils.errors import DatasetError
 
@@ -57,14 +59,29 @@ PROBLEM_ROWS = [
     ("train: t\nnames: [a, b]\nnc: 3\n", ["nc - got 3, expected 2"]),
     ("train: t\nnames: {0: a, 2: b}\n", ["names - got keys [0, 2], expected 0 to 1"]),
     ("train: t\nnames: [a, a]\n", ["names - got 'a' twice"]),
-    ("train: t\nnames: [yes, no]\n", ["names - got True", "quotes"]),
+    ("train: t\nnames: [a, '']\n", ["names - got '', expected text"]),
+    ("train: t\nnames: [a, [b]]\n", ["names - got ['b'], expected text"]),
+    ('train: t\nnames: ["a\\e[31m"]\n', ["names - got 'a\\x1b[31m', expected text"]),
     ("train: 5\nnames: [a]\n", ["train - got 5, expected a path"]),
     ("train: t\nnames: 7\nformat: xml\n", ["names - got 7", "format - got 'xml'"]),
     ("train: t\nnames: [a]\nsources: [{to: x}]\n", ["sources[0]"]),
     ("train: t.json\nval: ImageSets/Main/v.txt\nnames: [a]\n", ["several forms", "coco", "voc"]),
     ("train: t\nval: v\n", ["does not exist"]),
-    ("- a\n", ["got no mapping"]),
-    ("a: [\n", ["got no YAML"]),
+    ("- a\n", ["got a list"]),
+    ("a: [\n", ["bad.yaml:2: not valid YAML"]),
+    ("names: [a]\nnames: [b]\n", ["bad.yaml:2: key 'names' stands twice"]),
+    ("train: t\nnc: true\n", ["nc - got True, expected a number of classes"]),
+    ("train: t\nnc: 1000000000\n", ["nc - got 1000000000, expected a number of classes, 1 to"]),
+    ("train: t\nnc: 1\none_based: no\n", ["one_based - got 'no', expected true or false"]),
+    ("train: t\nnc: 1\nwhite: bright\n", ["white: got 'bright', expected the value of white"]),
+    ("train: t\nnc: 1\nwhite: 0\n", ["white: got '0', expected the value of white"]),
+    ("train: t\nnc: 1\nchannels: 4\n", ["channels - got 4, expected 3. Images are read as RGB"]),
+    ("train: t\nnc: 1\nkpt_shape: 17\n", ["kpt_shape - got 17, expected the number of keypoints"]),
+    ("train: t\nnc: 1\nkpt_shape: [4, 5]\n", ["kpt_shape - got [4, 5]"]),
+    ("train: t\nnc: 1\nimages: {trian: x}\n", ["images - got 'trian'", "Did you mean 'train'?"]),
+    ("train: t\nnc: 1\nsources: 5\n", ["sources - got 5, expected a list"]),
+    ("train: t\nnc: 1\nsources: [{url: x, size: big}]\n", ["sources[0] - got"]),
+    (f"train: {'x' * 9000}\nnc: 1\n", ["train - got 'xxx", "expected a path (File name too long)"]),
 ]
 
 
@@ -75,6 +92,42 @@ def test_problems_of_a_yaml_are_named_together(tmp_path, text, words):
     for word in ["bad.yaml", *words]:
         assert word in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_names_are_text_as_it_is_written(tmp_path):
+    names = "[02146, 1.10, 1e3, no, true, 0x1F, 2024-01-02, '010', null]"
+    for text in (
+        names,
+        "{0: 02146, 1: 1.10, 2: 1e3, 3: no, 4: true, 5: 0x1F, 6: 2024-01-02, 7: 010, 8: null}",
+    ):
+        config = load_data_config(write(tmp_path / "d.yaml", f"train: t\nnames: {text}\n"))
+        assert config.names == (
+            *("02146", "1.10", "1e3", "no", "true", "0x1F", "2024-01-02", "010", "null"),
+        )
+
+
+def test_other_values_are_read_as_in_model_yamls_and_recipes(tmp_path):
+    text = "train: t\nnc: 010\none_based: true\nwhite: 4095\nkpt_shape: [4, 2]\n"
+    config = load_data_config(write(tmp_path / "d.yaml", text))
+    assert (len(config.names), config.one_based, config.white) == (10, True, 4095.0)
+    assert config.keypoints == (4, 2)
+
+
+def test_unknown_keys_are_told_with_the_nearest_known_one(tmp_path, caplog):
+    text = "train: t\nvla: v\nnc: 1\nroboflow: {workspace: x}\n"
+    load_data_config(write(tmp_path / "d.yaml", text))
+    assert "unknown key 'vla'. Did you mean 'val'? 'roboflow'." in caplog.text
+    caplog.clear()
+    load_data_config(write(tmp_path / "d.yaml", "path: .\nvalid: v\nnc: 1\nchannels: 3\n"))
+    assert not caplog.records
+
+
+def test_nested_aliases_in_a_message_stay_one_short_line(tmp_path):
+    lines = ["a0: &a0 [x, x]"] + [f"a{k}: &a{k} [*a{k - 1}, *a{k - 1}]" for k in range(1, 15)]
+    file = write(tmp_path / "d.yaml", "\n".join([*lines, "train: *a14", "names: *a14", "nc: *a14"]))
+    with pytest.raises(DatasetError) as caught:
+        load_data_config(file)
+    assert len(str(caught.value)) < 1000 and "train - got [[[" in str(caught.value)
 
 
 def test_an_unknown_file_is_answered_with_the_nearest_name(tmp_path, monkeypatch):
@@ -225,3 +278,27 @@ def test_an_export_with_xml_beside_the_images_is_recognised(tiny):
 def test_an_empty_folder_is_no_data_set(tmp_path):
     with pytest.raises(DatasetError, match="no split found"):
         load_data_config(tmp_path)
+
+
+# Row behind `kpt_shape: [4, 2]`, its box in fractions (centre and size), or what is wrong.
+KEYPOINTS = " .3 .3 .7 .3 .7 .7 .3 .7"
+KEYPOINT_ROWS = [
+    (f"0 .5 .5 .4 .2{KEYPOINTS}", (0.5, 0.5, 0.4, 0.2)),
+    ("0 .5 .5 .4 .2", (0.5, 0.5, 0.4, 0.2)),
+    ("0 .5 .5 .4 .2 0 0 0 0 0 0 -1 9", (0.5, 0.5, 0.4, 0.2)),
+    ("0 .1 .1 .9 .1 .9 .9", "got 7 columns, expected 5 (a box) or 13 (with the keypoints of"),
+]
+
+
+@pytest.mark.parametrize(("row", "expected"), KEYPOINT_ROWS)
+def test_rows_with_keypoints_are_boxes_where_the_yaml_says_so(tiny, row, expected):
+    (tiny / "labels/val/f.txt").write_text(row + "\n")
+    text = "train: images/train\nval: images/val\nnames: [cat, dog]\nkpt_shape: [4, 2]\n"
+    (tiny / "d.yaml").write_text(text)
+    if isinstance(expected, str):
+        with pytest.raises(LabelError, match=re.escape(expected)):
+            load_table(load_data_config(tiny / "d.yaml"), "val")
+        return
+    left, top, right, bottom = load_table(load_data_config(tiny / "d.yaml"), "val").boxes[-1] / 64
+    found = ((left + right) / 2, (top + bottom) / 2, right - left, bottom - top)
+    assert found == pytest.approx(expected, abs=1e-5)

@@ -10,7 +10,9 @@ import torch
 import yaml
 
 from models.parser.graft import RowSlots, forget_weights, replace_backbone, row_slots
+from models.parser.rows import resolve
 from models.yolo import build_model, parse_options
+from utils.config import parse_yaml
 from utils.errors import ConfigError
 
 PRINTED = Path(__file__).parent / "printed"
@@ -243,9 +245,21 @@ def test_options_of_a_backbone_are_read_as_in_a_yaml(words, expected):
 
 
 @pytest.mark.parametrize(
+    ("text", "expected"),
+    [("on", "on"), ("no", "no"), ("010", 10), ("1e-3", 0.001), ("2024-01-02", "2024-01-02"), ("0x1F", "0x1F"), ("~", None)]
+    + [("TRUE", True), ("'1'", 1), ("[on, 08]", ["on", 8])],
+)  # fmt: skip
+def test_a_flag_and_a_file_mean_the_same_by_one_text(text, expected):
+    rows = parse_yaml(f"head: [[-1, 1, Conv, {{key: {text}}}]]", "x.yaml").data
+    in_file = resolve(rows["head"][0][3]["key"], {})
+    assert parse_options([f"key={text}"])["key"] == in_file == expected
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["factor"], "got 'factor', expected key=value"),
+        (["mode=\x07"], "expected a value behind the ="),
         (["a=1", "a=2"], "got a twice"),
         (["weights="], "got 'weights=', expected a value"),
         (["widths=[8,"], r"got 'widths=\[8,', expected a value"),

@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 
 import pytest
+import yaml
 
 from utils.config import (
     ArgumentParser,
@@ -104,6 +105,16 @@ def test_saved_yaml_is_read_back_in_order(tmp_path: Path) -> None:
     read = load_yaml(tmp_path / "opt.yaml")
     assert read == {"z": 1, "a": [320, 640], "path": "runs/exp", "name": "Größe", "lr": 1e-5}
     assert list(read) == list(data)
+
+
+@pytest.mark.parametrize(
+    "text", ["1e-3", "on", "no", "010", "08", "1.", "~", "", "2024-01-02", "<<"]
+)
+def test_text_that_looks_like_something_else_is_saved_as_text(text: str, tmp_path: Path) -> None:
+    """In this dialect and in that of other readers."""
+    save_yaml(tmp_path / "a.yaml", {"key": text, text or "x": 1})
+    assert load_yaml(tmp_path / "a.yaml") == {"key": text, text or "x": 1}
+    assert yaml.safe_load((tmp_path / "a.yaml").read_text()) == {"key": text, text or "x": 1}
 
 
 BASE = "lr0: 0.01\nmosaic: 1\noptimizer: SGD\nflag: false\n"
