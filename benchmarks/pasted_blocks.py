@@ -161,10 +161,10 @@ def check_readings(model: DetectionModel, name: str) -> None:
     }
     for row in own_rows(model, name):
         channels = [widths[slot] for slot in row.inputs]
-        expected = expected_reading(name, channels, row.shape[0], row)
+        expected = f"{name}({expected_reading(name, channels, row.shape[0], row)})"
         missing = [part for part in _parts(expected) if part not in _parts(row.args)]
         if missing:
-            raise ValueError(f"read as {row.args}, expected {name}({expected})")
+            raise ValueError(f"read as {row.args}, expected {expected}")
 
 
 def _filled_slots(row: Row) -> list[int]:
@@ -173,7 +173,7 @@ def _filled_slots(row: Row) -> list[int]:
 
 def _parts(arguments: str) -> list[str]:
     """`CBAM(c1=64, k=(3, 3))` -> `["c1=64", "k=(3, 3)"]`; lists and tuples look alike."""
-    inside = arguments[arguments.find("(") + 1 : -1] if arguments.endswith(")") else arguments
+    inside = arguments[arguments.find("(") + 1 : -1]
     text, depth = inside.replace("[", "(").replace("]", ")"), 0
     parts = [""]
     for letter in text:
@@ -191,8 +191,7 @@ def check_same(model: DetectionModel, other: DetectionModel, name: str) -> None:
     Raises:
         ValueError: it was read in another way.
     """
-    if readings(model, name) != readings(other, name):
-        raise ValueError(f"read as {readings(other, name)}, expected {readings(model, name)}")
+    check_readings(other, name)
     shapes = [[(k, v.shape) for k, v in m.state_dict().items()] for m in (model, other)]
     if shapes[0] != shapes[1]:
         raise ValueError("gives other parameters")

@@ -25,6 +25,19 @@ from models.parser.rows import read_model_config
 
 FOLDER = Path(__file__).resolve().parent.parent / "tests" / "pasted"
 HEADS = ("yolov5n", "yolo11n", "rtdetr-r18")
+WIDTHS = {
+    "yolov5n": (256, 512, 1024),
+    "yolo11n": (256, 512, 1024),
+    "rtdetr-r18": (256, 256, 256),
+    "tiny": (512, 512, 512),
+}
+"""Full widths of the maps that a head reads, from fine to coarse, before the size factor."""
+TINY = {
+    "scales": {"n": [0.5, 0.125, 1024]},
+    "backbone": [[-1, 1, "Conv", [width, 3, 2]] for width in (64, 128, 512, 512, 512)],
+    "head": [[[2, 3, 4], 1, "Detect", ["nc"]]],
+}
+"""A trunk of five convolutions, 64 channels to a map: what is read is read in a moment."""
 CLASSES = 3
 Row = list[Any]
 
@@ -35,23 +48,22 @@ class Site(NamedTuple):
     Attributes:
         config: without the head's own row.
         maps: what the head reads, from fine to coarse.
-        widths: full widths of these maps, before the size factor.
+        widths: full widths of these maps.
         head: the head's row.
     """
 
     config: dict[str, Any]
     maps: list[int | str]
-    widths: list[int]
+    widths: tuple[int, ...]
     head: Row
 
 
 def site_of(head: str) -> Site:
     """The config of `head`, opened before its last row."""
-    config = copy.deepcopy(read_model_config(head, num_classes=CLASSES)[1])
-    rows = config["head"]
-    last = rows.pop()
-    widths = [256, 256, 256] if head.startswith("rtdetr") else [256, 512, 1024]
-    return Site(config, list(last[0]), widths, last)
+    source: Any = TINY if head == "tiny" else head
+    config = copy.deepcopy(read_model_config(source, num_classes=CLASSES)[1])
+    last = config["head"].pop()
+    return Site(config, list(last[0]), WIDTHS[head], last)
 
 
 def filled(args: Any, width: int) -> Any:
@@ -67,16 +79,21 @@ def config_with(name: str, args: Args, head: str, module: str = "") -> dict[str,
     Args:
         name: in `PASTED`.
         args: of a row.
-        head: a name of `HEADS`.
+        head: a name of `WIDTHS`.
         module: how the row names it, if it is not by `name`.
     """
     pasted, site = PASTED[name], site_of(head)
     rows, reads = _PLACES[pasted.place](site, pasted, module or name, args)
     config = site.config
-    path = FOLDER / pasted.file
-    config["imports"] = [str(path if path.is_dir() else path.with_suffix(".py"))]
+    config["imports"] = [imported_path(name)]
     config["head"] = [*config["head"], *rows, [reads, *site.head[1:]]]
     return config
+
+
+def imported_path(name: str) -> str:
+    """The file or the package that defines a block."""
+    path = FOLDER / PASTED[name].file
+    return str(path if path.is_dir() else path.with_suffix(".py"))
 
 
 Placed = tuple[list[Row], list[Any]]

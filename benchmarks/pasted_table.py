@@ -79,9 +79,7 @@ PASTED = {
     "MHSA": Pasted("long_range", "n_dims={c}, width={w}, height={h_}, heads=4", BOTH, "last"),
     "PositionTable": Pasted("long_range", "dim={c}, h={h_}, w={w}", BOTH, "last"),
     # convolutions
-    "Partial_conv3": Pasted(
-        "convolutions", "dim={c}, n_div=4", ([C, 4], [4], [C, 4, "slicing"]), rule=FIRST
-    ),
+    "Partial_conv3": Pasted("convolutions", "dim={c}, n_div=4", ([C, 4], [4]), rule=FIRST),
     "FasterBlock": Pasted(
         "convolutions",
         "dim={c}, n_div=4, mlp_ratio=2.0, drop_path=0.1",

@@ -1,0 +1,171 @@
+"""Blocks, fusions and necks as their authors wrote them, before heads that know nothing of them; none is registered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.coupling_matrix import train_step
+from benchmarks.pasted_blocks import (
+    CANNOT,
+    FORMATS,
+    FORMATS_HEAD,
+    LIMIT,
+    SIZE,
+    build,
+    check_block,
+    check_frozen,
+    check_readings,
+    check_same,
+    readings,
+)
+from benchmarks.pasted_places import CLASSES, FOLDER, HEADS, imported_path, site_of
+from benchmarks.pasted_table import CONV, FIRST, PASTED, SAME, STACKED
+from models import modules, registry
+from models.exporters.network import ExportOptions, blobs
+from models.exporters.onnx_file import export_onnx
+from models.exporters.verify import verify
+from models.registry import register
+from models.reparam import fuse
+from models.table import count_params
+from models.yolo import DetectionModel, build_model, model_from_checkpoint
+
+CHAIN: list[list[Any]] = [
+    [-1, 1, "SE", [1024]], [-1, 1, "SimAM", []], [-1, 1, "CBAM", [1024]], [-1, 1, "CoordAtt", [1024]],
+    [-1, 1, "GhostModule", [512, 3]], [-1, 2, "C2f_Partial", [512, True]], [-1, 1, "RepBlock", [512]], [-1, 1, "LKA", []],
+    [-1, 1, "MixBlock", [256]], [-1, 3, "VoVGSCSP", [256]], [-1, 1, "SelfAttention2d", [4]], [-1, 2, "FasterBlock", [256]],
+    [-1, 1, "MixerBlock", []], [-1, 1, "Involution", [3]], [-1, 1, "ECA", []],
+]  # fmt: skip
+"""Fifteen blocks of both kinds of rows, from 256 channels down to 64 under yolo11n."""
+
+
+FEW = (
+    *("CBAM", "KeywordSE", "ShuffleAttention", "WindowMixer", "DeformBlock", "StripBlock", "LazyBlock", "AnyConv"),
+    *("TemperatureGate", "C3k2_SE", "C3SimAM", "DySample", "HaarDown", "Fusion", "TopDown", "FourLevelNeck"),
+)  # fmt: skip
+"""Blocks that the default suite looks at one by one, of every kind; the others are `slow`."""
+
+
+def few_of(names: Iterable[str]) -> list[Any]:
+    """All of them as parameters of a test, those not in `FEW` marked as slow."""
+    return [n if n in FEW else pytest.param(n, marks=pytest.mark.slow) for n in names]
+
+
+@pytest.fixture(autouse=True)
+def own_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that a test imports are forgotten after it."""
+    monkeypatch.setattr(modules, "_FILES", dict(modules._FILES))
+    monkeypatch.setattr(registry, "_LAYERS", dict(registry._LAYERS))
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+
+def test_every_public_class_of_the_files_that_is_a_block_is_in_the_table():
+    files = {p.file for p in PASTED.values()}
+    assert files == {path.stem for path in FOLDER.iterdir() if path.stem != "__pycache__"}
+    assert len(PASTED) >= 80 and len({p.place for p in PASTED.values()}) == 10
+
+
+@pytest.mark.parametrize("name", few_of(PASTED))
+def test_a_block_is_read_as_its_author_means_it_whichever_way_a_row_names_it(name: str):
+    model, *others = (build(name, args, "tiny") for args in PASTED[name].rows)
+    check_readings(model, name)
+    check_frozen(model, name)
+    for other in others:
+        check_same(model, other, name)
+
+
+def test_a_wrong_reading_is_noticed(monkeypatch: pytest.MonkeyPatch):
+    model = build("CBAM", [{"reduction": 8}], "tiny")
+    with pytest.raises(ValueError, match=r"read as CBAM\(c1=64, reduction=8\), expected CBAM\(c1"):
+        check_readings(model, "CBAM")
+    with pytest.raises(ValueError, match="gives other parameters"):
+        check_same(build("LKA", [], "tiny"), model, "SimAM")
+
+
+# --- whole models ---------------------------------------------------------------------------------
+
+
+def chained() -> DetectionModel:
+    """yolo11n with `CHAIN` between its coarsest map and its head."""
+    site = site_of("yolo11n")
+    names = [row[2] for row in CHAIN]
+    config = site.config | {"imports": sorted({imported_path(name) for name in names})}
+    head = [[*site.maps[:2], -1], *site.head[1:]]
+    config["head"] = [*config["head"], *CHAIN, head]
+    torch.manual_seed(0)
+    return build_model(config, num_classes=CLASSES, imgsz=SIZE, allow_code=True)
+
+
+def test_a_model_of_fifteen_blocks_trains_fuses_and_exports(tmp_path: Path):
+    model = chained()
+    train_step(model, SIZE)
+    report = fuse(model.eval())
+    assert report.difference <= report.tolerance
+    options = ExportOptions(imgsz=SIZE)
+    for case in verify(export_onnx(model, options, tmp_path / "chain.pt"), model, options):
+        assert max(case.relative_boxes, case.relative_scores) <= LIMIT
+
+
+def test_a_checkpoint_of_a_model_with_pasted_blocks_is_rebuilt_from_its_own_config():
+    model = build("C2f_Partial", PASTED["C2f_Partial"].rows[0], "tiny").eval()
+    state = {"config": model.config, "names": list(model.names), "imgsz": SIZE}
+    again = model_from_checkpoint({**state, "model": model.state_dict()}, allow_code=True).eval()
+    assert readings(again, "C2f_Partial") == readings(model, "C2f_Partial")
+    image = blobs(1, SIZE, seed=0)
+    assert torch.equal(again.decode(again(image)).boxes, model.decode(model(image)).boxes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("name", PASTED)
+def test_a_block_trains_fuses_and_exports_under_every_family_of_heads(
+    name: str, head: str, tmp_path: Path
+):
+    formats = FORMATS[1:] if head == FORMATS_HEAD else ()
+    result = check_block(name, head, tmp_path, formats)
+    assert result["status"] == "works", result
+    for form, difference in result["formats"].items():
+        reason = CANNOT.get(f"{name} {form}")
+        if reason is None:
+            assert isinstance(difference, float) and difference <= LIMIT, (form, difference)
+        else:
+            assert reason in str(difference)
+
+
+# --- registered twins -----------------------------------------------------------------------------
+
+RULES = {
+    CONV: registry.convolution,
+    STACKED: registry.stacked,
+    FIRST: registry.channels_first,
+    SAME: registry.unchanged,
+}
+RULED = [name for name, pasted in PASTED.items() if pasted.rule]
+
+
+def registered_twin(name: str, model: DetectionModel) -> DetectionModel:
+    """The same model, the block registered by a rule under another name."""
+    pasted = PASTED[name]
+    kind = next(type(m) for m in model.modules() if type(m).__name__ == name)
+    twin = f"{name}Registered"
+    register(RULES[pasted.rule], twin)(type(twin, (kind,), {"__module__": __name__}))
+    has_width = pasted.rule in (CONV, STACKED)
+    return build(name, pasted.rows[0 if has_width else -1], "tiny", module=twin)
+
+
+@pytest.mark.parametrize("name", few_of(RULED))
+def test_a_block_that_is_read_equals_the_same_one_registered_by_a_rule(name: str):
+    model = build(name, PASTED[name].rows[0], "tiny").eval()
+    twin = registered_twin(name, model).eval()
+    assert count_params(twin) == count_params(model)
+    assert {row.module for row in twin.rows} & {f"{name}Registered"}
+    twin.load_state_dict(model.state_dict())
+    image = blobs(2, SIZE, seed=5)
+    for a, b in zip(model(image), twin(image)):
+        assert torch.equal(a, b)
