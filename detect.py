@@ -27,6 +27,7 @@ from engine.flags import (
     say_ignored,
 )  # fmt: skip
 from models.backends import Backend, load_backend
+from models.ensemble import as_one
 from models.postprocess import keep_best, postprocess
 from utils.config import ArgumentParser, increment_path, integer, parse_imgsz
 from utils.device import select_device
@@ -60,7 +61,10 @@ def parse_options(arguments: Sequence[str] | None = None) -> Any:
     """Read the command line."""
     parser = ArgumentParser(description="Find objects in images, videos, cameras and streams.")
     parser.add_argument(
-        "--weights", default="runs/train/exp/weights/best.pt", help="a .pt or any exported model"
+        "--weights",
+        nargs="+",
+        default=["runs/train/exp/weights/best.pt"],
+        help="a .pt or any exported model; several answer together",
     )
     parser.add_argument(
         "--source",
@@ -142,10 +146,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     log, device = get_logger(), select_device(options.device)
     if options.view_img:
         _check_display()
-    backend = load_backend(
-        options.weights, device, half=options.half, cfg=options.cfg, backbone=options.backbone,
-        allow_code=options.allow_code,
-    )  # fmt: skip
+    members = [
+        load_backend(
+            path, device, half=options.half, cfg=options.cfg, backbone=options.backbone, allow_code=options.allow_code,
+        )
+        for path in options.weights
+    ]  # fmt: skip
+    backend = as_one(members, options.weights)
+    options.weights = ", ".join(options.weights)
     options.classes = class_indices(options.classes, backend.names)
     options.imgsz = _size(options, backend)
     if options.rect and not backend.dynamic:

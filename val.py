@@ -36,6 +36,7 @@ from engine.outputs import (
 )
 from engine.setup import open_data
 from models.backends import Backend, load_backend
+from models.ensemble import as_one
 from models.postprocess import keep_best, postprocess
 from utils.config import ArgumentParser, increment_path, integer, parse_imgsz
 from utils.device import select_device, synchronize
@@ -243,6 +244,11 @@ def parse_options(arguments: Sequence[str] | None = None) -> Any:
         default=["runs/train/exp/weights/best.pt"],
         help="one or more models",
     )
+    parser.add_argument(
+        "--ensemble",
+        action="store_true",
+        help="measure them as one, predictions joined before NMS, instead of each",
+    )
     add_foreign_flags(parser)
     add_data_flag(parser)
     parser.add_argument("--batch-size", type=integer(1), default=32, help="images a batch")
@@ -281,13 +287,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_options(arguments)
     device = select_device(options.device)
     run = {"speed": _speed, "study": _study}.get(options.task, _validate)
-    every = options.weights
-    for weights in every:
-        options.weights = weights
-        backend = load_backend(
-            weights, device, half=options.half, cfg=options.cfg, backbone=options.backbone,
-            allow_code=options.allow_code,
-        )  # fmt: skip
+    every = [options.weights] if options.ensemble else [[path] for path in options.weights]
+    for paths in every:
+        members = [
+            load_backend(
+                path, device, half=options.half, cfg=options.cfg, backbone=options.backbone, allow_code=options.allow_code,
+            )
+            for path in paths
+        ]  # fmt: skip
+        backend = as_one(members, paths)
+        options.weights = "+".join(Path(p).name for p in paths) if len(paths) > 1 else paths[0]
         _tell_thresholds(options, backend)
         run(options, backend, device)
 
