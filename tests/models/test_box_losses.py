@@ -327,6 +327,23 @@ def test_the_mean_moves_a_little_with_every_step_and_ignores_what_is_no_number()
     assert mean.value == before
 
 
+def test_processes_share_one_mean_also_those_that_saw_nothing(monkeypatch: pytest.MonkeyPatch):
+    others = torch.tensor([1.8, 3.0])  # three pairs of 0.6 on the other process
+
+    def add_others(seen: Tensor) -> None:
+        seen += others
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "gloo")
+    monkeypatch.setattr(torch.distributed, "all_reduce", add_others)
+    mean, idle = RunningMean(steps=1), RunningMean(steps=1)  # 95 % of a step's mean, 5 % of 1
+    mean.add(torch.tensor([0.2]))
+    mean.update()
+    idle.update()
+    assert mean.value == pytest.approx(0.95 * (0.2 + 1.8) / 4 + 0.05)
+    assert idle.value == pytest.approx(0.95 * 0.6 + 0.05)
+
+
 def test_only_training_moves_the_mean_and_is_weighed_by_it():
     loss = BoxLoss("wiou-v3", HYP)
     assert loss.mean is not None
