@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models.meta import run_on_meta
+from models.meta import run_for_real, run_on_meta
 
 
 class Totals(NamedTuple):
@@ -65,12 +66,24 @@ def count_params(module: nn.Module) -> int:
 
 
 def measure(model: nn.Module, imgsz: tuple[int, int]) -> Totals:
-    """Size of `model` as it stands, counted operation by operation on the meta device for one image of size `imgsz`."""
+    """Size of `model` as it stands, counted operation by operation for one image of size `imgsz`.
+
+    On the meta device, or with numbers where code asks for values.
+    """
+    image = torch.empty(1, getattr(model, "channels", 3), *imgsz, device="meta")
+    try:
+        return _count(model, image, run_on_meta)
+    except (RuntimeError, TypeError) as error:
+        if "meta" not in str(error).lower():
+            raise
+        return _count(model, image, run_for_real)
+
+
+def _count(model: nn.Module, image: Tensor, run: Callable[..., Any]) -> Totals:
     from torch.utils.flop_counter import FlopCounterMode  # brings a compiler along
 
-    image = torch.empty(1, getattr(model, "channels", 3), *imgsz, device="meta")
     with FlopCounterMode(display=False) as counter, PeakMemory() as memory:
-        run_on_meta(model, image)
+        run(model, image)
     gflops = counter.get_total_flops() / 1e9
     return Totals(count_params(model), gflops, memory.peak / 2**20)
 
@@ -103,6 +116,8 @@ def format_table(model: Any) -> str:
         )
         rest = zip(shapes[1:], strides[1:] if len(strides) > 1 else strides * len(shapes))
         lines += [f"{'':>108}{shape:<26}{stride or '-'}" for shape, stride in rest]
+        if args != record["args"] and record["args"].startswith(f"{record['module']}("):
+            lines.append(f"{'':>40}  is {record['args']}")  # how a pasted class is read, whole
     return "\n".join(line.rstrip() for line in lines)
 
 

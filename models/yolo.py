@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from models import common, modules, transformer  # noqa: F401  (they register layers)
-from models.blocks import csp, gelan, hg  # noqa: F401
+from models.blocks import cbam, csp, gelan, ghost, hg, partial, resnet, sampling, vit, yolov10  # noqa: F401
 from models.heads import ddetect, detect, rtdetr  # noqa: F401
 from models.parser.build import apply_activation, build_rows, require_backbone
 from models.parser.graft import forget_weights, replace_backbone, row_slots
@@ -180,14 +180,16 @@ def build_model(
     num_classes = num_classes if num_classes is not None or not names else len(names)
     file, config, lines = read_model_config(cfg, num_classes=num_classes, scale=scale)
     spec = parse_spec(file, config, lines)
-    import_code(spec, allow_code)
-    if fresh:
-        spec = parse_spec(file, forget_weights(config), lines)
-    if backbone:
-        spec = _with_backbone(spec, lines, backbone)
-    model = parse_model(spec, names=names, imgsz=imgsz)
-    modules.tell_broken_files()
-    _tell_notes(spec, model.rows)
+    with modules.seeing(import_code(spec, allow_code)):
+        if fresh:
+            spec = parse_spec(file, forget_weights(config), lines)
+        if backbone:
+            spec = _with_backbone(spec, lines, backbone)
+        model = parse_model(spec, names=names, imgsz=imgsz)
+        # Weights that rows ask for are in the model by now, and go where it goes.
+        model.config = forget_weights(model.config)
+        modules.tell_broken_files()
+        _tell_notes(spec, model.rows)
     return model
 
 

@@ -13,10 +13,12 @@ import pkgutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
 
+from models.pasted.imports import pasted_imports
 from models.registry import Layer, LayerError, backbone, by_signature, find, registering_modules
 from utils.errors import ForeignError, foreign_code
 from utils.logger import get_logger
@@ -24,24 +26,29 @@ from utils.logger import get_logger
 _FILES: dict[str, ModuleType] = {}
 _BROKEN: dict[str, str] = {}
 _TOLD: set[str] = set()
+_SEEN: ContextVar[set[str] | None] = ContextVar("seen", default=None)
 PACKAGE = "__init__.py"
-USER_CODE = (f"{__name__}.", "yoke_import_")
+IMPORTED = "yoke_import_"
+USER_CODE = (f"{__name__}.", IMPORTED)
 """How the names of modules begin that users write."""
 
 
 def _import_files() -> None:
     for info in pkgutil.iter_modules(__path__):
         try:
-            with foreign_code(users=USER_CODE):
+            with foreign_code(users=USER_CODE), pasted_imports():
                 _FILES[info.name] = importlib.import_module(f"{__name__}.{info.name}")
         except ForeignError as error:
             # One broken file of a user must not take every other model down; it is named on a failed look-up.
             _BROKEN[f"models/modules/{info.name}.py"] = str(error)
 
 
-def import_outside(path: Path) -> None:
+def import_outside(path: Path) -> set[str]:
     """Run a user's Python file or package, once a process, and offer what it registers or defines; the caller has been
     allowed to.
+
+    Returns:
+        The names that its modules have in this process.
 
     Raises:
         ForeignError: it is missing, or its own code failed.
@@ -52,8 +59,8 @@ def import_outside(path: Path) -> None:
         root.parent / PACKAGE
     ).is_file():  # a file of a package: its relative imports need the whole
         root = root.parent
-    name = f"yoke_import_{root.stem}_{sha256(str(root).encode()).hexdigest()[:8]}"
-    with foreign_code(ForeignError, users=USER_CODE), _findable(root.parent):
+    name = f"{IMPORTED}{root.stem}_{sha256(str(root).encode()).hexdigest()[:8]}"
+    with foreign_code(ForeignError, users=USER_CODE), _findable(root.parent), pasted_imports():
         _FILES[name] = _run_once(name, root)
         if path != root:
             inside = ".".join((name, *path.relative_to(root).with_suffix("").parts))
@@ -61,6 +68,27 @@ def import_outside(path: Path) -> None:
         elif root.is_dir() and not any(layer_of(_FILES[name], key) for key in vars(_FILES[name])):
             for info in pkgutil.iter_modules([str(root)]):  # it offers nothing itself: its files do
                 _FILES[f"{name}.{info.name}"] = importlib.import_module(f"{name}.{info.name}")
+    return {key for key in _FILES if key == name or key.startswith(f"{name}.")}
+
+
+@contextmanager
+def seeing(imported: set[str]) -> Iterator[None]:
+    """Within the block, names mean what this folder and the modules `imported` define, and nothing that another model of this
+    process has imported."""
+    token = _SEEN.set(imported)
+    try:
+        yield
+    finally:
+        _SEEN.reset(token)
+
+
+def _files() -> list[ModuleType]:
+    seen = _SEEN.get()
+    return [
+        m
+        for key, m in _FILES.items()
+        if seen is None or key in seen or not key.startswith(IMPORTED)
+    ]
 
 
 def _run_once(name: str, path: Path) -> ModuleType:
@@ -104,7 +132,7 @@ def find_pasted(name: str) -> Layer | None:
     """
     place, _, own_name = name.rpartition(".")
     if place:
-        files = [module for module in _FILES.values() if _stem(module) == place]
+        files = [module for module in _files() if _stem(module) == place]
         return next(
             (
                 layer
@@ -165,7 +193,7 @@ def _file_of(layer: Layer) -> str:
 def _unregistered_files() -> list[ModuleType]:
     """Files that register nothing: their classes may be named as they are. In a file that registers, only what it
     registers counts; its other classes are parts."""
-    return [module for module in _FILES.values() if module.__name__ not in registering_modules()]
+    return [module for module in _files() if module.__name__ not in registering_modules()]
 
 
 def layer_of(module: ModuleType, name: str) -> Layer | None:
@@ -178,6 +206,12 @@ def layer_of(module: ModuleType, name: str) -> Layer | None:
     if is_own and (inspect.isclass(value) or inspect.isfunction(value)):
         return Layer(name, value, by_signature)
     return None
+
+
+def names_in_file(name: str) -> list[str]:
+    """What the user's file called `name` defines."""
+    files = [module for module in _files() if _stem(module) == name]
+    return sorted(key for module in files for key in vars(module) if layer_of(module, key))
 
 
 def public_names() -> list[str]:

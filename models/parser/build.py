@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from models import modules
 from models.meta import idle_parameters, run_for_real, run_on_meta
+from models.parser.advice import advice_for
 from models.parser.naming import (
     BuildState,
     SkipError,
@@ -39,11 +40,6 @@ from models.registry import (
     find_anywhere,
 )
 from utils.errors import CheckpointError, ConfigError, ForeignError, foreign_code, nearest
-
-VALUES_ADVICE = (
-    " Shapes are found on torch's meta device, where tensors have no values: leave .item(), .numpy() and decisions on "
-    "numbers out of forward, or behind `if self.training`."
-)
 
 
 def build_rows(spec: ModelSpec, imgsz: tuple[int, int]) -> tuple[list[nn.Module], tuple[Row, ...]]:
@@ -137,6 +133,10 @@ def _find_layer(name: str) -> Layer | None:
 
 def _unknown(name: str) -> LayerError:
     known = [*all_names(), *modules.public_names()]
+    inside = modules.names_in_file(name)
+    if inside:
+        ways = " or ".join(f"{name}.{own}" for own in inside)
+        return LayerError(f"is the name of a file, expected that of a class in it. Write {ways}.")
     broken = "".join(
         f" {file} could not be imported ({why})." for file, why in modules.broken_files().items()
     )
@@ -365,32 +365,26 @@ def _construct(layer: Layer, plan: Plan, row: RowSpec) -> nn.Module:
 
 
 def _propagate(module: nn.Module, value: Any) -> Any:
+    """What comes out on the meta device, or from real numbers where that device does not know the code."""
     try:
         with foreign_code(users=modules.USER_CODE):
             return run_on_meta(module, value)
     except ForeignError as error:
-        if "meta" in str(error).lower() and _is_users(module):
-            return _propagate_for_real(module, value)
-        raise _misfit(value, error) from error
-
-
-def _propagate_for_real(module: nn.Module, value: Any) -> Any:
-    """For code that asks for values, which the meta device does not have."""
+        reason = error
     try:
         with foreign_code(users=modules.USER_CODE):
             return run_for_real(module, value)
     except ForeignError as error:
-        raise _misfit(value, error) from error
+        if not any(p.device.type == "meta" for p in module.parameters()):  # a draft has no numbers
+            reason = error
+    shapes = [s for v in (value if isinstance(value, list) else [value]) for s in shapes_of(v)]
+    advice = advice_for(reason)
+    said = f"{str(reason).rstrip('.')}.{advice}" if advice else str(reason)
+    raise LayerError(f"does not fit its input of shape {brief(shapes)} - {said}") from reason
 
 
 def _is_users(module: nn.Module) -> bool:
     return any(type(m).__module__.startswith(modules.USER_CODE) for m in module.modules())
-
-
-def _misfit(value: Any, error: ForeignError) -> LayerError:
-    shapes = [s for v in (value if isinstance(value, list) else [value]) for s in shapes_of(v)]
-    advice = VALUES_ADVICE if "meta tensor" in str(error) else ""
-    return LayerError(f"does not fit its input of shape {brief(shapes)} - {error}{advice}")
 
 
 def apply_activation(module: nn.Module, make: Callable[[], nn.Module]) -> None:

@@ -12,12 +12,13 @@ HOME = "imports_from"
 """Key of a config: the folder that the files of `imports` were found from when the model was built."""
 
 
-def import_code(spec: ModelSpec, allowed: bool) -> None:
-    """Run what `imports:` names, if that is allowed.
+def import_code(spec: ModelSpec, allowed: bool) -> set[str]:
+    """Run what `imports:` names, if that is allowed; the names of its modules in this process.
 
     Raises:
         ConfigError: it is not, nothing of that name is found, or its code failed.
     """
+    seen: set[str] = set()
     for name in spec.imports:
         if not allowed:
             raise ConfigError(
@@ -33,11 +34,12 @@ def import_code(spec: ModelSpec, allowed: bool) -> None:
             )
         spec.config[HOME] = str(home.resolve())
         try:
-            modules.import_outside(home / name)
+            seen |= modules.import_outside(home / name)
         except ForeignError as error:
             raise ConfigError(
                 f"{spec.file} imports: {name} cannot be imported - {error}."
             ) from error
+    return seen
 
 
 def _is_code(path: Path) -> bool:

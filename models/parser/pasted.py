@@ -19,11 +19,12 @@ from torch.nn.parameter import is_lazy
 
 from models import modules
 from models.meta import run_for_real, run_on_meta
+from models.parser.advice import advice_for
 from models.parser.readings import Inputs, Reading, RowArguments, as_written, readings
 from models.parser.signature import Constructor, read_constructor, shown, usage
 from models.parser.slots import brief, shapes_of, told
 from models.registry import Layer, LayerError
-from utils.errors import ForeignError, foreign_code
+from utils.errors import ForeignError, foreign_code, nearest
 
 MOST_TOLD = 2  # readings that an error shows
 Style = Literal["map", "list", "spread"]
@@ -83,8 +84,6 @@ def settle(
         fitting = _try_all(layer, candidates, values, is_list, is_image, run, failures)
         if fitting:
             return _choose(layer, fitting, inputs)
-        if not any("meta" in failure.reason.lower() for failure in failures):
-            break
     raise _unfit(layer, constructor, row, failures, values)
 
 
@@ -94,6 +93,7 @@ def _check_names(layer: Layer, constructor: Constructor, row: RowArguments) -> N
     if wrong:
         raise LayerError(
             f"got an unexpected keyword argument {wrong[0]!r}, expected those of {layer.name}{shown(layer.build)}."
+            f"{nearest(wrong[0], names)}"
         )
 
 
@@ -114,7 +114,9 @@ def _try_all(
             continue
         found = _try(layer, reading, values, is_list, is_image, run)
         if isinstance(found, _Failure):
-            failures.append(found)
+            failures.extend([] if reading.is_doubt else [found])
+        elif reading.is_doubt and not fitting:
+            continue
         elif not any(found.text == other.text for other in fitting):
             fitting.append(found)
             if is_image and isinstance(found.output, (list, tuple, Mapping)):
@@ -136,7 +138,7 @@ def _try(
     try:
         module = _build(layer, reading, values, on_meta=run is run_on_meta)
     except (ForeignError, LayerError) as error:
-        return _Failure(text, "build", str(error))
+        return _Failure(text, "build", _reason(error))
     failure: _Failure | None = None
     for style in _styles(module, values, is_list):
         try:
@@ -145,7 +147,7 @@ def _try(
                     materialize(module, values, style)
                 output = run(module, *arguments(values, style))
         except (ForeignError, LayerError) as error:
-            failure = failure or _Failure(text, "run", str(error))
+            failure = failure or _Failure(text, "run", _reason(error))
             continue
         wrong = _wrong_output(output, is_image)
         if not wrong:
@@ -154,6 +156,11 @@ def _try(
             failure = _Failure(text, "output", wrong)
     assert failure is not None
     return failure
+
+
+def _reason(error: Exception) -> str:
+    advice = advice_for(error)
+    return f"{str(error).rstrip('.')}.{advice}" if advice else str(error)
 
 
 def _build(layer: Layer, reading: Reading, values: Sequence[Tensor], *, on_meta: bool) -> nn.Module:
@@ -307,9 +314,9 @@ def _unfit(
     first = max(seen, key=lambda f: stages.index(f.stage))
     if first.stage == "output":
         return LayerError(first.reason)
-    if len(seen) == 1 and first.stage == "run":
-        return LayerError(f"does not fit its input of shape {shape} - {first.reason}")
-    if len(seen) == 1:
+    if len({f.reason for f in seen}) == 1:  # whatever the call, it ends there
+        if first.stage == "run":
+            return LayerError(f"does not fit its input of shape {shape} - {first.reason}")
         return LayerError(f"cannot be built as {first.text} - {first.reason}")
     others = [f for f in seen if f is not first]
     told_calls = [first, *others[: MOST_TOLD - 1]]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models import modules
 from models.meta import run_for_real, run_on_meta, train_for_real, train_on_meta
+from models.parser.advice import advice_for
 from models.parser.pasted import Style, arguments
 from models.parser.slots import brief, shapes_of
 from models.parser.wiring import Slot
@@ -21,10 +22,6 @@ from models.registry import LayerError
 from utils.errors import ForeignError, foreign_code
 
 LARGER = (64, 32)  # pixels that another image has more, in height and width
-IN_PLACE_ADVICE = (
-    " Write `y = x * self.scale`, which leaves the parameter as it is: what trains must not be "
-    "changed in forward."
-)
 
 
 class Traits(NamedTuple):
@@ -57,6 +54,8 @@ def check(
         LayerError: it cannot be trained.
     """
     values = [slot.value for slot in sources]
+    if isinstance(output, Tensor) and len(values) == 1:
+        _check_ratio(values[0], output)
     notes = []
     channels_last = _trains(module, values, style)
     if not channels_last:
@@ -74,6 +73,23 @@ def check(
     return Traits(not reason, channels_last, tuple(notes))
 
 
+def _check_ratio(value: Tensor, output: Tensor) -> None:
+    """Refuse a map that is neither as large as its input, nor a part or a multiple: later rows could not join it.
+
+    Raises:
+        LayerError: it is not.
+    """
+    for given, made in zip(value.shape[2:], output.shape[2:]):
+        factor = max(round(max(given, made) / max(min(given, made), 1)), 1)
+        parts = (given // factor, -(-given // factor))
+        if made != given * factor and made not in parts:
+            found, expected = brief([tuple(output.shape[2:])]), brief([tuple(value.shape[2:])])
+            raise LayerError(
+                f"gives a map of {found} for one of {expected}, expected the same size, a part or a multiple of it. Mend its "
+                "padding: kernel_size // 2 keeps the size."
+            )
+
+
 def _trains(module: nn.Module, values: Sequence[Tensor], style: Style) -> bool:
     """Whether a step works in the channels-last format; it must work in the usual one."""
     if any(p.device.type == "meta" for p in module.parameters()):  # a draft, for its shapes only
@@ -86,8 +102,8 @@ def _trains(module: nn.Module, values: Sequence[Tensor], style: Style) -> bool:
         with foreign_code(users=modules.USER_CODE):
             train_for_real(module, batch)
     except ForeignError as error:
-        advice = IN_PLACE_ADVICE if "leaf" in str(error) else ""
-        raise LayerError(f"cannot be trained - {str(error).rstrip('.')}.{advice}") from error
+        said = f"{str(error).rstrip('.')}.{advice_for(error)}"
+        raise LayerError(f"cannot be trained - {said}") from error
     return True
 
 

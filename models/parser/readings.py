@@ -41,6 +41,7 @@ class Reading(NamedTuple):
         repeats_inside: the constructor was given the repeats.
         is_guess: wanted only where nothing else fits: by position, or a small number as a width.
         is_bound: it was given the size of the map.
+        is_doubt: its first number is a width beyond doubt elsewhere; told beside another reading, never taken alone.
         group: readings of one group differ in what fits the constructor, not in what the row means.
     """
 
@@ -52,6 +53,7 @@ class Reading(NamedTuple):
     repeats_inside: bool = False
     is_guess: bool = False
     is_bound: bool = False
+    is_doubt: bool = False
     group: int = 0
 
 
@@ -84,6 +86,7 @@ class _Head(NamedTuple):
     rest: tuple[Any, ...]
     width: Any = None
     is_guess: bool = False
+    is_doubt: bool = False
 
 
 def _heads(constructor: Constructor, row: RowArguments, inputs: Inputs) -> Iterator[_Head]:
@@ -98,7 +101,10 @@ def _heads(constructor: Constructor, row: RowArguments, inputs: Inputs) -> Itera
             yield _Head(args[2:], args[1])
     if args and _is_width(args[0]):
         yield _Head(args[1:], args[0])
-    yield _Head(args)
+        is_certain = _is_known_input(args[0], row.scaling, inputs)
+        yield _Head(args, is_doubt=is_certain and constructor.find(*CHANNEL_ROLES) is not None)
+    else:
+        yield _Head(args)
     if args and takes_output and _is_count(args[0]) and not _is_width(args[0]):
         yield _Head(args[1:], args[0], is_guess=True)
 
@@ -136,7 +142,7 @@ def _by_words(constructor: Constructor, row: RowArguments, inputs: Inputs) -> It
     heads = product(_heads(constructor, row, inputs), (True, False))
     for group, (head, repeats_inside) in enumerate(heads):
         for reading in _filled(free, constructor, head, row, inputs, own, repeats_inside):
-            yield reading._replace(group=group, is_guess=head.is_guess)
+            yield reading._replace(group=group, is_guess=head.is_guess, is_doubt=head.is_doubt)
 
 
 def _keyword(argument: Argument | None, value: Any, scaling: Scaling, inputs: Inputs) -> Any:
@@ -267,6 +273,6 @@ def _by_position(row: RowArguments, inputs: Inputs, by_words: bool) -> Iterator[
         yield found._replace(args=(width, *args[1:]))
     for front in fronts:
         yield guess._replace(args=(*front, *args))
-        if not args:
+        if not args and not by_words:
             yield guess._replace(args=(*front, inputs.channels[0]))
     yield guess._replace(args=args)

@@ -54,7 +54,12 @@ _WORDS = (
     (Role.EXTENT, r"w|(feat|map|in|input|img)(w|width)|width"),
     (Role.CELLS, r"(num|n)(patches|tokens|positions|pixels|points)|seqlen|sequencelength"),
 )
+_LIKE_WIDTH = re.compile(
+    r"(?!.*(per|head|group|key|value|query|base|stem|growth|min|max|rank|class)).+(channels?|planes)"
+)
 _PATTERNS = tuple((role, re.compile(words)) for role, words in _WORDS)
+FARTHEST = 16
+"""A whole number that is so many times the default of its parameter is meant for another."""
 CHANNEL_ROLES = (Role.INPUT, Role.OUTPUT, Role.WIDTH)
 NEW_PARAMETER = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 
@@ -81,7 +86,8 @@ class Argument(NamedTuple):
         return self.default is Parameter.empty
 
     def suits(self, value: Any) -> bool:
-        """Whether `value` is of the kind of the default: a width of 1024 is no probability, a word is no number."""
+        """Whether `value` is of the kind of the default: a width of 1024 is no probability, a word is no number, and 256 no
+        size of a kernel of 3."""
         default = self.default
         if self.is_required or default is None or value is None:
             return True
@@ -90,7 +96,8 @@ class Argument(NamedTuple):
         if isinstance(default, float):
             return isinstance(value, float) or (isinstance(value, int) and value < 8)
         if isinstance(default, int):
-            return isinstance(value, (int, float, list, tuple))
+            is_far = isinstance(value, int) and value > FARTHEST * max(default, 1)
+            return isinstance(value, (int, float, list, tuple)) and not is_far
         if isinstance(default, str):
             return isinstance(value, str)
         return True
@@ -146,7 +153,8 @@ def _role(parameter: Parameter) -> Role:
     if isinstance(parameter.default, (str, bool, float)):
         return Role.OTHER
     word = parameter.name.lower().replace("_", "")
-    return next((role for role, words in _PATTERNS if words.fullmatch(word)), Role.OTHER)
+    rest = Role.WIDTH if _LIKE_WIDTH.fullmatch(word) else Role.OTHER
+    return next((role for role, words in _PATTERNS if words.fullmatch(word)), rest)
 
 
 def _wants_list(parameter: Parameter) -> bool:

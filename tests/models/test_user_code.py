@@ -170,7 +170,7 @@ class Mine(nn.Module):
         ("forward", "import no_such_library", "ModuleNotFoundError: No module named 'no_such_library' (mine.py line 18)"),
         ("forward", "next(iter([]))", "StopIteration (mine.py line 18)"),
         ("forward", "y = y * torch.from_numpy(y.numpy())", "cannot be trained - Can't call numpy() on Tensor that requires grad"),
-        ("forward", "y = y + x", "should be broadcastable to [1, 8, 16, 16] (mine.py line 18)"),
+        ("forward", "y = y + x", "must match the size of tensor b (128) at non-singleton dimension 3 (mine.py line 18)"),
     ],
 )  # fmt: skip
 def test_a_users_mistake_is_one_line_with_the_place_in_his_file(

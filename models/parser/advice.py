@@ -1,0 +1,71 @@
+"""What to write instead, for the mistakes that pasted code has most often."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from torch import nn
+
+from utils.errors import nearest
+
+_IMPORTS = {
+    "F": "import torch.nn.functional as F",
+    "nn": "from torch import nn",
+    "torch": "import torch",
+    "math": "import math",
+    "np": "import numpy as np",
+    "Tensor": "from torch import Tensor",
+    "rearrange": "from einops import rearrange",
+    "repeat": "from einops import repeat",
+    "partial": "from functools import partial",
+    **{
+        name: f"from timm.layers import {name}"
+        for name in ("DropPath", "trunc_normal_", "to_2tuple")
+    },
+    **{
+        name: f"from models.common import {name}"
+        for name in ("Conv", "DWConv", "autopad", "Bottleneck", "C2f", "C3")
+    },
+}
+_SAID = (
+    (r"cannot assign (module|parameter|buffers?) before", "Write super().__init__() first in the constructor."),
+    (r"missing the required \"forward\"", "Define forward(self, x)."),
+    (r"a leaf Variable that requires grad", "What trains must not be changed in forward: write `y = x * self.scale`, which "
+     "leaves the parameter as it is."),
+    (r"modified by an inplace operation", "Write `x = x + y` for `x += y`, and no inplace=True behind what is used again."),
+    (r"not compiled with CUDA|NVIDIA driver|Expected all tensors to be on the same device", "Leave .cuda() and fixed devices out: "
+     "--device moves the model."),
+    (r"forward\(\) missing \d+ required positional argument", "It reads several maps: list them in the row, as [[-1, 6], ...]."),
+    (r"forward\(\) takes \d+ positional arguments? but \d+ were given", "It reads fewer maps than the row gives: list fewer."),
+)  # fmt: skip
+
+
+def advice_for(error: BaseException | None) -> str:
+    """A sentence that says what to write for `error` or what caused it, with a space in front; "" where none is known."""
+    for cause in _causes(error):
+        said = _of(cause)
+        if said:
+            return f" {said}"
+    return ""
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _of(error: BaseException) -> str:
+    if isinstance(error, NameError) and error.name in _IMPORTS:
+        return f"Write `{_IMPORTS[error.name]}` at the top of the file."
+    if isinstance(error, AttributeError) and isinstance(error.obj, nn.Module) and error.name:
+        return _of_attribute(error.obj, error.name)
+    text = str(error)
+    return next((advice for pattern, advice in _SAID if re.search(pattern, text)), "")
+
+
+def _of_attribute(module: nn.Module, name: str) -> str:
+    own = [key for key in vars(module) if not key.startswith("_")]
+    own += [key for key, _ in (*module.named_children(), *module.named_parameters(recurse=False))]
+    return nearest(name, own).strip()
