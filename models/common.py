@@ -33,7 +33,8 @@ Size = int | tuple[int, int]
 """Of a kernel, a stride or a padding: one number, or (height, width)."""
 
 SHORT_NAMES: dict[str, tuple[str, ...]] = {
-    "c": ("channels",), "dim": ("channels",), "c1": ("in_channels", "channels"), "cm": ("mid_channels",),
+    "c": ("channels",), "dim": ("channels",), "ed": ("channels",),
+    "c1": ("in_channels", "channels"), "cm": ("mid_channels", "feedforward"),
     "c2": ("out_channels",), "c3": ("stem_channels", "hidden_channels"), "c4": ("stage_channels",),
     "n": ("repeats",), "k": ("kernel_size", "kernels", "kernel_sizes"), "s": ("stride",), "p": ("padding",),
     "g": ("groups",), "d": ("dilation", "dimension"), "act": ("activation",), "e": ("expansion",),

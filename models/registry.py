@@ -161,6 +161,15 @@ def channels_first(in_channels: Sequence[Any], args: Sequence[Any], scaling: Sca
     return Plan([channels, *args], channels)
 
 
+def keeping_width(in_channels: Sequence[Any], args: Sequence[Any], scaling: Scaling) -> Plan:
+    """`[...]` or `[width, ...]` becomes `(in, ...)`: layers of one width, in rows that say it and in rows that do not."""
+    channels = single(in_channels)
+    first = args[0] if args else None
+    is_number = isinstance(first, int) and not isinstance(first, bool) and first >= 8
+    is_width = is_number and channels in (first, scaling.channels(first))  # type: ignore[arg-type]
+    return Plan([channels, *args[int(is_width) :]], channels)
+
+
 def unscaled(in_channels: Sequence[Any], args: Sequence[Any], scaling: Scaling) -> Plan:
     """`[out, ...]` becomes `(in, out, ...)` without scaling: plain torch.nn convolutions."""
     return Plan([single(in_channels), first_argument(args), *args[1:]], first_argument(args))
@@ -212,7 +221,19 @@ class Fallback(NamedTuple):
     names: Callable[[], list[str]]
 
 
-_FALLBACKS: list[Fallback] = []
+_OFFERED: dict[str, Layer] = {}
+_FALLBACKS: list[Fallback] = [Fallback(_OFFERED.get, lambda: list(_OFFERED))]
+
+
+def offer(rule: Rule, name: str | None = None) -> Callable[[T], T]:
+    """Like `register`, for a name that others use as well: what a user's file calls so goes before it."""
+
+    def add(build: T) -> T:
+        key = name or build.__name__
+        _OFFERED[key] = Layer(key, build, rule)
+        return build
+
+    return add
 
 
 def register_fallback(

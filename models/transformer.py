@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from models.common import short_names
 from models.registry import channels_first, register
 
 HALF_TYPES = (torch.float16, torch.bfloat16)
@@ -138,6 +139,7 @@ def sine_position(size: MapSize, width: int, like: Tensor, temperature: float = 
 
 
 @register(channels_first)
+@short_names
 class AIFI(nn.Module):
     """Attention-based intra-scale feature interaction: one post-norm encoder layer on one map of
     any size.

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.common import Conv, DWConv, short_names
+from models.blocks.rep import fold_branches
+from models.common import Conv, DWConv, batch_norm, short_names
 from models.registry import LayerError, Plan, Scaling, convolution, register, single, stacked
 
 
@@ -127,48 +128,60 @@ class HGBlock(nn.Module):
 @register(convolution)
 @short_names
 class RepConv(nn.Module):
-    """A 3x3 and a 1x1 convolution in parallel, foldable into one 3x3 (arXiv 2101.03697)."""
+    """A 3x3 and a 1x1 convolution in parallel, foldable into one 3x3 (arXiv 2101.03697).
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        kernel_size: of the larger convolution, odd.
+        stride: of both.
+        padding: of the larger convolution; None keeps the size at stride 1.
+        groups: of both.
+        dilation: of the larger convolution.
+        activation: behind the sum, as in `Conv`.
+        bn: a third path, BatchNorm alone, where the input has the output's shape.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        padding: int | None = None,
+        groups: int = 1,
+        dilation: int = 1,
+        activation: bool | nn.Module = True,
+        bn: bool = False,
+    ) -> None:
         super().__init__()
-        self.conv1: Conv | None = Conv(in_channels, out_channels, 3, activation=False)
-        self.conv2: Conv | None = Conv(in_channels, out_channels, 1, activation=False)
+        if kernel_size % 2 == 0:
+            raise LayerError(f"got kernel size {kernel_size}, expected an odd one")
+        self.conv1: Conv | None = Conv(
+            in_channels, out_channels, kernel_size, stride, padding, groups, dilation, activation
+        )
+        self.act, self.has_default_activation = self.conv1.act, activation is True
+        self.conv1.act, self.conv1.has_default_activation = nn.Identity(), False
+        self.conv2: Conv | None = Conv(
+            in_channels, out_channels, 1, stride, groups=groups, activation=False
+        )
+        has_identity = bn and in_channels == out_channels and stride == 1
+        self.bn = batch_norm(in_channels) if has_identity else None
         self.conv: nn.Conv2d | None = None
-        self.act = nn.SiLU()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.conv is not None:
             return self.act(self.conv(x))
         assert self.conv1 is not None and self.conv2 is not None
-        return self.act(self.conv1(x) + self.conv2(x))
+        total = self.conv1(x) + self.conv2(x)
+        return self.act(total if self.bn is None else total + self.bn(x))
 
-    @torch.no_grad()
     def reparameterize(self) -> None:
-        """Replace both branches by the one convolution that equals them in eval mode."""
+        """Replace the branches by the one convolution that equals them in eval mode."""
         if self.conv1 is None or self.conv2 is None:
             return
-        kernel, bias = _folded(self.conv1)
-        point_kernel, point_bias = _folded(self.conv2)
-        wide = self.conv1.conv
-        conv = nn.Conv2d(wide.in_channels, wide.out_channels, 3, 1, 1)
-        conv = conv.to(kernel.device, kernel.dtype)
-        conv.weight.copy_(kernel + functional.pad(point_kernel, (1, 1, 1, 1)))
-        conv.bias.copy_(bias + point_bias)  # type: ignore[union-attr]
-        self.conv, self.conv1, self.conv2 = conv, None, None
-
-
-def _folded(branch: Conv) -> tuple[Tensor, Tensor]:
-    """Kernel and bias of the one convolution that equals `branch` in eval mode.
-
-    `fuse` may have folded the BatchNorm already; what then stands in its place changes nothing.
-    """
-    kernel, norm = branch.conv.weight, branch.bn
-    bias = kernel.new_zeros(kernel.shape[0]) if branch.conv.bias is None else branch.conv.bias
-    mean, variance = getattr(norm, "running_mean", None), getattr(norm, "running_var", None)
-    if mean is None or variance is None:
-        return kernel, bias
-    gain = norm.weight / torch.sqrt(variance + norm.eps)
-    return kernel * gain[:, None, None, None], norm.bias + (bias - mean) * gain
+        self.conv = fold_branches((self.conv1, self.conv2), self.bn)
+        self.conv1 = self.conv2 = self.bn = None
 
 
 @register(stacked)

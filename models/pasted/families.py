@@ -20,7 +20,19 @@ from torch import nn
 from torch.nn import functional
 
 from models import common, registry, transformer
-from models.blocks import csp, gelan, hg, layers
+from models.blocks import (
+    cbam,
+    csp,
+    gelan,
+    ghost,
+    hg,
+    layers,
+    partial,
+    resnet,
+    sampling,
+    vit,
+    yolov10,
+)
 from models.pasted import deformable, detectron, helpers, initializers, openmmlab
 from utils.logger import get_logger
 
@@ -67,7 +79,8 @@ def _defined(module: ModuleType) -> dict[str, Any]:
 @cache
 def _layers() -> dict[str, Any]:
     found: dict[str, Any] = {"torch": torch, "nn": nn, "F": functional, "math": math}
-    for module in (layers, hg, gelan, csp, common, helpers):
+    wild = (cbam, ghost, partial, resnet, sampling, vit, yolov10)
+    for module in (layers, hg, gelan, *wild, csp, common, helpers):
         found.update(_defined(module))
     found.update({name: getattr(transformer, name) for name in ("AIFI", "MLP", "inverse_sigmoid")})
     found["bias_init_with_prob"] = initializers.bias_init_with_prob

@@ -115,6 +115,29 @@ def bbox2dist(anchor_points: Tensor, bbox: Tensor, reg_max: float) -> Tensor:
     return torch.cat((anchor_points - low, high - anchor_points), -1).clamp(0, reg_max - 0.01)
 
 
+def bbox_iou(
+    box1: Tensor,
+    box2: Tensor,
+    xywh: bool = True,
+    GIoU: bool = False,
+    DIoU: bool = False,
+    CIoU: bool = False,
+    eps: float = boxes.EPS,
+) -> Tensor:
+    """Overlap of boxes (..., 4) at the same place, (..., 1), less the penalty that is asked for.
+
+    Boxes are centre and size, or corners.
+    """
+    both = [boxes.cxcywh_to_xyxy(box) if xywh else box for box in (box1, box2)]
+    pair = boxes.BoxPair(both[0], both[1], eps)
+    overlap = pair.iou
+    if CIoU or DIoU:
+        overlap = overlap - pair.centre_distance
+    if CIoU:
+        overlap = overlap - pair.aspect_difference
+    return (overlap - pair.empty_share if GIoU else overlap)[..., None]
+
+
 class DFL(nn.Module):
     """Expected distance of a distribution (arXiv 2006.04388, eq. 3): (B, 4R, A) logits to (B, 4, A) bins."""
 

@@ -121,9 +121,10 @@ def _absolute(name: str, level: int, scope: Mapping[str, Any]) -> str:
 
 def _resolve(statement: _Statement, scope: dict[str, Any]) -> ModuleType:
     """What Python finds, where that has all the names; else what the table has for them."""
-    family = family_of(
-        statement.full or statement.name or ".".join(statement.names), statement.level
-    )
+    asked = statement.name or ".".join(
+        statement.names
+    )  # a relative name, without the package of the file
+    family = family_of(asked if statement.level else statement.full, statement.level)
     real: ModuleType | None = None
     if not _is_replaced(statement, family):
         try:

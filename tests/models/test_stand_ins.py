@@ -44,6 +44,26 @@ def test_small_functions_say_what_their_names_do():
 
 
 @pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ({}, 1 / 3),  # 2x2 boxes, one moved by 1: 2 of 6
+        ({"GIoU": True}, 1 / 3),  # the hull is 3x2, nothing of it is empty
+        ({"DIoU": True}, 1 / 3 - 1 / 13),  # centres 1 apart, diagonal of 3x2 squared
+        ({"CIoU": True}, 1 / 3 - 1 / 13),  # of one shape
+    ],
+)
+def test_overlaps_of_two_boxes(kind: dict[str, bool], expected: float):
+    first, second = torch.tensor([[1.0, 1, 2, 2]]), torch.tensor([[2.0, 1, 2, 2]])
+    found = helper("bbox_iou")(first, second, **kind)
+    assert found.shape == (1, 1)
+    assert found.item() == pytest.approx(expected, abs=1e-6)
+    corners = [torch.tensor([[0.0, 0, 2, 2]]), torch.tensor([[1.0, 0, 3, 2]])]
+    assert helper("bbox_iou")(*corners, xywh=False, **kind).item() == pytest.approx(
+        expected, abs=1e-6
+    )
+
+
+@pytest.mark.parametrize(
     "conv", [nn.Conv2d(3, 4, 3, 2, 1, bias=False), nn.ConvTranspose2d(3, 4, 2, 2)]
 )
 def test_a_convolution_folded_with_its_norm_gives_the_same(conv: nn.Module):
