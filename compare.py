@@ -131,7 +131,11 @@ def measure_map(
     if not options.data or backend is None:
         return None
     dataset = build_dataset(
-        open_data(options), "val", imgsz=imgsz, batch_size=16, stride=backend.stride
+        open_data(options, backend.info.white),
+        "val",
+        imgsz=imgsz,
+        batch_size=16,
+        stride=backend.stride,
     )
     check_classes(backend.names, dataset.names, candidate.name, options.data)
     loader = build_loader(dataset, 16, workers=options.workers)

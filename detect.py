@@ -165,7 +165,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{options.weights}: {backend.info.told_inside}; --iou-thres and --agnostic-nms cannot act on it, "
             "--conf-thres and --max-det only cut further"
         )
-    frames = iter(open_source(options.source, vid_stride=options.vid_stride))
+    frames = iter(
+        open_source(options.source, vid_stride=options.vid_stride, white=backend.info.white)
+    )
     first = next(frames, None)  # a source that cannot be read leaves no folder
     if first is None:
         raise ConfigError(f"--source: {options.source} has no readable image.")

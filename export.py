@@ -34,6 +34,7 @@ from models.pretrained import load_single, load_weights, require_whole
 from models.reparam import fuse
 from models.transformer import SAMPLINGS, DeformableAttention, set_sampling
 from models.yolo import DetectionModel, build_model
+from utils.channels import white_of
 from utils.config import ArgumentParser, integer, number, parse_imgsz
 from utils.device import select_device
 from utils.errors import ConfigError, nearest, run_cli
@@ -307,7 +308,7 @@ def with_calibration(options: ExportOptions, data: str, model: DetectionModel) -
     """The options with images of the training split, if integers are wanted."""
     if not options.int8:
         return options
-    dataset = load_split(data, "train", options.imgsz, model.names)
+    dataset = load_split(data, "train", options.imgsz, model.names, white_of(model.config))
     return replace(options, calibration=partial(calibration_images, dataset, options.batch))
 
 
@@ -315,7 +316,7 @@ def report_loss(
     artifacts: Sequence[Artifact], model: DetectionModel, options: ExportOptions, data: str
 ) -> None:
     """Say what integers cost: mAP of the network and of each artifact on the validation split."""
-    dataset = load_split(data, "val", options.imgsz, model.names)
+    dataset = load_split(data, "val", options.imgsz, model.names, white_of(model.config))
     before = measure(model_backend(copy.deepcopy(model), options.device), dataset)
     for artifact in artifacts:
         after = measure(load_backend(artifact.path, options.device), dataset)

@@ -158,7 +158,7 @@ class Validation:
     def __init__(self, options: Any, backend: Backend, imgsz: tuple[int, int]) -> None:
         self.options, self.backend = options, backend
         split = options.task if options.task in ("train", "val", "test") else "val"
-        config = open_data(options)
+        config = open_data(options, backend.info.white)
         if options.rect and not backend.dynamic:
             raise ConfigError(
                 f"--rect: {options.weights} has a fixed image size. Leave it out or export with --dynamic."

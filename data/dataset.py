@@ -26,9 +26,9 @@ from data.formats.faults import Fault
 from data.formats.table import Table, offsets_of
 from data.image_cache import ImageCache, cache_in_memory, cache_on_disk
 from data.images import Image, ImageError, read_image
-from data.label_cache import image_key, load_table
+from data.label_cache import load_table
 from data.mosaic import mixup, mosaic4, mosaic9
-from data.storage import cache_file
+from data.storage import cache_file, digest_of_files
 from data.transforms import (
     Picture,
     fitted_size,
@@ -172,7 +172,8 @@ class DetectionDataset(Dataset[Sample]):
             beside = Path(self.paths[0]).parent
             suffix = f"-{self.split}.{self.imgsz[0]}x{self.imgsz[1]}"
             file = cache_file(beside, suffix)
-            self.cache = cache_on_disk(sizes, read, file, image_key(self.table))
+            key = digest_of_files(self.paths, self.config.white)
+            self.cache = cache_on_disk(sizes, read, file, key)
         else:
             raise DatasetError(f"--cache: got {kind!r}, expected ram or disk.")
 
@@ -200,7 +201,7 @@ class DetectionDataset(Dataset[Sample]):
         )
 
     def _read_resized(self, index: int) -> Image:
-        image = read_image(self.paths[index])
+        image = read_image(self.paths[index], self.config.white)
         if image.shape[:2] != tuple(self.sizes[index]):
             raise DatasetError(
                 f"{self.paths[index]}: changed since it was scanned - got {image.shape[:2]}, "

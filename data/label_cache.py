@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import zipfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
@@ -21,10 +22,11 @@ from data.formats.description import DataConfig, Listing
 from data.formats.faults import Fault, count_backgrounds, raise_if_fatal, summarise
 from data.formats.leftovers import repeated_images
 from data.formats.table import Table, Texts
+from data.images import FULL_WHITE
 from data.storage import cache_file, digest_of_files, write_atomically
 
 LOGGER = logging.getLogger("yoke.data")
-VERSION = 1
+VERSION = 2
 SUFFIX = ".yoke.npz"
 READERS = {"yolo": yolo, "coco": coco, "voc": voc}
 
@@ -52,7 +54,7 @@ def load_table(config: DataConfig, split: str) -> Table:
         table = read
     remarks = repeated_images(table.paths) if listing.images is None else listing.remarks
     table = replace(table, faults=(*table.faults, *remarks))
-    for line in summarise(table.faults, split):
+    for line in [*summarise(table.faults, split), *_depth(config, split, table.peak)]:
         LOGGER.warning(line)
     missing = count_backgrounds(table.faults)
     if missing:
@@ -60,6 +62,20 @@ def load_table(config: DataConfig, split: str) -> Table:
         told = "%s: %d of %d images have no label file (background)"
         LOGGER.log(level, told, split, missing, len(table))
     return table
+
+
+def _depth(config: DataConfig, split: str, peak: int) -> Iterator[str]:
+    """What is wrong with the white of images of more than 8 bits, whose largest value is `peak`."""
+    if config.white is None and 0 < peak <= FULL_WHITE // 2:
+        levels, bits = round(peak * 255 / FULL_WHITE) + 1, peak.bit_length()
+        yield (
+            f"{split}: images of 16 bits whose largest value is {peak} are read as {levels} of 256 "
+            f"levels. Write `white: {2**bits - 1}` into {config.file} if they have {bits} bits."
+        )
+    elif config.white is not None and peak > config.white:
+        yield f"{split}: values beyond white are cut, up to {peak} (white: {config.white:g})"
+    elif config.white is not None and not peak:
+        yield f"{split}: white: {config.white:g} is without effect, no image has more than 8 bits"
 
 
 def image_key(table: Table) -> str:
@@ -87,6 +103,7 @@ def _save(stream: BinaryIO, table: Table, annotation_key: str) -> None:
         labels=table.labels,
         boxes=table.boxes,
         crowd=table.crowd,
+        peak=np.int64(table.peak),
         faults=np.frombuffer(faults, dtype=np.uint8),
     )
 
@@ -106,6 +123,7 @@ def _load(file: Path, annotation_key: str) -> Table | None:
             arrays["boxes"],
             arrays["crowd"],
             tuple(Fault(*row) for row in faults),
+            int(arrays["peak"]),
         )
         keys = [str(key) for key in arrays["key"]]
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):

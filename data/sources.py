@@ -81,6 +81,7 @@ class Source:
         name: image, folder, glob, `.txt` list, video, web address of a picture or video, number of
             a camera, or address of a stream.
         vid_stride: take every so many frames of videos and streams.
+        white: the value that is white in images deeper than 8 bits; None for their full range.
 
     Attributes:
         files: images, then videos; empty for a camera or stream.
@@ -91,9 +92,11 @@ class Source:
         DatasetError: no source is given, there is no such file, or nothing readable in it.
     """
 
-    def __init__(self, name: str | Path, *, vid_stride: int = 1) -> None:
+    def __init__(
+        self, name: str | Path, *, vid_stride: int = 1, white: float | None = None
+    ) -> None:
         self.name = str(name)
-        self.vid_stride = vid_stride
+        self.vid_stride, self.white = vid_stride, white
         self.skipped: list[str] = []
         if vid_stride < 1:
             raise DatasetError(f"--vid-stride: got {vid_stride}, expected 1 or more.")
@@ -122,7 +125,7 @@ class Source:
             return
         for path in self.files:
             try:
-                frames = _file_frames(path, self.vid_stride)
+                frames = _file_frames(path, self.vid_stride, self.white)
             except DatasetError as error:
                 if len(self.files) == 1 and (is_video(path) or _is_web_file(path)):
                     raise
@@ -132,9 +135,9 @@ class Source:
             yield from frames
 
 
-def open_source(source: str | Path, *, vid_stride: int = 1) -> Source:
+def open_source(source: str | Path, *, vid_stride: int = 1, white: float | None = None) -> Source:
     """The frames of `source`; see `Source`."""
-    return Source(source, vid_stride=vid_stride)
+    return Source(source, vid_stride=vid_stride, white=white)
 
 
 def is_video(path: str) -> bool:
@@ -236,13 +239,13 @@ def _to_rgb(frame: np.ndarray) -> Image:
     return np.asarray(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB), dtype=np.uint8)
 
 
-def _file_frames(path: str, vid_stride: int) -> Iterator[Frame]:
+def _file_frames(path: str, vid_stride: int, white: float | None) -> Iterator[Frame]:
     """Frames of an image or video, which is opened at once, so that its errors are raised here."""
     if is_video(path):
         return _video_frames(path, _open(path), vid_stride)
     if _is_web_file(path):
-        return iter([Frame(_plain(path), decode_image(_fetched(path), path), 0, None)])
-    return iter([Frame(path, read_image(path), 0, None)])
+        return iter([Frame(_plain(path), decode_image(_fetched(path), path, white), 0, None)])
+    return iter([Frame(path, read_image(path, white), 0, None)])
 
 
 def _video_frames(path: str, capture: cv2.VideoCapture, vid_stride: int) -> Iterator[Frame]:

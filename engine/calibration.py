@@ -11,6 +11,7 @@ from torch import Tensor
 from data.config import load_data_config
 from data.dataset import DetectionDataset, build_dataset
 from data.loader import build_loader
+from engine.setup import with_white
 from models.backends import Backend
 from models.postprocess import postprocess
 from utils.errors import ConfigError
@@ -21,16 +22,20 @@ CALIBRATION_IMAGES = 128
 
 
 def load_split(
-    source: str, split: str, imgsz: tuple[int, int], names: tuple[str, ...]
+    source: str,
+    split: str,
+    imgsz: tuple[int, int],
+    names: tuple[str, ...],
+    white: float | None = None,
 ) -> DetectionDataset:
-    """A split of the data set that `--data` names, letterboxed to `imgsz`.
+    """A split of the data set that `--data` names, letterboxed to `imgsz`; `white` is the model's.
 
     Raises:
         ConfigError: nothing was given, or it has another number of classes than the model.
     """
     if not source:
         raise ConfigError("--int8: got no --data, expected the data YAML the model was trained on.")
-    dataset = build_dataset(load_data_config(source), split, imgsz=imgsz)
+    dataset = build_dataset(with_white(load_data_config(source), white), split, imgsz=imgsz)
     if len(dataset.names) != len(names):
         raise ConfigError(
             f"--data {source}: got {len(dataset.names)} classes, expected the model's {len(names)}."

@@ -26,6 +26,7 @@ from engine.setup import (
     open_data,
     recipe,
     settle_losses,
+    settle_white,
 )
 from engine.stopping import StopRequest
 from engine.weights import build_from_flags
@@ -51,15 +52,16 @@ class EpochProgress(NamedTuple):
         step: batches that are done.
         used: those of them whose loss was finite.
         sums: of each loss term over those.
+        objects: in all of them.
         rng: random state of a run that was stopped here; None where the epoch begins anew.
     """
 
     step: int = 0
     used: int = 0
     sums: Mapping[str, float] = MappingProxyType({})
+    objects: int = 0
     rng: Mapping[str, Any] | None = None
 
-        objects: in all of them.
     def after(
         self, losses: Mapping[str, torch.Tensor], is_used: bool, objects: int
     ) -> EpochProgress:
@@ -73,7 +75,6 @@ class EpochProgress(NamedTuple):
             sums=sums,
             objects=self.objects + objects,
         )
-    objects: int = 0
 
 
 @dataclass
@@ -132,6 +133,7 @@ class Run:
     last_step: int = -1
     best_fitness: float = -1.0
     best_epoch: int = 0
+    improved_epoch: int = 0
     skipped: int = 0
     skipped_steps: int = 0
     progress: EpochProgress = EpochProgress()
@@ -140,7 +142,6 @@ class Run:
 
 
 def prepare(
-    improved_epoch: int = 0
     options: Any,
     folder: Path,
     device: torch.device,
@@ -163,6 +164,7 @@ def prepare(
     data = open_data(options)
     names = ("object",) if options.single_cls and len(data.names) > 1 else data.names
     model = build_from_flags(options, names)
+    data = settle_white(data, model)
     imgsz = parse_imgsz(options.imgsz, model.max_stride)
     hyp = _recipe(options, model) if hyp is None else complete(hyp, model.head.family)
     hyp = settle_losses(hyp, options)
@@ -317,7 +319,8 @@ def memory_format_for(model: nn.Module, device: torch.device) -> torch.memory_fo
         and m.in_channels < ONEDNN_BLOCK
         for m in model.modules()
     )
-    is_faulty = device.type == "cpu" and any(faulty)
+    computes_it = getattr(model, "computes_channels_last", True)
+    is_faulty = not computes_it or (device.type == "cpu" and any(faulty))
     return torch.contiguous_format if is_faulty else torch.channels_last
 
 

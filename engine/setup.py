@@ -6,6 +6,7 @@ import copy
 import fnmatch
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from models.losses.classification import class_loss_problem
 from models.losses.own import settle_own
 from models.yolo import DetectionModel
 from utils.anchors import anchor_fit, fit_anchors
+from utils.channels import white_of
 from utils.config import load_hyp
 from utils.errors import ConfigError, nearest
 from utils.logger import get_logger
@@ -29,8 +31,12 @@ RECIPE_CHECKS = {"box_loss": name_problem, "cls_loss": class_loss_problem}
 GOOD_RECALL = 0.98
 
 
-def open_data(options: Any) -> DataConfig:
+def open_data(options: Any, white: float | None = None) -> DataConfig:
     """The data set of `--data`; fetched first if `--download` asks for it.
+
+    Args:
+        options: the flags.
+        white: what the model takes for white, see `with_white`.
 
     Raises:
         DatasetError: it is not there, or not as it should be.
@@ -38,7 +44,26 @@ def open_data(options: Any) -> DataConfig:
     config = load_data_config(options.data)
     if options.download:
         config = fetch(config)
+    return with_white(config, white)
+
+
+def with_white(config: DataConfig, white: float | None) -> DataConfig:
+    """The data set with the white of the model's weights in images deeper than 8 bits, if it states none itself."""
+    if config.white is None:
+        return replace(config, white=white)
+    if white is not None and white != config.white:
+        get_logger().warning(
+            f"{config.file}: white: {config.white:g}, but the model learned with {white:g}"
+        )
     return config
+
+
+def settle_white(data: DataConfig, model: DetectionModel) -> DataConfig:
+    """The data set with the white that it or the model's weights state; the model keeps it."""
+    data = with_white(data, white_of(model.config))
+    if data.white is not None:
+        model.config["white"] = data.white
+    return data
 
 
 def recipe(family: str, hyp: str | None, overrides: Mapping[str, Any]) -> dict[str, Any]:

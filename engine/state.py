@@ -45,8 +45,8 @@ def checkpoint_of(run: Run, finished_epoch: int) -> dict[str, Any]:
         "last_step": run.last_step,
         "best_fitness": run.best_fitness,
         "best_epoch": run.best_epoch,
-        "torch_version": str(torch.__version__),
         "improved_epoch": run.improved_epoch,
+        "torch_version": str(torch.__version__),
         "optimizer": {**optimizer_state_by_name(run.optimizer), "pending": pending},
         "scaler": run.scaler.state_dict(),
         "criterion": criterion_state(run.criterion),
@@ -179,10 +179,10 @@ def restore(run: Run, checkpoint: dict[str, Any]) -> None:
     run.epoch = checkpoint["epoch"] + 1
     run.last_step = checkpoint["last_step"]
     run.best_fitness, run.best_epoch = checkpoint["best_fitness"], checkpoint["best_epoch"]
+    run.improved_epoch = checkpoint.get("improved_epoch", run.best_epoch)
     run.skipped, run.skipped_steps = checkpoint.get("skipped", (0, 0))
     run.progress = _progress(checkpoint.get("progress"), run.world)
     restore_rng(checkpoint["rng"])
-    run.improved_epoch = checkpoint.get("improved_epoch", run.best_epoch)
 
 
 def _progress(states: Sequence[Mapping[str, Any]] | None, world: World) -> EpochProgress:

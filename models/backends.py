@@ -18,6 +18,7 @@ from models.reparam import fuse as fuse_model
 from models.runtimes.artifact import ArtifactInfo, Backend, damaged, missing_library, parse_metadata
 from models.runtimes.graphs import open_artifact
 from models.yolo import DetectionModel, build_model
+from utils.channels import white_of
 from utils.checkpoint import require_finite
 from utils.errors import CheckpointError, ConfigError
 from utils.structures import Decoded
@@ -83,7 +84,7 @@ def model_info(model: DetectionModel) -> ArtifactInfo:
     any_size = model.any_size
     return ArtifactInfo(
         model.names, model.max_stride, model.imgsz, None, any_size, model.head.family,
-        model.head.postprocess, "decoded", model.channels,
+        model.head.postprocess, "decoded", model.channels, white=white_of(model.config),
     )  # fmt: skip
 
 

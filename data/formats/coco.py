@@ -117,7 +117,7 @@ def read(config: DataConfig, split: str, listing: Listing) -> Table:
         _add_image(path, size, by_image.get(images[k]["id"], []), classes, rows)
     readable = headers.readable
     ids = [images[k]["id"] for k in readable]
-    return rows.table([files[k] for k in readable], ids, headers.sizes[readable])
+    return rows.table([files[k] for k in readable], ids, headers)
 
 
 def class_indices(document: Json, names: Sequence[str]) -> dict[Any, int]:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.formats.faults import Fault
-from data.images import ImageError, image_size
+from data.images import Header, ImageError, image_header
 from utils.errors import DatasetError
 
 EDGE_TOLERANCE = 0.5
@@ -69,6 +69,7 @@ class Table:
         boxes: xyxy pixels of the upright image, (N, 4), float32.
         crowd: True for objects that are not trained on and not scored, (N,).
         faults: what was mended on the way.
+        peak: the largest value in images of more than 8 bits; 0 where there is none.
     """
 
     paths: Texts
@@ -79,6 +80,7 @@ class Table:
     boxes: NDArray[np.float32]
     crowd: NDArray[np.bool_]
     faults: tuple[Fault, ...]
+    peak: int = 0
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -97,6 +99,7 @@ class Table:
             self.boxes[rows],
             self.crowd[rows],
             self.faults,
+            self.peak,
         )
 
 
@@ -146,10 +149,9 @@ class Rows:
         self._boxes.append(cut[kept].astype(np.float32))
         self._crowd.append(crowd[kept])
 
-    def table(
-        self, paths: Sequence[str], image_ids: Sequence[int], sizes: NDArray[np.int32]
-    ) -> Table:
-        """The finished table; `paths` and so on in the order in which images were added."""
+    def table(self, paths: Sequence[str], image_ids: Sequence[int], headers: Headers) -> Table:
+        """The finished table; `paths` and ids of the readable images, in the order of `add`."""
+        sizes = headers.sizes[headers.readable]
         assert len(paths) == len(self.counts) == len(sizes), "one entry per image"
         return Table(
             Texts.pack(paths),
@@ -160,6 +162,7 @@ class Rows:
             np.concatenate([np.zeros((0, 4), np.float32), *self._boxes]),
             np.concatenate([np.zeros(0, np.bool_), *self._crowd]),
             tuple(self.faults),
+            headers.peak,
         )
 
 
@@ -203,9 +206,15 @@ def _fault(
 
 @dataclass(frozen=True)
 class Headers:
-    """Sizes of images: height and width (n, 2); zero where the image is unreadable."""
+    """What the scan of images tells.
+
+    Attributes:
+        sizes: height and width, (n, 2); zero where the image is unreadable.
+        peak: the largest value in those of more than 8 bits; 0 where there is none.
+    """
 
     sizes: NDArray[np.int32]
+    peak: int = 0
 
     @property
     def readable(self) -> NDArray[np.int64]:
@@ -226,22 +235,22 @@ def read_headers(paths: Sequence[str], faults: list[Fault]) -> Headers:
             "missing. Correct the list, or the folder that its names are relative to."
         )
 
-    def read(path: str) -> tuple[int, int] | Fault:
+    def read(path: str) -> Header | Fault:
         try:
-            return image_size(path)
+            return image_header(path)
         except ImageError as error:
             return Fault(path, "", str(error).removeprefix(f"{path}: "), "unreadable")
 
-    sizes = np.zeros((len(paths), 2), dtype=np.int32)
+    sizes, peak = np.zeros((len(paths), 2), dtype=np.int32), 0
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for k, result in enumerate(pool.map(read, paths)):
             if isinstance(result, Fault):
                 faults.append(result)
             else:
-                sizes[k] = result
+                sizes[k], peak = result[:2], max(peak, result.peak)
     if len(paths) and not sizes.any():
         raise DatasetError(f"{faults[-1]} None of {len(paths)} images of the split is readable.")
-    return Headers(sizes)
+    return Headers(sizes, peak)
 
 
 def image_ids_from_names(paths: Sequence[str]) -> list[int]:

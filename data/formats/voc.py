@@ -149,7 +149,7 @@ def read(config: DataConfig, split: str, listing: Listing) -> Table:
     for k in readable:
         _add_image(listing.annotations[k], listing.images[k], headers, int(k), config, rows)
     paths = [listing.images[k] for k in readable]
-    return rows.table(paths, image_ids_from_names(paths), headers.sizes[readable])
+    return rows.table(paths, image_ids_from_names(paths), headers)
 
 
 def _add_image(

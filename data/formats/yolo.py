@@ -131,7 +131,7 @@ def read(config: DataConfig, split: str, listing: Listing) -> Table:
         size = (int(headers.sizes[k, 0]), int(headers.sizes[k, 1]))
         _read_file(listing.annotations[k], size, config, rows)
     paths = [listing.images[k] for k in readable]
-    return rows.table(paths, image_ids_from_names(paths), headers.sizes[readable])
+    return rows.table(paths, image_ids_from_names(paths), headers)
 
 
 def _check_that_labels_exist(config: DataConfig, split: str, listing: Listing) -> None:

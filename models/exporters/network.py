@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from models.runtimes.layouts import layout_of
 from models.yolo import DetectionModel
+from utils.channels import white_of
 
 PRODUCER = "Yoke"
 VERSION = "0.1.0"
@@ -153,7 +154,7 @@ def metadata(model: DetectionModel, options: ExportOptions, stem: str) -> dict[s
         options: how.
         stem: name of the weights.
     """
-    names = dict(enumerate(model.names))
+    names, white = dict(enumerate(model.names)), white_of(model.config)
     thresholds = [options.conf_thres, options.iou_thres, options.max_det]
     return {
         "description": f"{stem}: {model.head.family} detector, {len(names)} classes",
@@ -176,6 +177,7 @@ def metadata(model: DetectionModel, options: ExportOptions, stem: str) -> dict[s
         "names": str(names),
         "padding": PADDING,
         "colour": COLOUR,
+        **({"white": str(white)} if white is not None else {}),
         **({"thresholds": str(thresholds)} if options.end2end else {}),
     }
 

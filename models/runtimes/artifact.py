@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.runtimes.layouts import read_detections, read_layout
-from utils.channels import as_channels
+from utils.channels import as_channels, white_of
 from utils.errors import CheckpointError, ConfigError
 from utils.structures import Decoded, Detections
 
@@ -41,6 +41,7 @@ class ArtifactInfo:
         layout: form of the output, see `models.runtimes.layouts`.
         channels: of the images.
         half: whether its weights are float16.
+        white: the value of white in images deeper than 8 bits; None for their full range.
         thresholds: lowest score, largest overlap that NMS leaves and most detections of one that is end-to-end.
     """
 
@@ -54,6 +55,7 @@ class ArtifactInfo:
     layout: str
     channels: int = 3
     half: bool = False
+    white: float | None = None
     thresholds: tuple[float, float, int] | None = None
 
     @property
@@ -92,9 +94,10 @@ def parse_metadata(metadata: Mapping[str, str], source: str) -> ArtifactInfo:
             layout=metadata["layout"],
             channels=int(metadata["channels"]),
             half=metadata["half"] == "True",
+            white=white_of({"white": float(metadata["white"])}) if "white" in metadata else None,
             thresholds=_thresholds(metadata.get("thresholds")),
         )
-    except (KeyError, ValueError, SyntaxError, TypeError, IndexError) as error:
+    except (KeyError, ValueError, SyntaxError, TypeError, IndexError, ConfigError) as error:
         raise CheckpointError(
             f"{source}: its metadata lacks or garbles {error} - "
             "expected a file that export.py wrote."

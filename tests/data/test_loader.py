@@ -231,7 +231,7 @@ def test_labels_are_flat_arrays(dataset):
     """No container of Python objects per image or object hangs on the data set."""
     for name, value in vars(dataset.table).items():
         if name != "faults":
-            assert isinstance(value, np.ndarray) or type(value).__name__ == "Texts", name
+            assert isinstance(value, (np.ndarray, int)) or type(value).__name__ == "Texts", name
     assert all(isinstance(getattr(dataset, n), np.ndarray) for n in ("labels", "boxes", "offsets"))
 
 
