@@ -49,7 +49,7 @@ class RunRecorder:
         self.csv: CsvLogger | None = None
         self.confusion = ConfusionMatrix(len(run.val_set.names))
         self.val_batches = 0
-        self.board = TensorBoardLogger(run.folder, enabled=self.is_main)
+        self.board = TensorBoardLogger(run.folder, enabled=False)
 
     def start(self) -> None:
         """The run's settings and the pictures of its labels."""
@@ -62,6 +62,7 @@ class RunRecorder:
         )
         save_yaml(run.folder / "hyp.yaml", run.hyp)
         save_yaml(run.folder / "model.yaml", run.model.config)
+        self.board = TensorBoardLogger(run.folder)  # after files whose errors are told in one line
         log.info(
             f"{len(run.train_set)} training and {len(run.val_set)} validation images at {run.imgsz[0]}x{run.imgsz[1]}, "
             f"{len(run.val_set.names)} classes; results go to {run.folder}"

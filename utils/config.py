@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, NoReturn, cast
 
 import yaml
 
-from utils.errors import ConfigError, nearest
+from utils.errors import ConfigError, nearest, printable
 from utils.logger import get_logger
 
 YamlPath = tuple[str | int, ...]
@@ -197,7 +197,7 @@ def load_hyp(
         else:
             problems.append(f"{where}: unknown key {key!r}.{nearest(str(key), base)}")
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError(*problems)
     if without_effect:
         get_logger().info(f"{path}: without effect for {family}: {', '.join(without_effect)}")
     return MappingProxyType(merged)
@@ -262,7 +262,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with one line."""
-        self.exit(2, f"error: {message}\n")
+        self.exit(2, f"error: {printable(message)}\n")
 
 
 def integer(minimum: int | None = None, *, allowed: Sequence[int] = ()) -> Callable[[str], int]:

@@ -7,18 +7,37 @@ from __future__ import annotations
 
 import difflib
 import io
+import re
 import signal
 import sys
 import threading
 import traceback
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import PurePath
 from types import FrameType
 
+MOST_PROBLEMS = 30
+LONGEST_WORD, LONGEST_LINE = 300, 1200  # characters
+LONG_WORD = re.compile(rf"\S{{{LONGEST_WORD + 1},}}")
+HANDED_OVER = "Original Traceback"  # what torch makes of an error in a worker: the text of the whole traceback
+
 
 class UserError(Exception):
-    """Base of every error that the user can mend; the scripts print it without a traceback."""
+    """Base of every error that the user can mend; the scripts print it without a traceback.
+
+    Args:
+        problems: what is wrong, each in one line; names and values in them may be anything.
+    """
+
+    def __init__(self, *problems: object) -> None:
+        told = [str(problem) for problem in problems]
+        if len(told) == 1 and HANDED_OVER in told[0]:
+            super().__init__(told[0])
+            return
+        more = [f"and {len(told) - MOST_PROBLEMS} more"] if len(told) > MOST_PROBLEMS else []
+        super().__init__("\n".join([*map(printable, told[:MOST_PROBLEMS]), *more]))
 
 
 class ConfigError(UserError):
@@ -43,6 +62,27 @@ class StoppedError(KeyboardInterrupt):
 
 class ForeignError(UserError):
     """Code of a user or of a library failed on what it was given; `__cause__` is its own error."""
+
+
+def printable(text: str) -> str:
+    """`text` in one line that a terminal shows as it is: what would steer it as escapes, long parts cut short.
+
+    Names of files and values in them come from outside and may have any character and any length.
+    """
+    shown = "".join(c if _is_shown(c) else c.encode("unicode_escape").decode() for c in text)
+    shown = LONG_WORD.sub(lambda word: _shortened(word.group(), LONGEST_WORD), shown)
+    return _shortened(shown, LONGEST_LINE)
+
+
+def _is_shown(character: str) -> bool:
+    """Joiners belong to words and emoji; other characters of format, such as changes of direction, do not."""
+    if character.isprintable() or character in "\u200c\u200d":
+        return True
+    return unicodedata.category(character) == "Zs"
+
+
+def _shortened(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[: longest * 2 // 3]}...{text[-longest // 4 :]}"
 
 
 PLAIN_ERRORS = (RuntimeError, TypeError, ValueError, UserError)
@@ -118,9 +158,11 @@ def run_cli(main: Callable[[], None]) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
+        name = error.filename or _path_in_hand(error)
+        place = f"{name}: " if name else ""
         reason = " ".join((error.strerror or str(error)).split())
-        print(f"error: {place}{reason}. Check the path, its rights and the disk.", file=sys.stderr)
+        told = printable(f"{place}{reason}. Check the path, its rights and the disk.")
+        print(f"error: {told}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
         if not (told := worker_death(error)):
@@ -130,6 +172,13 @@ def run_cli(main: Callable[[], None]) -> None:
     except KeyboardInterrupt as error:
         print(str(error) or "interrupted", file=sys.stderr)
         sys.exit(128 + getattr(error, "number", signal.SIGINT))
+
+
+def _path_in_hand(error: BaseException) -> PurePath | None:
+    """The innermost `path` that was worked with: a write that fails for want of room names no file."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    paths = (frame.f_locals.get("path") for frame in reversed(frames))
+    return next((PurePath(path) for path in paths if isinstance(path, (str, PurePath))), None)
 
 
 def worker_death(error: RuntimeError) -> str:

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from utils.errors import printable
+
 NAME = "yoke"
 
 
@@ -38,7 +40,8 @@ class _StderrHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record."""
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
-        print(prefix + record.getMessage(), file=sys.stderr, flush=True)
+        lines = map(printable, record.getMessage().split("\n"))
+        print(prefix + "\n".join(lines), file=sys.stderr, flush=True)
 
 
 def results_columns(loss_terms: Sequence[str]) -> tuple[str, ...]:

@@ -60,7 +60,7 @@ def build_rows(spec: ModelSpec, imgsz: tuple[int, int]) -> tuple[list[nn.Module]
             state.problems.append(f"{spec.file} {row.place} {row.module}: {error}")
             leave_broken(state, row, is_backbone=_gives_maps(state, row))
     if state.problems:
-        raise ConfigError("\n".join(state.problems))
+        raise ConfigError(*state.problems)
     _select_maps(state)
     return state.modules, with_releases(state.rows)
 

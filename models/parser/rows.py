@@ -165,7 +165,7 @@ def parse_spec(file: str, config: dict[str, Any], lines: Mapping[str, Sequence[i
                 )
                 problems.append(f"{file} {where}: {error}")
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError(*problems)
     anchors = config.get("anchors")
     per_level = len(anchors[0]) // 2 if isinstance(anchors, list) else anchors or 0
     # Without scales a YAML may end in plain convolutions of an anchor head's width.
