@@ -34,8 +34,8 @@ _plain_import = builtins.__import__
 _told: set[str] = set()
 
 
-class PastedImportError(UserError, ImportError):
-    """A pasted file imports what is not known here."""
+class PastedImportError(UserError, ModuleNotFoundError):
+    """A pasted file imports what is not known here; it may catch that as it would catch Python's own error."""
 
 
 class _Statement(NamedTuple):
@@ -224,8 +224,7 @@ def _absent(statement: _Statement, error: ImportError | None) -> ImportError:
     missing = next(part for part in statement.path if part in CUDA_ONLY)
     return PastedImportError(
         f"{statement.place}: {statement.text()} - {missing} is not installed, needs a CUDA extension and has no equivalent "
-        "here, expected layers of torch alone. Install it, or take a block without it.",
-        name=missing,
+        "here, expected layers of torch alone. Install it, or take a block without it."
     )
 
 
@@ -251,8 +250,7 @@ def _unknown(statement: _Statement, family: Family) -> ImportError:
     return PastedImportError(
         f"{statement.place}: {statement.text(missing)} - {', '.join(missing)} {reason}, expected one of {some}, ... "
         f"({len(alike)} {'classes' if is_class else 'functions'}).{nearest(missing[0], alike)} Paste its "
-        f"{'class' if is_class else 'code'} into the file.",
-        name=statement.full,
+        f"{'class' if is_class else 'code'} into the file."
     )
 
 

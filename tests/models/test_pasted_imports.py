@@ -173,7 +173,7 @@ def test_a_file_may_catch_what_is_missing(run):
     text = """
 try:
     from mamba_ssm import Mamba
-except ImportError:
+except ModuleNotFoundError:
     Mamba = None
 try:
     from models.common import Foo
