@@ -21,7 +21,7 @@ from torch import Tensor
 from engine.evolve import evolve
 from engine.finite import use_batch, use_gradients
 from engine.multi_scale import resize_randomly
-from engine.outputs import RunRecorder, class_table
+from engine.outputs import RunRecorder, class_table, tell_other_score
 from engine.run import EpochProgress, Run, prepare, single_values, whole_val_loader
 from engine.state import (
     find_resumable,
@@ -275,6 +275,7 @@ def _conclude(run: Run, recorder: RunRecorder) -> Metrics | None:
         on_batch=recorder.val_batch,
     )
     recorder.finish(evaluation)
+    tell_other_score(run.val_set, run.evaluator)
     finish(run.folder / "weights")
     print(class_table(evaluation.metrics))
     print(

@@ -33,6 +33,7 @@ from engine.outputs import (
     save_batch_pictures,
     save_faults,
     save_metric_plots,
+    tell_other_score,
 )
 from engine.setup import open_data
 from models.backends import Backend, load_backend
@@ -158,11 +159,11 @@ class Validation:
     def __init__(self, options: Any, backend: Backend, imgsz: tuple[int, int]) -> None:
         self.options, self.backend = options, backend
         split = options.task if options.task in ("train", "val", "test") else "val"
-        config = open_data(options, backend.info.white)
         if options.rect and not backend.dynamic:
             raise ConfigError(
                 f"--rect: {options.weights} has a fixed image size. Leave it out or export with --dynamic."
             )
+        config = open_data(options, backend.info.white)
         self.dataset: DetectionDataset = build_dataset(
             config, split, imgsz=imgsz, rect=options.rect, batch_size=options.batch_size, stride=backend.stride,
             single_cls=options.single_cls,
@@ -343,6 +344,7 @@ def _validate(options: Any, backend: Backend, device: torch.device) -> None:
     )
     metrics, speed = validation.run(folder, thresholds, device)
     print(class_table(metrics, options.verbose or len(metrics.per_class) <= 20))
+    tell_other_score(validation.dataset, validation.evaluator)
     print(
         f"speed: {speed.prepare:.1f} ms prepare, {speed.inference:.1f} ms inference, {speed.postprocess:.1f} ms "
         f"postprocess an image at {imgsz[0]}x{imgsz[1]}, batch {options.batch_size}, {device}"

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from data import ground_truth
 from data.account import Objects, account_of
 from data.formats.description import DataConfig
-from data.formats.faults import Fault
+from data.formats.faults import SCORED_OTHERWISE, Fault
 from data.formats.table import Table, offsets_of
 from data.image_cache import ImageCache, cache_in_memory, cache_on_disk
 from data.images import Image, ImageError, read_image
@@ -146,10 +146,19 @@ class DetectionDataset(Dataset[Sample]):
         counts = np.diff(self.offsets)
         return self.boxes[:, 2:] - self.boxes[:, :2], np.repeat(self.sizes, counts, axis=0)
 
-    def coco_ground_truth(self) -> dict[str, Any]:
-        """Images, annotations and categories for a COCO evaluator."""
+    def coco_ground_truth(self, *, as_read: bool = False) -> dict[str, Any]:
+        """Images, annotations and categories for a COCO evaluator; see `data.ground_truth`."""
         one_name = self.names[0] if self.single_cls and len(self.config.names) > 1 else ""
-        return ground_truth.coco_ground_truth(self.config, self.split, self.table, one_name)
+        return ground_truth.coco_ground_truth(
+            self.config, self.split, self.table, one_name, as_read=as_read
+        )
+
+    @property
+    def scored_otherwise(self) -> int:
+        """Objects of a COCO file that were cut or dropped when read, and are scored as they stand."""
+        if self.config.format != "coco":
+            return 0
+        return sum(fault.kind in SCORED_OTHERWISE for fault in self.faults)
 
     def cache_images(self, kind: str) -> None:
         """Keep the resized images in memory (`ram`) or in a file (`disk`) if there is room.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ Json = dict[str, Any]
 
 
 def category_ids(config: DataConfig, split: str) -> list[int]:
-    """Category id of every class index: of the COCO file, else 1, 2, 3, ..."""
+    """Category id of every class index: of the COCO file (the first of several of one name), else 1, 2, 3, ..."""
     if config.format != "coco":
         return list(range(1, len(config.names) + 1))
     document = coco.load(coco.annotation_file(config, split))
@@ -22,12 +22,21 @@ def category_ids(config: DataConfig, split: str) -> list[int]:
 
 
 def _ids_of_names(document: Json, names: Sequence[str]) -> list[int]:
-    by_index = {index: key for key, index in coco.class_indices(document, names).items()}
+    by_index: dict[int, int] = {}
+    for key, index in coco.class_indices(document, names).items():
+        by_index.setdefault(index, key)
     unused = max([int(row["id"]) for row in document["categories"]], default=0) + 1
     return [by_index.get(index, unused + index) for index in range(len(names))]
 
 
-def coco_ground_truth(config: DataConfig, split: str, table: Table, single_class: str = "") -> Json:
+def coco_ground_truth(
+    config: DataConfig,
+    split: str,
+    table: Table,
+    single_class: str = "",
+    *,
+    as_read: bool = False,
+) -> Json:
     """Images, annotations and categories of a split.
 
     Annotations of a COCO file stand as they are, areas and crowds too (but without outlines, and
@@ -39,6 +48,8 @@ def coco_ground_truth(config: DataConfig, split: str, table: Table, single_class
         split: which split `table` is.
         table: its images; those that were skipped are left out.
         single_class: if given, the one name that all objects get.
+        as_read: the objects of `table` also for a COCO file, cut and without those that were
+            dropped, as they are scored in other forms.
     """
     images: list[Json] = [
         {"id": int(key), "file_name": path, "height": int(height), "width": int(width)}
@@ -49,7 +60,12 @@ def coco_ground_truth(config: DataConfig, split: str, table: Table, single_class
     if config.format == "coco":
         document = coco.load(coco.annotation_file(config, split))
         identities = _ids_of_names(document, config.names)
-        annotations = _stored_annotations(document, {image["id"] for image in images})
+        ids = {key: identities[k] for key, k in coco.class_indices(document, config.names).items()}
+        annotations = (
+            _made_annotations(table, identities)
+            if as_read
+            else _stored_annotations(document, {image["id"] for image in images}, ids)
+        )
     else:
         identities = list(range(1, len(config.names) + 1))
         annotations = _made_annotations(table, identities)
@@ -66,14 +82,17 @@ def coco_ground_truth(config: DataConfig, split: str, table: Table, single_class
     }
 
 
-def _stored_annotations(document: Json, images: set[int]) -> list[Json]:
+def _stored_annotations(
+    document: Json, images: set[int], categories: Mapping[Any, int]
+) -> list[Json]:
+    """The file's annotations of these images, each under the one id that its class is scored by."""
     rows = []
     for row in document["annotations"]:
         box = coco.box_xywh(row)
         if row["image_id"] not in images or box is None:
             continue
         kept = {key: value for key, value in row.items() if key != "segmentation"}
-        kept["bbox"] = list(box)
+        kept["bbox"], kept["category_id"] = list(box), categories[row["category_id"]]
         if kept.get("area") is None:
             kept["area"] = box[2] * box[3]
         kept["iscrowd"] = kept.get("iscrowd") or 0

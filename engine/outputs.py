@@ -17,7 +17,7 @@ from utils.boxes import xyxy_to_cxcywh
 from utils.channels import as_channels
 from utils.config import save_yaml
 from utils.logger import CsvLogger, TensorBoardLogger, get_logger, results_columns
-from utils.metrics import ConfusionMatrix, Metrics
+from utils.metrics import CocoEvaluator, ConfusionMatrix, Metrics
 from utils.plots import (
     plot_confusion_matrix,
     plot_correlogram,
@@ -37,6 +37,26 @@ def save_faults(folder: Path, splits: Mapping[str, DetectionDataset]) -> None:
     count = write_faults(path, {split: dataset.faults for split, dataset in splits.items()})
     if count:
         get_logger().warning(f"{path}: all {count} faults of labels and images")
+
+
+def tell_other_score(dataset: DetectionDataset, evaluator: CocoEvaluator) -> None:
+    """Say what the mAP is without the faults of a COCO file, which is scored as pycocotools scores it.
+
+    Args:
+        dataset: what was measured.
+        evaluator: with the detections in it.
+    """
+    if not dataset.scored_otherwise:
+        return
+    truth = dataset.coco_ground_truth(as_read=True)
+    other = CocoEvaluator(truth, dataset.category_ids, dataset.names)
+    other.merge([evaluator.state()])
+    found = other.evaluate()
+    get_logger().warning(
+        f"{dataset.config.file}: {dataset.split} - {dataset.scored_otherwise} objects that were cut or dropped on reading "
+        f"are scored as the COCO file has them; as in other forms, without that, mAP50 {found.map50:.4f}, "
+        f"mAP50-95 {found.map50_95:.4f}"
+    )
 
 
 class RunRecorder:

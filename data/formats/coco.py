@@ -110,6 +110,7 @@ def read(config: DataConfig, split: str, listing: Listing) -> Table:
     headers = read_headers(files, faults)
     by_image = _annotations_by_image(path, document, faults)
     classes = class_indices(document, config.names)
+    faults += _namesakes(path, document["categories"])
     rows = Rows(faults)
     for k in headers.readable:
         _compare_size(files[k], images[k], headers, int(k), faults)
@@ -118,6 +119,17 @@ def read(config: DataConfig, split: str, listing: Listing) -> Table:
     readable = headers.readable
     ids = [images[k]["id"] for k in readable]
     return rows.table([files[k] for k in readable], ids, headers)
+
+
+def _namesakes(path: str, categories: Sequence[Json]) -> list[Fault]:
+    """A remark on each category whose name an earlier one has."""
+    first: dict[str, Any] = {}
+    told = "name - got {0!r} again, as that of category {1}, expected each name once"
+    return [
+        Fault(path, f"category {row['id']}", told.format(name, first[name]), "namesake")
+        for row in categories
+        if first.setdefault(name := str(row["name"]), row["id"]) != row["id"]
+    ]
 
 
 def class_indices(document: Json, names: Sequence[str]) -> dict[Any, int]:

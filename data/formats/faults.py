@@ -17,6 +17,7 @@ KINDS = {
     "away": "boxes wholly outside their image, dropped",
     "empty": "objects without width or height, dropped",
     "duplicate": "repeated objects, dropped",
+    "namesake": "categories of one name, taken as one class",
     "size": "images not of the size that their annotation states",
     "suffix": "files left out by suffix",
     "unused": "labels without a picture",
@@ -26,6 +27,8 @@ KINDS = {
 """What was done about each kind of fault that does not stop the run."""
 COUNTED = ("suffix", "unused", "shared", "repeated")
 """Kinds that stand in the account of a split, see `data.account`."""
+SCORED_OTHERWISE = ("outside", "away", "empty", "duplicate")
+"""Kinds that a COCO file is scored with as it stands, and that other forms are scored without."""
 ORDINARY = frozenset({"background"})
 """Kinds that are no mistake."""
 SHOWN = 5
