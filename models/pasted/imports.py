@@ -8,7 +8,6 @@ it is. What it does not find is looked up in the table of `models/pasted/familie
 from __future__ import annotations
 
 import builtins
-import difflib
 import importlib
 import importlib.util
 import sys
@@ -18,10 +17,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePath
 from types import CodeType, ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
-from models.pasted.families import CUDA_ONLY, Family, family_of
-from utils.errors import UserError, nearest
+from models.pasted.families import Family, family_of
+from models.pasted.statement import PastedImportError, Statement, alone, unknown, without_cuda
 from utils.logger import get_logger
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,36 +31,6 @@ BUILT_LATE = ("models.yolo",)
 
 _plain_import = builtins.__import__
 _told: set[str] = set()
-
-
-class PastedImportError(UserError, ModuleNotFoundError):
-    """A pasted file imports what is not known here; it may catch that as it would catch Python's own error."""
-
-
-class _Statement(NamedTuple):
-    """An import statement of a user's file; `full` is "" where a relative name has no package to start from."""
-
-    name: str
-    names: tuple[str, ...]
-    level: int
-    full: str
-    place: str
-
-    @property
-    def path(self) -> list[str]:
-        """Packages and the module, as far as they are known."""
-        return (self.full or self.name).split(".")
-
-    @property
-    def needs_cuda(self) -> bool:
-        """Whether it asks for a CUDA extension that nothing stands for."""
-        return not CUDA_ONLY.isdisjoint(self.path)
-
-    def text(self, names: Sequence[str] = ()) -> str:
-        """`from models.common import Foo`."""
-        module = "." * self.level + self.name
-        names = names or self.names
-        return f"from {module} import {', '.join(names)}" if names else f"import {module}"
 
 
 @contextmanager
@@ -95,7 +64,7 @@ def _import(
     _load_operators(frame.f_code)
     place = f"{PurePath(globals['__file__']).name} line {frame.f_lineno}"
     full = _absolute(name, level, globals)
-    statement = _Statement(name, tuple(fromlist or ()), level, full, place)
+    statement = Statement(name, tuple(fromlist or ()), level, full, place)
     return _resolve(statement, globals)
 
 
@@ -119,11 +88,12 @@ def _absolute(name: str, level: int, scope: Mapping[str, Any]) -> str:
         return ""
 
 
-def _resolve(statement: _Statement, scope: dict[str, Any]) -> ModuleType:
+def _resolve(statement: Statement, scope: dict[str, Any]) -> ModuleType:
     """What Python finds, where that has all the names; else what the table has for them."""
-    asked = statement.name or ".".join(
-        statement.names
-    )  # a relative name, without the package of the file
+    beside = _beside(statement, scope)
+    if beside is not None:
+        return _run_beside(statement, scope, beside)
+    asked = statement.name or ".".join(statement.names)  # `from . import conv`
     family = family_of(asked if statement.level else statement.full, statement.level)
     real: ModuleType | None = None
     if not _is_replaced(statement, family):
@@ -132,18 +102,47 @@ def _resolve(statement: _Statement, scope: dict[str, Any]) -> ModuleType:
         except ImportError as error:
             if not _is_absent(error, statement.full, family):
                 raise
-            if family is None or statement.needs_cuda:
-                raise _absent(statement, error) from None
+            if statement.needs_cuda:
+                raise without_cuda(statement) from None
+            if family is None:
+                raise
     if family is None:
         if real is None:
-            raise _absent(statement, None) if statement.needs_cuda else _alone(statement)
+            raise without_cuda(statement) if statement.needs_cuda else alone(statement)
         return real
     if real is not None and (statement.level or _has_all(real, statement)):
         return real
     return _stand_in(statement, family, real)
 
 
-def _is_replaced(statement: _Statement, family: Family | None) -> bool:
+def _beside(statement: Statement, scope: dict[str, Any]) -> Path | None:
+    """The file that `from .name import ...` means in a file that is no part of a package, if it lies there."""
+    if statement.full or statement.level != 1 or not statement.name.isidentifier():
+        return None
+    path = Path(scope["__file__"]).parent / f"{statement.name}.py"
+    return path if path.is_file() else None
+
+
+def _run_beside(statement: Statement, scope: dict[str, Any], path: Path) -> ModuleType:
+    """The module of a file beside the user's, run once for him."""
+    name = f"{scope['__name__']}_{statement.name}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    is_done = False
+    try:
+        with pasted_imports():
+            spec.loader.exec_module(module)
+        is_done = True
+    finally:
+        if not is_done:
+            del sys.modules[name]
+    return module
+
+
+def _is_replaced(statement: Statement, family: Family | None) -> bool:
     """Whether Python is not asked: it cannot be, or must not."""
     if not statement.full or family is None:
         return not statement.full
@@ -151,7 +150,7 @@ def _is_replaced(statement: _Statement, family: Family | None) -> bool:
     return family.replaces or late
 
 
-def _find(statement: _Statement, scope: dict[str, Any]) -> ModuleType:
+def _find(statement: Statement, scope: dict[str, Any]) -> ModuleType:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Importing from timm|Overwriting .* in registry")
         return _plain_import(statement.name, scope, None, statement.names, statement.level)
@@ -167,13 +166,13 @@ def _is_absent(error: ImportError, full: str, family: Family | None) -> bool:
     )
 
 
-def _has_all(real: ModuleType, statement: _Statement) -> bool:
+def _has_all(real: ModuleType, statement: Statement) -> bool:
     """Whether nothing is missing; of `import a.b` it cannot be known what will be asked for."""
     wanted = statement.names
     return bool(wanted) and "*" not in wanted and all(hasattr(real, name) for name in wanted)
 
 
-def _stand_in(statement: _Statement, family: Family, real: ModuleType | None) -> ModuleType:
+def _stand_in(statement: Statement, family: Family, real: ModuleType | None) -> ModuleType:
     """A module with the names of `real`, those of the family where it lacks them."""
     names = family.names()
     leaf = sys.modules.get(statement.full) if real is not None else None
@@ -181,7 +180,7 @@ def _stand_in(statement: _Statement, family: Family, real: ModuleType | None) ->
     for name in statement.names:
         if name != "*" and not hasattr(module, name):
             if family_of(name, 1) is None:
-                raise _unknown(statement, family)
+                raise unknown(statement, family)
             setattr(module, name, _joined(name, names, None))  # `from . import conv`
     if family.told and family.told not in _told:
         _told.add(family.told)
@@ -215,43 +214,6 @@ def _load_operators(code: CodeType) -> None:
             importlib.import_module("torchvision")
             return
         codes += [value for value in inner.co_consts if isinstance(value, CodeType)]
-
-
-def _absent(statement: _Statement, error: ImportError | None) -> ImportError:
-    """Python's own error, or what to do about a CUDA extension."""
-    if error is not None and not statement.needs_cuda:
-        return error
-    missing = next(part for part in statement.path if part in CUDA_ONLY)
-    return PastedImportError(
-        f"{statement.place}: {statement.text()} - {missing} is not installed, needs a CUDA extension and has no equivalent "
-        "here, expected layers of torch alone. Install it, or take a block without it."
-    )
-
-
-def _alone(statement: _Statement) -> ImportError:
-    return PastedImportError(
-        f"{statement.place}: {statement.text()} - got a relative import in a file that stands alone, expected a name of a "
-        "package. Name its folder, with an __init__.py, by `imports:`, or paste what is missing into the file."
-    )
-
-
-def _unknown(statement: _Statement, family: Family) -> ImportError:
-    if statement.needs_cuda:
-        return _absent(statement, None)
-    known = family.public()
-    missing = [name for name in statement.names if name not in known and name != "*"]
-    is_class = missing[0][0].isupper()
-    alike = [name for name in known if name[0].isupper() == is_class]
-    if family.cuda:
-        reason = "needs a CUDA extension and has no equivalent here"
-    else:
-        reason = "is not known here" if len(missing) == 1 else "are not known here"
-    some = ", ".join(difflib.get_close_matches(missing[0], alike, n=5, cutoff=0.0))
-    return PastedImportError(
-        f"{statement.place}: {statement.text(missing)} - {', '.join(missing)} {reason}, expected one of {some}, ... "
-        f"({len(alike)} {'classes' if is_class else 'functions'}).{nearest(missing[0], alike)} Paste its "
-        f"{'class' if is_class else 'code'} into the file."
-    )
 
 
 _BUILTINS = {**vars(builtins), "__import__": _import}

@@ -20,7 +20,8 @@ from torch import nn
 from models import common, registry
 from models.blocks import csp, layers
 from models.pasted import deformable
-from models.pasted.imports import PastedImportError, pasted_imports
+from models.pasted.imports import pasted_imports
+from models.pasted.statement import PastedImportError
 from utils import boxes
 from utils.errors import ForeignError, foreign_code
 from utils.logger import get_logger
@@ -133,13 +134,16 @@ def test_an_old_path_leads_to_where_the_name_is_now(
          "x.py line 2: from models.common import Foo - Foo is not known here, expected one of Focus, "),
         ("from models.common import Conv, C2ff",
          "x.py line 2: from models.common import C2ff - C2ff is not known here, expected one of C2f, "),
-        ("from ultralytics.nn.modules.conv import GhostCon", "Did you mean 'GhostConv'? Paste its class into the file."),
-        ("from ultralytics.utils.ops import make_divisibl", "Did you mean 'make_divisible'? Paste its code into the file."),
+        ("from ultralytics.nn.modules.conv import GhostCon", "Did you mean 'GhostConv'? Paste its class into the file"),
+        ("from ultralytics.utils.ops import make_divisibl", "Did you mean 'make_divisible'? Paste its code into the file"),
         ("from models.registry import registr", "from models.registry import registr - registr is not known here"),
-        ("from .conv import Foo, Bar", "x.py line 2: from .conv import Foo, Bar - Foo, Bar are not known here"),
+        ("from .conv import Foo, Bar", "from .conv import Foo, Bar - no conv.py lies beside x.py, and Foo, Bar are not"),
         ("from mmcv.cnn import NonLocal2d", "from mmcv.cnn import NonLocal2d - NonLocal2d is not known here"),
         ("from timm.models.layers import DropPth", "Did you mean 'DropPath'?"),
-        ("from .mine import Foo", "from .mine import Foo - got a relative import in a file that stands alone"),
+        ("from .mine import Foo", "no mine.py lies beside x.py, and Foo is not known here. Put the file there"),
+        ("from .helpers import Foo", "no helpers.py lies beside x.py, and Foo is not known here"),
+        ("from .conv import GhostCon", "from .conv import GhostCon - GhostCon is not known here, expected one of GhostConv"),
+        ("from ..mine.parts import Foo", "from ..mine.parts import Foo - got a relative import in a file that stands alone"),
         ("import mamba_ssm", "x.py line 2: import mamba_ssm - mamba_ssm is not installed, needs a CUDA extension and has no"),
         ("from mamba_ssm.ops.selective_scan_interface import selective_scan_fn", "mamba_ssm is not installed, needs a CUDA"),
         ("import selective_scan_cuda", "selective_scan_cuda is not installed, needs a CUDA extension"),
@@ -251,6 +255,21 @@ def test_a_helper_beside_the_file_is_a_pasted_file_too(
         "from ultralytics.nn.modules import C2f\n"
     )
     assert run("from yoke_import_pasted_helper import C2f").C2f is csp.C2f
+
+
+def test_a_file_beside_it_is_found_by_a_relative_import_before_ours(run, tmp_path: Path):
+    (tmp_path / "conv.py").write_text("from .utils import WIDTH\nclass Conv:\n    width = WIDTH\n")
+    (tmp_path / "utils.py").write_text("WIDTH = 24\n")
+    module = run(
+        "from .conv import Conv\ndef late():\n    from .utils import WIDTH\n    return WIDTH\n"
+    )
+    assert module.Conv.width == module.late() == 24
+    (tmp_path / "conv.py").unlink()
+    assert run("from .conv import Conv").Conv is common.Conv
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            run("from .broken import Conv")
 
 
 def test_the_stand_in_of_a_cuda_extension_is_told_once(
