@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.pasted.imports import pasted_imports
 from utils.boxes import BoxPair
 from utils.errors import ConfigError, ForeignError, foreign_code, nearest
 from utils.user_code import PREFIX, import_file
@@ -64,7 +65,8 @@ def own_overlap(name: str, allowed: bool) -> Callable[[BoxPair, Mapping[str, flo
         )
     file, _, attribute = name.rpartition(":")
     try:
-        module = import_file(Path(file))
+        with pasted_imports():
+            module = import_file(Path(file))
     except ForeignError as error:
         raise ConfigError(f"box_loss: {name} cannot be imported - {error}.") from error
     function = getattr(module, attribute, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from pasted_files import run as run
 from torch import nn
 
 from models.pasted import deformable, families
+from utils.boxes import BoxPair
 
 # --- the small functions --------------------------------------------------------------------------
 
@@ -61,6 +63,17 @@ def test_overlaps_of_two_boxes(kind: dict[str, bool], expected: float):
     assert helper("bbox_iou")(*corners, xywh=False, **kind).item() == pytest.approx(
         expected, abs=1e-6
     )
+
+
+def test_a_pasted_box_loss_takes_its_overlap_from_us(tmp_path: Path):
+    path = tmp_path / "losses.py"
+    path.write_text(
+        "from ultralytics.utils.metrics import bbox_iou\n\n\ndef giou(p, t):\n"
+        "    return 1 - bbox_iou(p, t, xywh=False, GIoU=True).squeeze(-1)\n"
+    )
+    pair = BoxPair(torch.tensor([[0.0, 0, 2, 2]]), torch.tensor([[1.0, 0, 3, 4]]))
+    expected = pair.iou - pair.empty_share
+    assert torch.allclose(own_overlap(f"{path}:giou", True)(pair, {}, (32, 32)), expected)
 
 
 @pytest.mark.parametrize(
