@@ -11,6 +11,7 @@ import torch
 from pasted_files import run as run
 from torch import nn
 
+from models.losses.own import own_overlap
 from models.pasted import deformable, families
 from utils.boxes import BoxPair
 
