@@ -61,6 +61,12 @@ def _of(error: BaseException) -> str:
         return f"Write `{_IMPORTS[error.name]}` at the top of the file."
     if isinstance(error, AttributeError) and isinstance(error.obj, nn.Module) and error.name:
         return _of_attribute(error.obj, error.name)
+    if isinstance(error, ModuleNotFoundError) and error.name and error.name.isidentifier():
+        return (
+            f"Install {error.name}, put {error.name}.py beside the file, or leave the import out."
+        )
+    if isinstance(error, SystemExit):
+        return "Put what a file does when it is run under `if __name__ == '__main__':`."
     text = str(error)
     return next((advice for pattern, advice in _SAID if re.search(pattern, text)), "")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from models import modules
+from models.parser.advice import advice_for
 from models.parser.rows import ModelSpec
 from utils.errors import ConfigError, ForeignError
 
@@ -36,9 +37,8 @@ def import_code(spec: ModelSpec, allowed: bool) -> set[str]:
         try:
             seen |= modules.import_outside(home / name)
         except ForeignError as error:
-            raise ConfigError(
-                f"{spec.file} imports: {name} cannot be imported - {error}."
-            ) from error
+            said = f"{str(error).rstrip('.')}.{advice_for(error)}"
+            raise ConfigError(f"{spec.file} imports: {name} cannot be imported - {said}") from error
     return seen
 
 

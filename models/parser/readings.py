@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
-from models.parser.signature import CHANNEL_ROLES, Argument, Constructor, Role
+from models.parser.signature import CHANNEL_ROLES, DOUBTFUL, FARTHEST, Argument, Constructor, Role
 from models.registry import LayerError, Scaling
 
 LEAST_WIDTH = 8  # a smaller number is a kernel, a stride or a count
@@ -181,7 +181,8 @@ def _filled(
     if len(head.rest) > len(left) and not constructor.takes_more:
         return
     given = list(zip(left, head.rest))
-    if not all(argument.suits(value) for argument, value in given):
+    farthest = DOUBTFUL if head.is_doubt else FARTHEST
+    if not all(argument.suits(value, farthest) for argument, value in given):
         return
     inner = {a.name: scaled(v, row.scaling) if a.role is Role.INNER and _is_width(v) else v for a, v in given}  # fmt: skip
     drops = head.width is not None and not any(a.role is Role.OUTPUT for a in free)
@@ -252,6 +253,8 @@ def _call(constructor: Constructor, chosen: Mapping[str, Any], more: tuple[Any, 
 def _by_position(row: RowArguments, inputs: Inputs, by_words: bool) -> Iterator[Reading]:
     """For words that say nothing: input and output, input, output, neither; the numbers of the row behind."""
     args, kwargs = tuple(row.args), dict(row.kwargs)
+    if by_words and args and _is_known_input(args[0], row.scaling, inputs):
+        return  # the words have a place for it, and no other is meant
     several = len(inputs.channels) > 1
     fronts: list[tuple[Any, ...]] = [inputs.channels] if several else []
     fronts += [(list(inputs.channels),), (sum(inputs.channels),)] if several else []

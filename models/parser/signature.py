@@ -58,8 +58,8 @@ _LIKE_WIDTH = re.compile(
     r"(?!.*(per|head|group|key|value|query|base|stem|growth|min|max|rank|class)).+(channels?|planes)"
 )
 _PATTERNS = tuple((role, re.compile(words)) for role, words in _WORDS)
-FARTHEST = 16
-"""A whole number that is so many times the default of its parameter is meant for another."""
+FARTHEST, DOUBTFUL = 16, 8
+"""A whole number that is so many times the default of its parameter is meant for another; fewer, where it is a width as well."""
 CHANNEL_ROLES = (Role.INPUT, Role.OUTPUT, Role.WIDTH)
 NEW_PARAMETER = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 
@@ -85,9 +85,9 @@ class Argument(NamedTuple):
     def is_required(self) -> bool:
         return self.default is Parameter.empty
 
-    def suits(self, value: Any) -> bool:
-        """Whether `value` is of the kind of the default: a width of 1024 is no probability, a word is no number, and 256 no
-        size of a kernel of 3."""
+    def suits(self, value: Any, farthest: int = FARTHEST) -> bool:
+        """Whether `value` is of the kind of the default: a width of 1024 is no probability, a word is no number, and what is
+        `farthest` times the default means another parameter."""
         default = self.default
         if self.is_required or default is None or value is None:
             return True
@@ -96,7 +96,7 @@ class Argument(NamedTuple):
         if isinstance(default, float):
             return isinstance(value, float) or (isinstance(value, int) and value < 8)
         if isinstance(default, int):
-            is_far = isinstance(value, int) and value > FARTHEST * max(default, 1)
+            is_far = isinstance(value, int) and value > farthest * max(default, 1)
             return isinstance(value, (int, float, list, tuple)) and not is_far
         if isinstance(default, str):
             return isinstance(value, str)

@@ -6,50 +6,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from pasted_classes import block, settled
 from torch import Tensor, nn
 
-from models.parser.pasted import settle
-from models.parser.readings import RowArguments
 from models.parser.signature import Role, read_constructor
-from models.registry import Layer, LayerError, Scaling, by_signature
-from utils.errors import ConfigError
-
-NANO = Scaling(width=0.25, max_channels=1024)
-
-
-def block(parameters: str, inside: str = "c1", outside: str = "c1", keeps: bool = True) -> Callable:
-    """A class with these constructor parameters, whose convolution maps `inside` to `outside` channels."""
-    namespace: dict = {"nn": nn}
-    body = f"self.conv = nn.Conv2d({inside}, {outside}, 1)" if keeps else "self.conv = nn.Identity()"
-    code = compile(
-        f"class Block(nn.Module):\n    def __init__(self, {parameters}):\n        super().__init__()\n        {body}\n"
-        "    def forward(self, x):\n        return self.conv(x)\n",
-        "block.py",
-        "exec",
-    )
-    _define(code, namespace)
-    return namespace["Block"]
-
-
-def _define(code, namespace: dict) -> None:
-    module = type(nn)("pasted_block")
-    vars(module).update(namespace)
-    import types
-
-    types.FunctionType(code, vars(module))()
-    namespace.update(vars(module))
+from models.registry import LayerError
 
 
 def read(build: Callable, args: list, *channels: int, repeats: int = 1, **kwargs) -> str:
-    """The call that a row with `args` means, for maps of `channels` at 8x8."""
+    """The call that a row with `args` means."""
     return settled(build, args, *channels, repeats=repeats, **kwargs).text
-
-
-def settled(build: Callable, args: list, *channels: int, repeats: int = 1, **kwargs):
-    row = RowArguments(args, kwargs, NANO._replace(repeats=repeats))
-    values = [torch.empty(1, c, 8, 8, device="meta") for c in channels or (256,)]
-    layer = Layer("Block", build, by_signature)
-    return settle(layer, row, values, is_image=False, is_list=len(values) > 1)
 
 
 KEPT = block("c1, reduction=16")
@@ -113,8 +79,14 @@ def test_a_single_width_is_the_inputs_under_every_customary_word(word: str):
 
 
 def test_a_width_with_a_default_is_still_the_inputs():
-    assert read(block("channel=512, reduction=16", "channel", "channel"), [1024]) == "Block(channel=256, reduction=16)"
-    assert read(block("channels=None, e_lambda=0.0001", keeps=False), [1024]) == "Block(channels=256, e_lambda=0.0001)"
+    assert (
+        read(block("channel=512, reduction=16", "channel", "channel"), [1024])
+        == "Block(channel=256, reduction=16)"
+    )
+    assert (
+        read(block("channels=None, e_lambda=0.0001", keeps=False), [1024])
+        == "Block(channels=256, e_lambda=0.0001)"
+    )
 
 
 def test_a_constructor_without_channels_gets_none():
@@ -127,24 +99,39 @@ def test_a_constructor_without_channels_gets_none():
 def test_repeats_go_where_the_constructor_takes_them():
     build = block("c1, c2, n=1, shortcut=False", "c1", "c2")
     found = settled(build, [512, True], repeats=3)
-    assert found.text == "Block(c1=256, c2=128, n=3, shortcut=True)" and found.reading.repeats_inside
+    assert (
+        found.text == "Block(c1=256, c2=128, n=3, shortcut=True)" and found.reading.repeats_inside
+    )
     assert not settled(CHANGED, [512], repeats=3).reading.repeats_inside
     assert read(build, [512, 2]) == "Block(c1=256, c2=128, n=2, shortcut=False)"  # 2 is no shortcut
 
 
 def test_two_meanings_are_told_with_what_to_write_for_each():
-    found = settled(KEPT, [256])
-    assert found.text == "Block(c1=256, reduction=16)"
-    assert "but Block(c1=256, reduction=256) fits the row too" in found.note
-    assert "Write {reduction: 16} for the first, {reduction: 256} for the second." in found.note
-    assert settled(KEPT, [256], reduction=16).note == ""
-    assert read(KEPT, [], reduction=256) == "Block(c1=256, reduction=256)"
+    found = settled(KEPT, [64], 64)
+    assert found.text == "Block(c1=64, reduction=16)"
+    assert "but Block(c1=64, reduction=64) fits the row too" in found.note
+    assert "Write {reduction: 16} for the first, {reduction: 64} for the second." in found.note
+    assert settled(KEPT, [64], 64, reduction=16).note == ""
+    assert read(KEPT, [], 64, reduction=64) == "Block(c1=64, reduction=64)"
+
+
+def test_a_width_that_nobody_would_take_for_a_reduction_is_not_questioned():
+    assert settled(KEPT, [1024]).note == "" == settled(KEPT, [256]).note
+
+
+@pytest.mark.parametrize("parameters", ["c1, k_size", "c1, heads=7"])
+def test_the_width_of_the_input_is_not_poured_into_another_argument(parameters: str):
+    with pytest.raises(LayerError):
+        settled(block(parameters, "c1 if locals().get('heads') != 7 else 0 / 0", "c1"), [64], 64)
 
 
 def test_a_width_that_fits_nothing_is_dropped_and_told():
     found = settled(block("dim", "dim", "dim"), [512])
     assert found.text == "Block(dim=256)"
-    assert "the row's 512 is neither its input nor its output of 256 channels and is not used" in found.note
+    assert (
+        "the row's 512 is neither its input nor its output of 256 channels and is not used"
+        in found.note
+    )
 
 
 def test_widths_given_by_name_are_scaled_and_the_input_is_known():
@@ -192,7 +179,11 @@ class Summed(nn.Module):
 class Gate(nn.Module):
     def __init__(self, F_g, F_l, F_int):
         super().__init__()
-        self.g, self.x, self.out = nn.Conv2d(F_g, F_int, 1), nn.Conv2d(F_l, F_int, 1), nn.Conv2d(F_int, 1, 1)
+        self.g, self.x, self.out = (
+            nn.Conv2d(F_g, F_int, 1),
+            nn.Conv2d(F_l, F_int, 1),
+            nn.Conv2d(F_int, 1, 1),
+        )
 
     def forward(self, g, x):
         return x * self.out(self.g(g) + self.x(x)).sigmoid()
@@ -274,7 +265,9 @@ def test_factory_functions_and_anything_behind_a_star_are_read_too():
         (block("c1, c2", "7", "c2"), [512], {}, "expected input[1, 256, 8, 8] to have 7 channels, but got 256 channels instead"),
     ],
 )  # fmt: skip
-def test_what_fits_none_is_one_line_with_the_constructor_and_what_to_write(build, args, kwargs, message):
+def test_what_fits_none_is_one_line_with_the_constructor_and_what_to_write(
+    build, args, kwargs, message
+):
     with pytest.raises(LayerError) as caught:
         settled(build, args, **kwargs)
     assert message in str(caught.value) and "\n" not in str(caught.value)
@@ -300,10 +293,3 @@ def test_trying_draws_no_random_number_of_the_callers():
     torch.manual_seed(3)
     read(CHANGED, [512])
     assert torch.equal(torch.rand(4), expected)
-
-
-def test_an_error_of_the_parser_names_the_row():
-    from small_configs import CONV, build
-
-    with pytest.raises(ConfigError, match=r"model head\[0\] Conv: got from"):
-        build([CONV], [[9, 1, "Conv", [8]], [[0], 1, "Detect", ["nc"]]])
