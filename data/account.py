@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from data.formats.faults import COUNTED, KINDS, Fault
 from data.formats.leftovers import SHOWN, count_beside, suffixes_of
-from data.formats.table import Table
+from data.formats.table import Table, offsets_of
 from data.transforms import MAX_ASPECT, MIN_SIDE
 
 
@@ -26,6 +26,15 @@ class Objects(NamedTuple):
     labels: NDArray[np.int64]
     boxes: NDArray[np.float32]
     offsets: NDArray[np.int64]
+
+
+def objects_of(table: Table, single_cls: bool) -> Objects:
+    """The objects of a split without crowds; all of class 0 if classes are taken for one."""
+    kept = ~table.crowd
+    before = np.concatenate([[0], np.cumsum(kept)])
+    offsets = offsets_of(np.diff(before[table.offsets]))
+    labels = table.labels[kept]
+    return Objects(np.zeros_like(labels) if single_cls else labels, table.boxes[kept], offsets)
 
 
 class Account(NamedTuple):
@@ -55,7 +64,6 @@ def account_of(
     objects: Objects,
     names: Sequence[str],
     imgsz: tuple[int, int],
-    weights: NDArray[np.float64] | None = None,
 ) -> Account:
     """Take stock of a split.
 
@@ -64,12 +72,9 @@ def account_of(
         objects: its objects without crowds.
         names: class names.
         imgsz: height and width that images are fitted into.
-        weights: how often images are drawn, (n,), where not all are drawn alike.
     """
     left_out = [fault for fault in table.faults if fault.kind in ("unreadable", "suffix")]
     lost = [*_counted(table.faults), *_hard(table, objects, imgsz)]
-    if weights is not None and (count := int((weights == 0).sum())):
-        lost.append(f"images of weight 0, never drawn: {count}")
     notes = [*_beside(table), *_classes_without_object(objects.labels, names)]
     files = len(table) + len(left_out)
     return Account(len(table), files, len(objects.labels), tuple(lost), tuple(notes))

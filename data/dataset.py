@@ -8,7 +8,6 @@ resumed run. n images, N objects.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,14 +19,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data import ground_truth
-from data.account import Objects, account_of
+from data.account import account_of, objects_of
 from data.formats.description import DataConfig
 from data.formats.faults import SCORED_OTHERWISE, Fault
-from data.formats.table import Table, offsets_of
+from data.formats.table import Table
 from data.image_cache import ImageCache, cache_in_memory, cache_on_disk
+from data.image_weights import weights_of
 from data.images import Image, ImageError, read_image
 from data.label_cache import load_table
 from data.mosaic import mixup, mosaic4, mosaic9
+from data.rect import by_aspect, shapes_of_batches
 from data.storage import cache_file, digest_of_files
 from data.transforms import (
     Picture,
@@ -81,6 +82,7 @@ class DetectionDataset(Dataset[Sample]):
         category_ids: category id of the ground truth for every class index.
         faults: what was mended when the labels were read.
         batch_shapes: height and width of every batch if `rect`, else None.
+        weights: chances of the images if they are not drawn evenly, else None.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class DetectionDataset(Dataset[Sample]):
         stride: int = 32,
         pad: float = 0.0,
         single_cls: bool = False,
+        image_weights: bool = False,
         seed: int = 0,
         close_mosaic_epoch: int | None = None,
     ) -> None:
@@ -110,14 +113,15 @@ class DetectionDataset(Dataset[Sample]):
         self.single_cls = single_cls
         self.batch_shapes: NDArray[np.int64] | None = None
         if rect:
-            table = table.take(_by_aspect(table.sizes))
-            self.batch_shapes = _batch_shapes(table.sizes, self.imgsz, batch_size, stride, pad)
+            table = table.take(by_aspect(table.sizes))
+            self.batch_shapes = shapes_of_batches(table.sizes, self.imgsz, batch_size, stride, pad)
         self.table = table
         self.names = ("object",) if single_cls and len(config.names) > 1 else config.names
         self.faults: tuple[Fault, ...] = table.faults
         self.image_ids, self.paths, self.sizes = table.image_ids, table.paths, table.sizes
-        self.objects = _trained(table, single_cls)
+        self.objects = objects_of(table, single_cls)
         self.labels, self.boxes, self.offsets = self.objects
+        self.weights = weights_of(self.objects) if image_weights else None
         self.cache: ImageCache | None = None
         self._damaged: set[int] = set()
 
@@ -275,7 +279,7 @@ class DetectionDataset(Dataset[Sample]):
         if not (closed or self.rect) and rng.random() < self.hyp.get("mosaic", 0.0):
             picture = self._mosaic(index, rng)
             if rng.random() < self.hyp.get("mixup", 0.0):
-                other = self._mosaic(int(rng.integers(len(self))), rng)
+                other = self._mosaic(int(self._draw(rng)), rng)
                 picture = mixup(picture, other, rng)
         else:
             padded = self._letterboxed(index)[0]
@@ -284,9 +288,15 @@ class DetectionDataset(Dataset[Sample]):
         image = random_colours(picture.image, self.hyp, rng)
         return random_flips(picture._replace(image=image), self.hyp, rng)
 
+    def _draw(self, rng: np.random.Generator, count: int | None = None) -> NDArray[np.int64]:
+        """Places of images that join another one, drawn as the images of an epoch are."""
+        if self.weights is None:
+            return np.asarray(rng.integers(len(self), size=count))
+        return self.weights.draw(rng, count or 1).squeeze()
+
     def _mosaic(self, index: int, rng: np.random.Generator) -> Picture:
         of_nine = rng.random() < self.hyp.get("mosaic9", 0.0)
-        others = rng.integers(len(self), size=8 if of_nine else 3)
+        others = self._draw(rng, 8 if of_nine else 3)
         chosen = [index, *(int(other) for other in others)]
         rng.shuffle(chosen)
         pictures = [self._resized(place)[0] for place in chosen]
@@ -307,6 +317,7 @@ def build_dataset(
     pad: float = 0.0,
     cache: str | None = None,
     single_cls: bool = False,
+    image_weights: bool = False,
     seed: int = 0,
     close_mosaic_epoch: int | None = None,
 ) -> DetectionDataset:
@@ -327,12 +338,16 @@ def build_dataset(
         pad: extra padding of a `rect` batch, in strides.
         cache: `ram` or `disk`: keep the resized images.
         single_cls: take all classes for one.
+        image_weights: draw images with rare classes more often.
         seed: of all chance.
         close_mosaic_epoch: from this epoch on there is no mosaic and no mixup.
 
     Raises:
-        DatasetError: files are missing or labels hold faults that cannot be mended.
+        DatasetError: files are missing, labels hold faults that cannot be mended, or options exclude
+            each other.
     """
+    if image_weights and rect:
+        raise DatasetError("--image-weights: cannot be used with --rect. Drop one of them.")
     dataset = DetectionDataset(
         config,
         split,
@@ -345,6 +360,7 @@ def build_dataset(
         stride=stride,
         pad=pad,
         single_cls=single_cls,
+        image_weights=image_weights,
         seed=seed,
         close_mosaic_epoch=close_mosaic_epoch,
     )
@@ -363,29 +379,3 @@ def _tell(dataset: DetectionDataset) -> None:
         LOGGER.warning("copy_paste: not done, it needs outlines and these labels are boxes")
     if not account.objects:
         LOGGER.warning("%s: %s holds no objects at all", dataset.config.file, dataset.split)
-
-
-def _trained(table: Table, single_cls: bool) -> Objects:
-    """The objects without crowds."""
-    kept = ~table.crowd
-    before = np.concatenate([[0], np.cumsum(kept)])
-    offsets = offsets_of(np.diff(before[table.offsets]))
-    labels = table.labels[kept]
-    return Objects(np.zeros_like(labels) if single_cls else labels, table.boxes[kept], offsets)
-
-
-def _by_aspect(sizes: NDArray[np.int32]) -> NDArray[np.int64]:
-    """Places of the images, widest first; images of one aspect stay in order."""
-    return np.argsort(sizes[:, 0] / sizes[:, 1], kind="stable")
-
-
-def _batch_shapes(
-    sizes: NDArray[np.int32], imgsz: tuple[int, int], batch_size: int, stride: int, pad: float
-) -> NDArray[np.int64]:
-    """Height and width of each batch: what its largest resized image needs, in whole strides."""
-    fitted = np.array([fitted_size(int(h), int(w), imgsz) for h, w in sizes]).reshape(-1, 2)
-    shapes = []
-    for start in range(0, len(fitted), batch_size):
-        needed = fitted[start : start + batch_size].max(axis=0)
-        shapes.append([math.ceil(side / stride + pad) * stride for side in needed])
-    return np.array(shapes, dtype=np.int64).reshape(-1, 2)

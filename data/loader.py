@@ -150,7 +150,6 @@ def build_loader(
     seed: int = 0,
     rank: int = 0,
     world_size: int = 1,
-    image_weights: Sequence[float] | NDArray[np.float64] | None = None,
     drop_last: bool = False,
 ) -> DetectionLoader:
     """Make the loader of a data set.
@@ -160,11 +159,10 @@ def build_loader(
         batch_size: images of a batch, of this process.
         workers: processes that load; fewer are taken if there are fewer cores or too little
             shared memory. 0 loads in this process.
-        shuffle: a new order every epoch.
+        shuffle: a new order every epoch, by the weights of the data set if it has some.
         seed: of the order.
         rank: of this process.
         world_size: number of processes that train together.
-        image_weights: see `EpochSampler`.
         drop_last: leave out a last batch that is not full.
     """
     if dataset.rect and batch_size != dataset.batch_size:
@@ -176,7 +174,7 @@ def build_loader(
         rank=rank,
         world_size=world_size,
         block=batch_size if dataset.rect else 1,
-        image_weights=image_weights,
+        image_weights=dataset.weights.chances if shuffle and dataset.weights else None,
     )
     workers = bounded_workers(workers, dataset, batch_size, local_processes(world_size))
     options: dict[str, Any] = {}

@@ -272,22 +272,18 @@ def _train_data(
     share = options.batch_size // world.size
     dataset = build_dataset(
         data, "train", imgsz=imgsz, augment=True, hyp=hyp, rect=options.rect, batch_size=share,
-        stride=stride, cache=options.cache, single_cls=options.single_cls, seed=options.seed, close_mosaic_epoch=close,
+        stride=stride, cache=options.cache, single_cls=options.single_cls, image_weights=options.image_weights,
+        seed=options.seed, close_mosaic_epoch=close,
     )  # fmt: skip
-    weights = None
-    if options.image_weights:
-        weights = _image_weights(dataset)
+    if options.image_weights and dataset.weights is None:
+        get_logger().info(
+            "--image-weights: without effect, the objects are of fewer than two classes"
+        )
     loader = build_loader(
         dataset, share, workers=options.workers, shuffle=True,
-        seed=options.seed, rank=world.rank, world_size=world.size, image_weights=weights,
+        seed=options.seed, rank=world.rank, world_size=world.size,
     )  # fmt: skip
     return dataset, loader
-
-
-def _image_weights(dataset: DetectionDataset) -> np.ndarray:
-    """Images with rare classes are drawn more often: an image weighs the sum of its objects' inverse class counts."""
-    inverse = 1 / np.maximum(dataset.class_counts(), 1)
-    return np.array([inverse[labels].sum() for labels in dataset.labels_per_image]) + 1e-9
 
 
 def _val_data(
