@@ -123,20 +123,22 @@ def _add_output_flags(parser: ArgumentParser) -> None:
 
 
 def class_indices(words: Sequence[str] | None, names: Sequence[str]) -> list[int] | None:
-    """Indices of `--classes`, given as indices or names.
+    """Indices of `--classes`, given as names or indices; a class whose name is a number goes by its name.
 
     Raises:
         ConfigError: a word that is neither.
     """
     if words is None:
         return None
-    table = {**{name: i for i, name in enumerate(names)}, **{str(i): i for i in range(len(names))}}
+    table = {**{str(i): i for i in range(len(names))}, **{name: i for i, name in enumerate(names)}}
     for word in words:
         if word not in table:
             raise ConfigError(
                 f"--classes: got {word!r}, expected an index below {len(names)} or one of {', '.join(names[:20])}."
                 f"{nearest(word, names)}"
             )
+        if word.isdecimal() and word in names and word != str(table[word]):
+            get_logger().info(f"--classes {word}: the class of this name, index {table[word]}")
     return [table[word] for word in words]
 
 

@@ -202,6 +202,19 @@ def test_classes_are_given_by_index_or_name(words: list[str] | None, expected: l
 
 
 @pytest.mark.parametrize(
+    ("words", "expected", "told"),
+    [
+        (["1"], [0], "--classes 1: the class of this name, index 0\n"),
+        (["3", "2"], [2, 1], "--classes 3: the class of this name, index 2\n--classes 2: the class of this name, index 1\n"),
+        (["0"], [0], ""),
+    ],
+)  # fmt: skip
+def test_a_class_called_by_a_number_goes_by_its_name(words, expected, told, capsys):
+    assert detect.class_indices(words, ("1", "2", "3")) == expected
+    assert capsys.readouterr().err == told
+
+
+@pytest.mark.parametrize(
     ("word", "message"),
     [
         ("2", "got '2', expected an index below 2 or one of square, disc."),
