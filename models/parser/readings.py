@@ -40,7 +40,6 @@ class Reading(NamedTuple):
         drops_width: the constructor takes no output width, so the number went nowhere.
         repeats_inside: the constructor was given the repeats.
         is_guess: wanted only where nothing else fits: by position, or a small number as a width.
-        is_bound: it was given the size of the map.
         is_doubt: its first number is a width beyond doubt elsewhere; told beside another reading, never taken alone.
         group: readings of one group differ in what fits the constructor, not in what the row means.
     """
@@ -52,7 +51,6 @@ class Reading(NamedTuple):
     drops_width: bool = False
     repeats_inside: bool = False
     is_guess: bool = False
-    is_bound: bool = False
     is_doubt: bool = False
     group: int = 0
 
@@ -68,8 +66,11 @@ class RowArguments(NamedTuple):
 def readings(constructor: Constructor, row: RowArguments, inputs: Inputs) -> list[Reading]:
     """Every reading of `row`, the likeliest first, none twice."""
     found: list[Reading] = []
-    by_words = constructor.find(*CHANNEL_ROLES) is not None
-    for reading in (*_by_words(constructor, row, inputs), *_by_position(row, inputs, by_words)):
+    by_words, by_position = (
+        _by_words(constructor, row, inputs),
+        _by_position(constructor, row, inputs),
+    )
+    for reading in (*by_words, *by_position):
         if not any(r[:2] == reading[:2] for r in found):
             found.append(reading)
     return found
@@ -135,13 +136,24 @@ def scaled(value: Any, scaling: Scaling) -> Any:
     return scaling.channels(value) if _is_count(value) else value
 
 
+class _Case(NamedTuple):
+    """A row and the constructor that it is meant for; `own` is given by name, `free` is left."""
+
+    constructor: Constructor
+    row: RowArguments
+    inputs: Inputs
+    own: dict[str, Any]
+    free: list[Argument]
+
+
 def _by_words(constructor: Constructor, row: RowArguments, inputs: Inputs) -> Iterator[Reading]:
     named = {a.name: a for a in constructor.arguments}
     own = {k: _keyword(named.get(k), v, row.scaling, inputs) for k, v in row.kwargs.items()}
     free = [a for a in constructor.arguments if a.name not in own]
+    case = _Case(constructor, row, inputs, own, free)
     heads = product(_heads(constructor, row, inputs), (True, False))
     for group, (head, repeats_inside) in enumerate(heads):
-        for reading in _filled(free, constructor, head, row, inputs, own, repeats_inside):
+        for reading in _filled(case, head, repeats_inside):
             yield reading._replace(group=group, is_guess=head.is_guess, is_doubt=head.is_doubt)
 
 
@@ -154,50 +166,44 @@ def _keyword(argument: Argument | None, value: Any, scaling: Scaling, inputs: In
     return scaled(value, scaling) if _is_width(value) else value
 
 
-def _filled(
-    free: Sequence[Argument],
-    constructor: Constructor,
-    head: _Head,
-    row: RowArguments,
-    inputs: Inputs,
-    own: dict[str, Any],
-    repeats_inside: bool,
-) -> Iterator[Reading]:
-    """The readings that put the numbers of `head` and the known ones into the `free` arguments."""
-    repeats = next((a for a in free if _takes_repeats(a)), None)
+def _filled(case: _Case, head: _Head, repeats_inside: bool) -> Iterator[Reading]:
+    """The readings that put the numbers of `head` and the known ones into the free arguments."""
+    scaling = case.row.scaling
+    repeats = next((a for a in case.free if _takes_repeats(a)), None)
     if repeats_inside and repeats is None:
         return
     if repeats is not None and not repeats_inside and not head.rest:
         return  # nothing in the row could stand for them
-    width = None if head.width is None else scaled(head.width, row.scaling)
-    known: dict[str, list[Any]] = {}
-    for argument in free:
-        values = _values(argument, width, inputs)
-        if values:
-            known[argument.name] = values
+    width = None if head.width is None else scaled(head.width, scaling)
+    known = {a.name: values for a in case.free if (values := _values(a, width, case.inputs))}
     if repeats is not None and repeats_inside:
-        known[repeats.name] = [row.scaling.repeats]
-    left = [a for a in free if a.name not in known and a.by_position]
-    if len(head.rest) > len(left) and not constructor.takes_more:
+        is_told = scaling.repeats > 1 or repeats.is_required
+        known[repeats.name] = [scaling.repeats if is_told else _LEFT_OUT]
+    given = _given(case, head, known)
+    if given is None:
         return
-    given = list(zip(left, head.rest))
-    farthest = DOUBTFUL if head.is_doubt else FARTHEST
-    if not all(argument.suits(value, farthest) for argument, value in given):
-        return
-    inner = {a.name: scaled(v, row.scaling) if a.role is Role.INNER and _is_width(v) else v for a, v in given}  # fmt: skip
-    drops = head.width is not None and not any(a.role is Role.OUTPUT for a in free)
-    more = tuple(head.rest[len(left) :])
-    sizes = {a.name for a in free if a.role in (Role.SIZE, Role.HEIGHT, Role.EXTENT, Role.CELLS)}
+    more = tuple(head.rest[len(given) :])
     for choice in product(*known.values()):
         chosen = {k: v for k, v in zip(known, choice, strict=True) if v is not _LEFT_OUT}
-        call = {**chosen, **inner, **own}
-        yield _call(constructor, call, more)._replace(
+        yield _call(case.constructor, {**chosen, **given, **case.own}, more)._replace(
             width=width if isinstance(width, int) else None,
             written=head.width,
-            drops_width=drops,
+            drops_width=width is not None and all(a.role is not Role.OUTPUT for a in case.free),
             repeats_inside=repeats is not None and repeats_inside,
-            is_bound=bool(sizes & chosen.keys()),
         )
+
+
+def _given(case: _Case, head: _Head, known: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The row's other numbers, in the order of the arguments that nothing else fills; None where they do not suit."""
+    left = [a for a in case.free if a.name not in known and a.by_position]
+    if len(head.rest) > len(left) and not case.constructor.takes_more:
+        return None
+    pairs = list(zip(left, head.rest))
+    farthest = DOUBTFUL if head.is_doubt else FARTHEST
+    if not all(argument.suits(value, farthest) for argument, value in pairs):
+        return None
+    inner = {a.name for a, v in pairs if a.role is Role.INNER and _is_width(v)}
+    return {a.name: scaled(v, case.row.scaling) if a.name in inner else v for a, v in pairs}
 
 
 _LEFT_OUT = object()
@@ -250,10 +256,12 @@ def _call(constructor: Constructor, chosen: Mapping[str, Any], more: tuple[Any, 
     return Reading((*args, *more), {k: v for k, v in chosen.items() if k not in names})
 
 
-def _by_position(row: RowArguments, inputs: Inputs, by_words: bool) -> Iterator[Reading]:
+def _by_position(constructor: Constructor, row: RowArguments, inputs: Inputs) -> Iterator[Reading]:
     """For words that say nothing: input and output, input, output, neither; the numbers of the row behind."""
     args, kwargs = tuple(row.args), dict(row.kwargs)
-    if by_words and args and _is_known_input(args[0], row.scaling, inputs):
+    by_words = constructor.find(*CHANNEL_ROLES) is not None
+    takes_input = constructor.find(Role.INPUT, Role.WIDTH) is not None
+    if takes_input and args and _is_known_input(args[0], row.scaling, inputs):
         return  # the words have a place for it, and no other is meant
     several = len(inputs.channels) > 1
     fronts: list[tuple[Any, ...]] = [inputs.channels] if several else []

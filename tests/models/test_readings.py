@@ -103,6 +103,10 @@ def test_repeats_go_where_the_constructor_takes_them():
         found.text == "Block(c1=256, c2=128, n=3, shortcut=True)" and found.reading.repeats_inside
     )
     assert not settled(CHANGED, [512], repeats=3).reading.repeats_inside
+    assert (
+        read(block("c1, depth=2", "c1", "c1"), []) == "Block(c1=256, depth=2)"
+    )  # a row that repeats nothing leaves it
+    assert read(block("c1, depth=2", "c1", "c1"), [], repeats=3) == "Block(c1=256, depth=3)"
     assert read(build, [512, 2]) == "Block(c1=256, c2=128, n=2, shortcut=False)"  # 2 is no shortcut
 
 
