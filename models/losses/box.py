@@ -28,7 +28,7 @@ from torch import Tensor
 
 from models.losses.measures import BOX_LOSSES, Measure, Numbers, Size
 from models.losses.own import is_own, own_name_problem, own_overlap
-from utils.boxes import BoxPair, cxcywh_to_xyxy, xyxy_to_cxcywh
+from utils.boxes import EPS, BoxPair, cxcywh_to_xyxy, xyxy_to_cxcywh
 from utils.errors import ConfigError, nearest
 
 FORMS = {"inner": "inner_ratio", "alpha": "box_alpha", "focal": "box_gamma"}
@@ -126,10 +126,10 @@ class BoxLoss:
         return 1 - self.measure.factor(pair, self.numbers, size) * (1 - similarity)
 
     def _focus(self, missed: Tensor) -> Tensor:
-        """WIoU v3's weight: largest for pairs about as good as the mean (arXiv 2301.10051)."""
+        """WIoU v3's weight (arXiv 2301.10051): largest for pairs somewhat worse than the mean."""
         assert self.mean is not None
         self.mean.add(missed)
-        outlier, delta = missed / self.mean.value, self.numbers["wiou_delta"]
+        outlier, delta = missed / max(self.mean.value, EPS), self.numbers["wiou_delta"]
         return outlier / (delta * self.numbers["wiou_alpha"] ** (outlier - delta))
 
 

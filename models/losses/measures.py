@@ -85,7 +85,10 @@ def weighed_by_shape(pair: BoxPair, numbers: Numbers, size: Size) -> tuple[Tenso
 
     `shape_scale` 0 weighs both sides alike.
     """
-    powers = pair.sizes[1].clamp(min=pair.eps) ** numbers["shape_scale"]
+    sides = pair.sizes[1].clamp(min=pair.eps)
+    powers = (sides / sides.amax(-1, keepdim=True)) ** numbers[
+        "shape_scale"
+    ]  # of parts: no overflow
     weights = 2 * powers.flip(-1) / powers.sum(-1, keepdim=True)  # of x, from the height, and of y
     distance = (weights * pair.offset.square()).sum(-1) / pair.diagonal_squared
     return distance, _shape_cost(weights * _side_difference(pair), numbers) / 2

@@ -231,8 +231,8 @@ def test_whatever_the_boxes_values_and_gradients_are_finite(name: str, dtype: to
     assert gradient.isfinite().all()
 
 
-def test_alpha_and_shape_hold_for_powers_that_are_not_whole():
-    numbers = {**HYP, "box_alpha": 1.5, "shape_theta": 2.5}
+def test_alpha_and_shape_hold_for_powers_that_are_not_whole_or_large():
+    numbers = {**HYP, "box_alpha": 1.5, "shape_theta": 2.5, "shape_scale": 300.0}
     boxes = PREDICTED.clone().requires_grad_()
     for name in ("alpha-giou", "alpha-siou", "alpha-shape-iou"):
         loss = BoxLoss(name, numbers)(boxes, boxes.detach(), FRAME)
@@ -325,6 +325,14 @@ def test_the_mean_moves_a_little_with_every_step_and_ignores_what_is_no_number()
     mean.add(torch.tensor([torch.nan]))
     mean.update()
     assert mean.value == before
+
+
+def test_a_mean_that_went_to_nothing_divides_nothing():
+    loss = BoxLoss("wiou-v3", HYP)
+    assert loss.mean is not None
+    loss.mean.value = 0.0
+    assert loss(PREDICTED, TARGET, FRAME).isfinite().all()
+    assert loss(TARGET, TARGET, FRAME).tolist() == pytest.approx([0, 0, 0], abs=1e-6)
 
 
 def test_processes_share_one_mean_also_those_that_saw_nothing(monkeypatch: pytest.MonkeyPatch):
