@@ -10,7 +10,7 @@ import torch
 from tiny_models import HEADS, tiny_model
 from torch import nn
 
-from benchmarks import export_table, latency
+from benchmarks import box_losses, export_table, latency
 from benchmarks.settling import classifiers, settle
 from models.exporters.network import blobs
 from models.yolo import build_model
@@ -156,3 +156,35 @@ def test_a_peer_of_another_size_is_refused(tmp_path: Path):
     assert latency.peer_run(path, blobs(1, (64, 64), 0), 1)()[0].shape == (1, 3, 64, 64)
     with pytest.raises(ValueError, match=r"takes \[1, 3, 64, 64\], expected \[1, 3, 32, 64\]"):
         latency.peer_run(path, blobs(1, (32, 64), 0), 1)
+
+
+# --- box losses ------------------------------------------------------------------------------------
+
+
+def test_the_epoch_of_highest_fitness_counts(tmp_path: Path):
+    """0.1 x 0.9 + 0.9 x 0.2 = 0.27, then 0.6 and 0.3: 0.33, then 0.8 and 0.25: 0.305."""
+    path = tmp_path / "results.csv"
+    path.write_text(
+        "epoch,metrics/mAP_0.5,metrics/mAP_0.5:0.95\n0,0.9,0.2\n1,0.6,0.3\n2,0.8,0.25\n"
+    )
+    assert box_losses.best_epoch(path) == {"epoch": 2, "map50": 0.6, "map": 0.3}
+
+
+def test_the_table_of_box_losses_has_means_and_spreads_best_first():
+    rows = [("iou 0", 0.5, 0.2), ("giou 0", 0.6, 0.25), ("giou 1", 0.7, 0.35)]
+    results: dict[str, Any] = {
+        f"yolo11n {name}": {"status": "works", "map50": m50, "map": m, "cpu": 9.0}
+        for name, m50, m in rows
+    }
+    results["yolo11n siou 0"] = {
+        "name": "yolo11n siou 0",
+        "status": "fails",
+        "reason": "took too long",
+    }
+    lines = box_losses.format_table(results, [*results, "yolo11n wiou 0"]).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:4]]
+    assert cells == [
+        ["yolo11n", "giou", "2", "0.650", "0.300", "0.250 to 0.350", "9"],
+        ["yolo11n", "iou", "1", "0.500", "0.200", "-", "9"],
+    ]
+    assert lines[4:] == ["fails: yolo11n siou 0: took too long"]
