@@ -38,6 +38,7 @@ from models.weight_files.unpickle_names import (
     update,
 )
 from utils.errors import CheckpointError
+from utils.files import refuse_special
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
@@ -128,6 +129,7 @@ def open_file(path: str | Path) -> Iterator[TensorFile]:
     """
     path = Path(path)
     try:
+        refuse_special(path)
         with path.open("rb") as stream:
             size = stream.seek(0, io.SEEK_END)
             stream.seek(0)

@@ -206,7 +206,7 @@ class _Copier:
         self.missing: list[str] = []
         self.mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
         self.adapted: list[tuple[str, str]] = []
-        self.count = 0
+        self.count = self.counters = 0
         self.by_name = False
 
     def run(self, state: Mapping[str, Tensor]) -> TransferReport:
@@ -216,6 +216,8 @@ class _Copier:
             old = plan.sources.get(key)
             if old is not None:
                 self._take(key, plan.given[old])
+            elif key.endswith(COUNTER):
+                self.counters += 1
             elif key not in self.optional:
                 self.missing.append(key)
         left = self._left(state)
@@ -225,8 +227,14 @@ class _Copier:
             tuple(self.transferred), tuple(self.partial), tuple(self.missing), tuple(self.mismatched),
             tuple(key for key in left if key not in classifier), plan.moved, (self.count, total),
             tuple(self.adapted), classifier, self.rows.summary() if self.by_name else "",
-            tuple(match.note for _, match in plan.matches if match.note), plan.backbone_only,
+            self._notes(), plan.backbone_only,
         )  # fmt: skip
+
+    def _notes(self) -> tuple[str, ...]:
+        notes = [match.note for _, match in self.plan.matches if match.note]
+        if self.counters:
+            notes.append(f"{self.counters} counters of BatchNorm are not in the file")
+        return tuple(notes)
 
     def _left(self, state: Mapping[str, Tensor]) -> list[str]:
         """Keys of the file that went nowhere; where a module translated them nobody can tell but for the classifier."""
