@@ -151,6 +151,8 @@ def _is_replaced(statement: Statement, family: Family | None) -> bool:
 
 
 def _find(statement: Statement, scope: dict[str, Any]) -> ModuleType:
+    if not statement.full.startswith("timm."):
+        return _plain_import(statement.name, scope, None, statement.names, statement.level)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Importing from timm|Overwriting .* in registry")
         return _plain_import(statement.name, scope, None, statement.names, statement.level)
