@@ -29,6 +29,7 @@ from PIL import Image as PillowImage
 from PIL import UnidentifiedImageError
 
 from utils.errors import DatasetError
+from utils.files import refuse_special
 
 Image: TypeAlias = NDArray[np.uint8]
 """An RGB image, (H, W, 3)."""
@@ -98,6 +99,7 @@ def read_image(path: str | Path, white: float | None = None) -> Image:
         DatasetError: the file cannot be read at all (missing, no permission, disk fault).
     """
     try:
+        refuse_special(path)
         data = Path(path).read_bytes()
     except OSError as error:
         raise _unreachable(path, error) from error
@@ -177,6 +179,7 @@ def image_header(path: str | Path) -> Header:
         DatasetError: the file cannot be read at all.
     """
     try:
+        refuse_special(path)
         with PillowImage.open(path) as image:
             peak = 0
             if not _looks_whole(path, image.format):

@@ -21,6 +21,7 @@ from models.yolo import DetectionModel, build_model
 from utils.channels import white_of
 from utils.checkpoint import require_finite
 from utils.errors import CheckpointError, ConfigError
+from utils.files import special_kind
 from utils.structures import Decoded
 
 __all__ = ["Backend", "load_backend", "model_backend", "model_info"]
@@ -60,6 +61,8 @@ def load_backend(
     path, device = Path(path), torch.device(device)
     if not path.exists():
         raise CheckpointError(f"{path}: no such file. Give the path of a model.")
+    if kind := special_kind(path):
+        raise CheckpointError(f"{path}: got {kind}, expected the file of a model.")
     if backbone and not (cfg and path.suffix == ".pt"):
         raise ConfigError(
             f"--backbone: belongs to --cfg and a .pt file that carries no model; {path} says what it is. Leave it out."

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import CheckpointError
+from utils.files import special_kind
 
 FORMAT = "yoke"
 VERSION = 1
@@ -124,6 +125,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         CheckpointError: it is missing, or written by a later version of the format.
     """
     path = Path(path)
+    if kind := special_kind(path):
+        raise CheckpointError(f"{path}: got {kind}, expected a .pt file.")
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file. Give the path of a .pt checkpoint.")
     try:

@@ -1,4 +1,4 @@
-"""YAML files and command-line values: every problem with its line, all of them told together."""
+"""Recipes and command-line values: every problem with its line, all of them told together."""
 
 from __future__ import annotations
 
@@ -8,14 +8,27 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, NoReturn, cast
-
-import yaml
+from typing import Any, NoReturn
 
 from utils.errors import ConfigError, nearest, printable
 from utils.logger import get_logger
+from utils.yaml_file import YamlFile, load_yaml, parse_value, parse_yaml, read_yaml, save_yaml
 
-YamlPath = tuple[str | int, ...]
+__all__ = [
+    "ArgumentParser",
+    "YamlFile",
+    "increment_path",
+    "integer",
+    "load_hyp",
+    "load_yaml",
+    "number",
+    "parse_imgsz",
+    "parse_value",
+    "parse_yaml",
+    "read_yaml",
+    "report_ignored_flags",
+    "save_yaml",
+]
 
 # Keys of the YOLOv5, YOLOv9 and later recipes; a family that has no use for one says so once.
 KNOWN_HYP_KEYS = frozenset(
@@ -40,125 +53,6 @@ HYP_RANGES = {
 
 FAMILIES = ("yolov5", "yolov9", "yolo11", "rtdetr")
 """A recipe may have a section of each name, with what is meant for that family alone."""
-
-
-class YamlFile(NamedTuple):
-    """A parsed YAML file.
-
-    Attributes:
-        data: its top-level mapping.
-        lines: line number (from 1) of every value, by its path: `("head", 3, 2)` is the third cell
-            of the fourth row of `head`.
-    """
-
-    data: dict[str, Any]
-    lines: dict[YamlPath, int]
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 scalars: `no` and `on` are words, `1e-3` is a number, a date is text."""
-
-
-_Loader.yaml_implicit_resolvers = {}
-for _tag, _pattern, _first in (
-    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
-    ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
-    ("int", r"^[-+]?[0-9]+$", "-+0123456789"),
-    ("float", r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$", "-+0123456789."),
-    ("float", r"^(?:[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$", "-+."),
-    ("merge", r"^<<$", "<"),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
-_Loader.add_constructor(
-    "tag:yaml.org,2002:int",
-    lambda loader, node: int(loader.construct_scalar(cast(yaml.ScalarNode, node)), 10),
-)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes what YAML 1.1 or this dialect would read as anything but text, such as `on` and `1e-3`."""
-
-
-_Dumper.yaml_implicit_resolvers = {
-    first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, []), *resolvers]
-    for first, resolvers in {
-        **dict.fromkeys(yaml.SafeDumper.yaml_implicit_resolvers, []),
-        **_Loader.yaml_implicit_resolvers,
-    }.items()
-}
-
-
-def parse_value(text: str) -> Any:
-    """One value as a file would have it behind its key: `0.5`, `true`, the word `on`, `[8, 16]`.
-
-    Raises:
-        ValueError: it is no YAML.
-    """
-    try:
-        loader = _Loader(text)
-        try:
-            return loader.get_single_data()
-        finally:
-            loader.dispose()
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"not valid YAML - {str(error).splitlines()[0]}") from error
-
-
-def read_yaml(path: str | Path) -> YamlFile:
-    """Read a YAML file whose top level is a mapping, with the line of every value.
-
-    Raises:
-        ConfigError: missing, not YAML, not a mapping, or a key given twice.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot be read - {error.strerror}. Give the path of a YAML file."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{path}: not UTF-8 text - byte {error.start}. Save it as UTF-8."
-        ) from error
-    return parse_yaml(text, str(path))
-
-
-def load_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML file whose top level is a mapping; see `read_yaml`."""
-    return read_yaml(path).data
-
-
-def parse_yaml(text: str, source: str) -> YamlFile:
-    """Parse YAML text; `source` names it in errors. See `read_yaml`."""
-    loader = _Loader(text)
-    try:
-        root = loader.get_single_node()
-        if root is None:
-            return YamlFile({}, {})
-        if not isinstance(root, yaml.MappingNode):
-            raise ConfigError(
-                f"{source}: got {_node_kind(root)}, expected `key: value` lines at the top level."
-            )
-        lines: dict[YamlPath, int] = {}
-        _record_lines(root, (), lines, source, set())
-        return YamlFile(loader.construct_document(root), lines)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(
-            f"{source}{line}: not valid YAML - {error.problem or error.context}."
-        ) from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{source}: not valid YAML - {str(error).splitlines()[0]}.") from error
-    finally:
-        loader.dispose()
-
-
-def save_yaml(path: str | Path, data: Mapping[str, Any]) -> None:
-    """Write plain data as YAML, keys in their order; paths become text, tuples lists."""
-    text = yaml.dump(_yaml_safe(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-    Path(path).write_text(text, encoding="utf-8")
 
 
 def load_hyp(
@@ -312,44 +206,6 @@ def report_ignored_flags(options: argparse.Namespace, defaults: Mapping[str, Any
         get_logger().info(f"accepted but without effect here: {flags}")
 
 
-def _record_lines(
-    node: yaml.Node, path: YamlPath, lines: dict[YamlPath, int], source: str, parents: set[int]
-) -> None:
-    """Fill `lines` and refuse duplicate keys, before anything is constructed."""
-    if id(node) in parents:
-        raise ConfigError(f"{source}:{node.start_mark.line + 1}: an alias that contains itself.")
-    lines[path] = node.start_mark.line + 1
-    inside = parents | {id(node)}
-    if isinstance(node, yaml.SequenceNode):
-        for index, item in enumerate(node.value):
-            _record_lines(item, (*path, index), lines, source, inside)
-    elif isinstance(node, yaml.MappingNode):
-        seen: dict[str, int] = {}
-        for key, value in node.value:
-            line = key.start_mark.line + 1
-            if not isinstance(key, yaml.ScalarNode):
-                raise ConfigError(
-                    f"{source}:{line}: a key must be a word or a number, got {_node_kind(key)}."
-                )
-            if key.value in seen and key.value != "<<":
-                raise ConfigError(
-                    f"{source}:{line}: key {key.value!r} stands twice, first in line "
-                    f"{seen[key.value]}. Remove one."
-                )
-            seen[key.value] = line
-            name = int(key.value) if key.tag.endswith(":int") else key.value
-            _record_lines(value, (*path, name), lines, source, inside)
-            lines[(*path, name)] = line
-
-
-def _node_kind(node: yaml.Node) -> str:
-    kinds: dict[type[yaml.Node], str] = {
-        yaml.SequenceNode: "a list",
-        yaml.MappingNode: "a mapping",
-    }
-    return kinds.get(type(node), "one value")
-
-
 def _type_problem(default: Any, value: Any) -> str:
     """What is wrong with `value` where the recipe has `default`; empty if nothing."""
     expected, fits = _kind(default), _kind(value) == _kind(default)
@@ -378,13 +234,3 @@ def _kind(value: Any) -> str:
         return "a number"
     kinds = {str: "a word", list: "a list", dict: "a mapping", type(None): "nothing"}
     return kinds.get(type(value), type(value).__name__)
-
-
-def _yaml_safe(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k) if not isinstance(k, int) else k: _yaml_safe(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_yaml_safe(item) for item in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    return str(value)

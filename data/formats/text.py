@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from utils.errors import DatasetError
+from utils.files import refuse_special
 
 
 def read_text(path: Path) -> str:
@@ -14,6 +15,7 @@ def read_text(path: Path) -> str:
         DatasetError: the file cannot be read, or is in another encoding.
     """
     try:
+        refuse_special(path)
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DatasetError(

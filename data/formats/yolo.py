@@ -29,6 +29,7 @@ from data.formats.table import Rows, Table, image_ids_from_names, read_headers
 from data.formats.text import read_text
 from data.images import is_image_path
 from utils.errors import DatasetError
+from utils.files import refuse_special
 
 TOLERANCE = 0.01
 """By how much a fraction may leave 0..1 before the row is held to be in other units."""
@@ -145,6 +146,7 @@ def _check_that_labels_exist(config: DataConfig, split: str, listing: Listing) -
 def _read_file(path: str, size: tuple[int, int], config: DataConfig, rows: Rows) -> None:
     nothing = (np.zeros(0, np.int64), np.zeros((0, 4)), np.zeros(0, np.bool_))
     try:
+        refuse_special(path)
         with open(path, encoding="utf-8-sig") as file:
             lines = file.read().splitlines()
     except FileNotFoundError:

@@ -1,6 +1,7 @@
 """YAML with lines, hyper-parameters, run folders, sizes, command-line values."""
 
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from utils.config import (
     load_yaml,
     number,
     parse_imgsz,
+    parse_value,
     parse_yaml,
+    read_yaml,
     report_ignored_flags,
     save_yaml,
 )
@@ -250,3 +253,42 @@ def test_flags_without_effect_are_said_once_and_only_if_given(messages) -> None:
     assert messages == []
     report_ignored_flags(parser().parse_args(["--quad"]), {"quad": False, "epochs": 100})
     assert messages == ["accepted but without effect here: --quad"]
+
+
+LISTS = "a0: &a0 [1, 1]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10)
+)
+MAPS = "a0: &a0 {k: 1}\n" + "".join(
+    f"a{i}: &a{i} {{{', '.join(f'k{j}: *a{i - 1}' for j in range(9))}}}\n" for i in range(1, 10)
+)
+MERGES = "a0: &a0 {k: 1}\n" + "".join(
+    f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}], z{i}: 1}}\n" for i in range(1, 10)
+)
+
+
+@pytest.mark.parametrize("text", [LISTS, MAPS, MERGES])
+def test_a_few_lines_of_aliases_do_not_stand_for_billions_of_values(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"^x.yaml: its aliases \(\*name\) stand for .*e\+\d+ v"):
+        parse_yaml(text, "x.yaml")
+    with pytest.raises(ValueError, match="aliases"):
+        parse_value("{" + ", ".join(text.replace(": &", " : &").splitlines()) + "}")
+
+
+def test_aliases_in_reason_are_read_with_the_lines_of_their_values() -> None:
+    file = parse_yaml("a: &a [1, 2]\nb: [*a, *a]\nc: {<<: {d: 1}}\n", "x.yaml")
+    assert file.data == {"a": [1, 2], "b": [[1, 2], [1, 2]], "c": {"d": 1}}
+    assert file.lines[("b", 1, 0)] == 1 and file.lines[("b",)] == 2
+
+
+def test_what_has_no_end_is_no_yaml_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "zero.yaml").symlink_to("/dev/zero")
+    (tmp_path / "large.yaml").write_bytes(b"a: 1\n" * (1 << 20))
+    for name, told in (
+        ("pipe.yaml", "cannot be read - a named pipe, not a file"),
+        ("zero.yaml", "cannot be read - a device, not a file"),
+        ("large.yaml", "got more than 4 MiB, expected a YAML file."),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            read_yaml(tmp_path / name)
+        assert str(caught.value).startswith(f"{tmp_path / name}: {told}")
