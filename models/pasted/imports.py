@@ -10,6 +10,7 @@ from __future__ import annotations
 import builtins
 import importlib
 import importlib.util
+import os
 import sys
 import sysconfig
 import warnings
@@ -23,9 +24,9 @@ from models.pasted.families import Family, family_of
 from models.pasted.statement import PastedImportError, Statement, alone, unknown, without_cuda
 from utils.logger import get_logger
 
-ROOT = Path(__file__).resolve().parents[2]
 OWN_ROOMS = ("models", "utils", "data", "engine")
 DROPPED_FILES = "models.modules."
+PACKAGES = ("site-packages", "dist-packages")
 BUILT_LATE = ("models.yolo",)
 """Ours, but it imports the users' files itself: what the table knows is taken from there."""
 
@@ -70,13 +71,11 @@ def _import(
 
 def _is_users(scope: Mapping[str, Any] | None) -> bool:
     """Whether the module with these globals is a file of a user: dropped into `models/modules/`, or outside of everything."""
-    file = (scope or {}).get("__file__")
-    if not scope or not isinstance(file, str):
-        return False
-    if str(scope.get("__name__")).startswith(DROPPED_FILES):
-        return True
-    packages = ("site-packages", "dist-packages")
-    return not file.startswith(_NOT_USERS) and not any(part in file for part in packages)
+    file, name = (scope or {}).get("__file__"), str((scope or {}).get("__name__"))
+    if not isinstance(file, str) or name.startswith(DROPPED_FILES):
+        return isinstance(file, str)
+    is_ours = name.split(".")[0] in OWN_ROOMS
+    return not is_ours and not file.startswith(_LIBRARIES) and not any(p in file for p in PACKAGES)
 
 
 def _absolute(name: str, level: int, scope: Mapping[str, Any]) -> str:
@@ -219,8 +218,6 @@ def _load_operators(code: CodeType) -> None:
 
 
 _BUILTINS = {**vars(builtins), "__import__": _import}
-_NOT_USERS = (
-    *(f"{ROOT / room}/" for room in OWN_ROOMS),
-    *(f"{sysconfig.get_path(kind)}/" for kind in ("stdlib", "platstdlib", "purelib", "platlib")),
-    "<",
+_LIBRARIES = tuple(
+    sysconfig.get_path(kind) + os.sep for kind in ("stdlib", "platstdlib", "purelib", "platlib")
 )

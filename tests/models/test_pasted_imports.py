@@ -211,9 +211,9 @@ def test_nothing_of_python_is_changed_afterwards(run):
     assert builtins.__import__ is hook
 
 
-@pytest.mark.parametrize("file", [torch.__file__, os.__file__, common.__file__])
-def test_files_that_are_not_a_users_import_as_they_did(file: str):
-    scope = {"__name__": "anything", "__file__": file}
+@pytest.mark.parametrize("module", [torch, os, common, importlib])
+def test_files_that_are_not_a_users_import_as_they_did(module: ModuleType):
+    scope = {"__name__": module.__name__, "__file__": module.__file__}
     with pasted_imports():
         assert builtins.__import__("collections", scope, None, ("Iterable",), 0) is collections
         with pytest.raises(ModuleNotFoundError):
