@@ -10,6 +10,7 @@ import math
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy
 import pytest
