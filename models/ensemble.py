@@ -55,7 +55,8 @@ class Ensemble(Backend):
         stride = math.lcm(*(member.stride for member in members))
         imgsz = _common_size(members, files, stride)
         info = ArtifactInfo(
-            members[0].names, stride, imgsz, None, all(m.dynamic for m in members), "ensemble", "nms", "decoded"
+            members[0].names, stride, imgsz, None, all(m.dynamic for m in members), "ensemble", "nms", "decoded",
+            white=_common_white(members, files),
         )  # fmt: skip
         super().__init__(info, lambda images: (), members[0].device)
         self.members, self.files = tuple(members), tuple(files)
@@ -113,3 +114,14 @@ def _common_size(members: Sequence[Backend], files: Sequence[str], stride: int) 
         return height, width
     heights, widths = zip(*(member.imgsz for member in members))
     return -(-max(heights) // stride) * stride, -(-max(widths) // stride) * stride
+
+
+def _common_white(members: Sequence[Backend], files: Sequence[str]) -> float | None:
+    """What all take for white in deep images: one picture is read for them all."""
+    whites = {member.info.white: file for member, file in zip(members, files)}
+    if len(whites) > 1:
+        told = ", ".join(f"{w or 'the full range'} ({file})" for w, file in whites.items())
+        raise ConfigError(
+            f"--weights: got white {told}, expected one. Train them with the same `white:` of the data YAML."
+        )
+    return next(iter(whites))

@@ -102,6 +102,10 @@ def test_an_ensemble_takes_the_largest_size_or_the_only_one(
         ({"names": ("dog", "cat")}, "class 0 of b.onnx - got 'dog', expected 'cat' as in a.onnx"),
         ({"names": ("cat", "dog", "cow")}, "class 2 of b.onnx - got 'cow', expected ''"),
         ({"imgsz": (32, 32)}, r"got fixed sizes 64x96 \(a.onnx\), 32x32 \(b.onnx\), expected one"),
+        (
+            {"white": 4095.0},
+            r"got white the full range \(a.onnx\), 4095.0 \(b.onnx\), expected one",
+        ),
         ({"dynamic": True, "stride": 64}, "a.onnx takes 64x96 alone, the others multiples of 64"),
     ],
 )
