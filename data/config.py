@@ -52,6 +52,7 @@ KEYS = (
 )
 MOST_CLASSES = 100_000
 """More are a slip, and would take memory before anything else is looked at."""
+LONGEST_VALUE = 80  # characters of a value in a message
 _REPR = reprlib.Repr()
 _REPR.maxlevel, _REPR.maxlist, _REPR.maxdict, _REPR.maxstring = 3, 20, 20, 80
 
@@ -133,7 +134,8 @@ def _as_written(text: str) -> dict[str, Any]:
 
 def _shown(value: Any) -> str:
     """A value in a message, however long or deep it is."""
-    return _REPR.repr(value)
+    text = _REPR.repr(value)
+    return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 3] + "..."
 
 
 def _build(document: Mapping[str, Any], file: Path) -> DataConfig:
@@ -150,7 +152,8 @@ def _build(document: Mapping[str, Any], file: Path) -> DataConfig:
     images = _read_image_folders(document.get("images"), path, problems)
     pixels = _read_pixels(document, problems)
     if problems:
-        raise DatasetError(f"{file}: {'; '.join(problems)}.")
+        told = "; ".join(problems)
+        raise DatasetError(f"{file}: {told}" + ("" if told.endswith("?") else "."))
     script = document.get("download")
     config = DataConfig(
         path=path,
@@ -319,8 +322,9 @@ def _read_image_folders(value: Any, path: Path, problems: list[str]) -> dict[str
         return {}
     unknown = [key for key in value if key not in (*SPLITS, *ALIASES)]
     if unknown:
-        told = f"expected {', '.join(SPLITS)}.{nearest(str(unknown[0]), SPLITS)}"
-        problems.append(f"images - got {_shown(unknown[0])}, {told}".rstrip("."))
+        hint = nearest(str(unknown[0]), SPLITS)
+        told = f"expected {', '.join(SPLITS)}{'.' if hint else ''}{hint}"
+        problems.append(f"images - got {_shown(unknown[0])}, {told}")
     folders = {str(key): _entry_path(folder, path) for key, folder in value.items()}
     return {ALIASES.get(split, split): folder for split, folder in folders.items()}
 

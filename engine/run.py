@@ -27,6 +27,7 @@ from engine.setup import (
     recipe,
     settle_losses,
     settle_white,
+    tell_limits,
 )
 from engine.stopping import StopRequest
 from engine.weights import build_from_flags
@@ -181,11 +182,16 @@ def prepare(
         )
     if options.sync_bn and world.is_distributed:
         model = with_shared_norms(model)
+    elif options.sync_bn:
+        get_logger().info("--sync-bn: without effect, there is one process")
     frozen = freeze(model, options.freeze) if options.freeze else []
     train_set, train_loader = _train_data(options, data, hyp, imgsz, model.max_stride, world)
     val_set, val_loader = _val_data(options, data, imgsz, model.max_stride, world)
-    if model.head.loss == "anchor" and not (options.noautoanchor or options.resume):
-        check_anchors(model, _sizes_at(train_set, imgsz), hyp["anchor_t"], options.seed)
+    sizes = _sizes_at(train_set, imgsz)
+    tell_limits(model.head, sizes, np.diff(train_set.offsets))
+    if model.head.loss == "anchor":
+        refit = not (options.noautoanchor or options.resume)
+        check_anchors(model, sizes, hyp["anchor_t"], options.seed, refit=refit)
     accumulate = max(round(hyp["nbs"] / batch_size), 1)
     hyp = _settle_optimizer(hyp, model.head.num_classes, len(train_set), options)
     decay = hyp["weight_decay"] * batch_size * accumulate / hyp["nbs"]

@@ -177,7 +177,33 @@ def _parameters_under(module: str, names: Sequence[str]) -> list[str]:
     return under or ["nothing"]
 
 
-def check_anchors(model: DetectionModel, sizes: np.ndarray, threshold: float, seed: int) -> None:
+def tell_limits(head: Any, sizes: np.ndarray, per_image: np.ndarray) -> None:
+    """Say how many objects the head cannot learn, or only sometimes; of anchors `check_anchors` does.
+
+    Args:
+        head: of the model.
+        sizes: object widths and heights at the training size, in pixels, (N, 2).
+        per_image: number of objects of every image, (n,).
+    """
+    log, finest = get_logger(), min(head.strides)
+    if head.loss == "hungarian":
+        beyond = int(np.maximum(per_image - head.num_queries, 0).sum())
+        if beyond:
+            log.warning(
+                f"objects beyond the head's {head.num_queries} queries an image, not learned: {beyond} of {len(sizes)}"
+            )
+    elif head.loss != "anchor" and (
+        thin := int((sizes.min(axis=1, initial=np.inf) < finest).sum())
+    ):
+        log.info(
+            f"objects thinner than the finest stride of {finest}, learned only where a point of its grid lies in them: "
+            f"{thin} of {len(sizes)}"
+        )
+
+
+def check_anchors(
+    model: DetectionModel, sizes: np.ndarray, threshold: float, seed: int, *, refit: bool = True
+) -> None:
     """Measure the anchors on the data set's object sizes and fit new ones where they cover too little.
 
     Args:
@@ -185,6 +211,7 @@ def check_anchors(model: DetectionModel, sizes: np.ndarray, threshold: float, se
         sizes: object widths and heights at the training size, in pixels, (N, 2).
         threshold: largest ratio of sides, `anchor_t`.
         seed: of the fit.
+        refit: False keeps them and only tells.
     """
     log, head = get_logger(), model.head
     strides = head.anchors.new_tensor(head.strides).view(-1, 1, 1)
@@ -193,7 +220,7 @@ def check_anchors(model: DetectionModel, sizes: np.ndarray, threshold: float, se
         return
     fit = anchor_fit(sizes, current, threshold)
     log.info(f"anchors: {fit.per_object:.2f} an object, best possible recall {fit.recall:.4f}")
-    if fit.recall >= GOOD_RECALL:
+    if fit.recall >= GOOD_RECALL or not refit:
         return
     try:
         new = fit_anchors(sizes, len(current), threshold, seed=seed)

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from engine.setup import RECIPES, automatic_batch_size, check_anchors, freeze, recipe
+from engine.setup import (
+    RECIPES,
+    automatic_batch_size,
+    check_anchors,
+    freeze,
+    recipe,
+    tell_limits,
+)
 from models.yolo import DetectionModel, build_model
 from utils.errors import ConfigError
 
@@ -248,3 +255,30 @@ def test_measuring_the_memory_leaves_the_model_as_it_was(monkeypatch: pytest.Mon
     assert batches == [1, 2, 4, 8]
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_anchors_that_are_to_stay_are_measured_all_the_same(tiny_cfg: Path, capsys):
+    model = build_model(tiny_cfg)
+    before = model.head.anchors.clone()
+    check_anchors(model, np.array([[400.0, 5.0], [12.0, 12.0]]), 4.0, 0, refit=False)
+    assert "best possible recall 0.5000" in capsys.readouterr().err
+    assert bool((model.head.anchors == before).all())
+
+
+@pytest.mark.parametrize(
+    ("loss", "told"),
+    [
+        ("hungarian", "objects beyond the head's 2 queries an image, not learned: 3 of 6"),
+        ("task_aligned", "learned only where a point of its grid lies in them: 2 of 6"),
+        ("anchor", ""),
+    ],
+)
+def test_objects_that_a_head_cannot_learn_are_counted(loss: str, told: str, capsys):
+    """Images of 5 and 1 objects; two objects are thinner than the finest stride of 8."""
+    head = SimpleNamespace(loss=loss, num_queries=2, strides=(8, 16))
+    sizes = np.array([[9.0, 9], [7.9, 30], [30, 7], [8, 8], [50, 50], [20, 20]])
+    tell_limits(head, sizes, np.array([5, 1]))
+    said = capsys.readouterr().err
+    assert told in said if told else not said
+    tell_limits(head, np.zeros((0, 2)), np.array([0]))
+    assert not capsys.readouterr().err
