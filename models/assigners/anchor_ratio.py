@@ -11,6 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+BESIDE = (
+    (-0.5, 0.0),
+    (0.0, -0.5),
+    (0.5, 0.0),
+    (0.0, 0.5),
+)  # half a cell to the left, up, right, down
+
 
 class AnchorMatches(NamedTuple):
     """Which predictions of one level answer for which objects; all (P,), int64."""
@@ -32,8 +39,9 @@ def match_sizes(sizes: Tensor, anchors: Tensor, threshold: float) -> Tensor:
     Returns:
         (K, N), bool.
     """
-    ratio = sizes[None] / anchors[:, None]
-    return torch.maximum(ratio, 1 / ratio).amax(-1) < threshold
+    larger = torch.maximum(sizes[None], anchors[:, None])
+    smaller = torch.minimum(sizes[None], anchors[:, None])
+    return (larger < threshold * smaller).all(-1)
 
 
 @torch.no_grad()
@@ -42,8 +50,12 @@ def assign_level(
 ) -> AnchorMatches:
     """Match the objects of a batch to the predictions of one level.
 
+    A decoded centre lies between -0.5 and 1.5 cells of its cell's corner (2 x sigmoid - 0.5), so beside the cell that holds it
+    the neighbours answer whose line is less than half a cell away. A centre on a line is 0 away from it on both sides: it has
+    the neighbour before the line, and its own cell once more for the side behind, as the published losses count it.
+
     Example: a box centred at (2.3, 4.6) on a 10 x 10 grid belongs to the cell in column 2, row 4, and to its
-    neighbours to the left (0.3 < 0.5) and below (0.6 > 0.5).
+    neighbours to the left (the line at 2 is 0.3 away) and below (the line at 5 is 0.4 away).
 
     Args:
         boxes: cxcywh in cells of this level, (N, 4).
@@ -56,12 +68,14 @@ def assign_level(
     )
     centre = boxes[object_index, :2]
     limit = centre.new_tensor([grid[1], grid[0]])
-    own = torch.ones(len(centre), dtype=torch.bool, device=centre.device)
-    near_low = (centre % 1 < 0.5) & (centre > 1)
-    near_high = ((limit - centre) % 1 < 0.5) & (limit - centre > 1)
-    chosen = torch.stack((own, near_low[:, 0], near_low[:, 1], near_high[:, 0], near_high[:, 1]))
-    steps = centre.new_tensor([[0, 0], [-0.5, 0], [0, -0.5], [0.5, 0], [0, 0.5]])
-    step_index, match_index = chosen.nonzero(as_tuple=True)
-    cell = (centre[match_index] + steps[step_index]).floor()
-    cols, rows = torch.minimum(cell.clamp(min=0), limit - 1).long().unbind(-1)
-    return AnchorMatches(object_index[match_index], anchor_index[match_index], rows, cols)
+    is_before = (centre - centre.floor() < 0.5) & (
+        centre > 1
+    )  # the line at the left, above; not that of the image
+    is_behind = (centre.ceil() - centre < 0.5) & (limit - centre > 1)
+    own = torch.ones_like(is_before[:, :1])
+    answers = torch.cat((own, is_before, is_behind), 1).T
+    moved = centre + torch.cat((centre.new_zeros(1, 2), centre.new_tensor(BESIDE)))[:, None]
+    _, pair = answers.nonzero(as_tuple=True)
+    cells = torch.minimum(moved[answers].floor().clamp(min=0), limit - 1)
+    cols, rows = cells.long().unbind(-1)
+    return AnchorMatches(object_index[pair], anchor_index[pair], rows, cols)

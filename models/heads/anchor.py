@@ -18,7 +18,8 @@ from models.registry import LayerError, Plan, Scaling, single
 from models.transformer import widen
 from utils.structures import Decoded, Targets
 
-OBJECTS_PER_IMAGE = 8  # prior behind the objectness bias: so many objects in an image of 640 x 640
+OBJECTS_PER_IMAGE = 7.7  # of COCO (arXiv 1405.0312, section 5): what a cell's objectness starts from, spread over its level
+CERTAIN = 17.0  # a logit whose probability is 1 in float32: a single class is not trained, its score is the objectness
 
 
 class AnchorRaw(NamedTuple):
@@ -82,13 +83,14 @@ class AnchorDetect(nn.Module):
         self.m = nn.ModuleList(nn.Conv2d(width, outputs, 1) for width in channels)
 
     def initialize(self, strides: Sequence[int]) -> None:
-        """Bring anchors to strides and set the biases so that scores start at their prior."""
+        """Bring anchors to strides and set the biases: objectness starts at its share of cells, all classes alike."""
         self.strides = tuple(strides)
         self.anchors /= self.anchors.new_tensor(self.strides).view(-1, 1, 1)
         for convolution, stride in zip(self.m, self.strides, strict=True):
             bias: Tensor = convolution.bias.detach().view(self.num_anchors, -1)  # type: ignore[operator, union-attr]
-            bias[:, 4] += math.log(OBJECTS_PER_IMAGE / (640 / stride) ** 2)
-            bias[:, 5:] += math.log(0.6 / (self.num_classes - 0.99999))
+            share = OBJECTS_PER_IMAGE * (stride / 640) ** 2
+            bias[:, 4] += math.log(share / (1 - share)) if share < 1 else 0.0
+            bias[:, 5:] += CERTAIN if self.num_classes == 1 else -math.log(self.num_classes - 1)
 
     def forward(self, features: Sequence[Tensor], targets: Targets | None = None) -> AnchorRaw:
         """Raw predictions for one feature map (B, C, H, W) a level."""

@@ -72,10 +72,17 @@ def test_anchors_are_kept_in_strides_and_biases_start_at_the_prior():
     before = plain.m[0].bias.detach().clone()
     plain.initialize((8,))
     change = (plain.m[0].bias - before).tolist()
-    # 8 objects in an image of 640 x 640 cut into 80 x 80 cells; classes at 0.6 / (C - 1)
-    expected = [0, 0, 0, 0, math.log(8 / 80**2), math.log(0.6 / 1.00001), math.log(0.6 / 1.00001)]
-    assert change == pytest.approx(expected, abs=1e-6)
+    # 7.7 objects in an image of 640 x 640 cut into 80 x 80 cells; each of two classes has an even chance
+    assert change == pytest.approx([0, 0, 0, 0, math.log(7.7 / (6400 - 7.7)), 0, 0], abs=1e-6)
     assert plain.m[0].bias.requires_grad
+
+
+@pytest.mark.parametrize(("classes", "probability"), [(5, 0.2), (80, 1 / 80), (1, 1.0)])
+def test_every_class_starts_as_likely_as_another_and_a_single_one_is_certain(classes, probability):
+    head = AnchorDetect(classes, [[8, 8]], [4])
+    torch.nn.init.zeros_(head.m[0].bias)
+    head.initialize((8,))
+    assert head.m[0].bias[5:].sigmoid().tolist() == pytest.approx([probability] * classes)
 
 
 @pytest.mark.parametrize(
