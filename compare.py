@@ -19,6 +19,7 @@ from torch import Tensor
 from data.dataset import build_dataset
 from data.loader import build_loader
 from engine.flags import add_data_flag, add_device_flag, add_run_flags, add_size_flag
+from engine.outputs import tell_other_score
 from engine.setup import open_data
 from models.backends import Backend, load_backend
 from models.pretrained import load_weights
@@ -147,6 +148,7 @@ def measure_map(
         evaluator,
         device=device,
     )
+    tell_other_score(dataset, evaluator)
     return result.metrics.map50, result.metrics.map50_95
 
 

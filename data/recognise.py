@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def recognise_entry(entry: Path) -> tuple[str, Path]:
     if entry.is_dir():
         if (entry / ROBOFLOW_COCO).is_file():
             return "coco", entry / ROBOFLOW_COCO
-        if next(entry.glob("*.xml"), None) is not None:
+        if _has_xml(entry):
             return "voc", entry
     elif entry.suffix.lower() == ".txt" and _is_image_set(entry):
         return "voc", entry
@@ -86,9 +87,13 @@ def _first_split(folder: Path, names: Iterable[str]) -> Path | None:
             if place.is_file():
                 return place
         for place in (folder / "images" / name, folder / name / "images", folder / name):
-            if place.is_dir() and (_has_images(place) or any(place.glob("*.xml"))):
+            if place.is_dir() and (_has_images(place) or _has_xml(place)):
                 return place
     return None
+
+
+def _has_xml(folder: Path) -> bool:
+    return any(name.lower().endswith(".xml") for name in os.listdir(folder))
 
 
 def _has_images(folder: Path) -> bool:

@@ -71,10 +71,10 @@ def unused_labels(labels: str, pictures: str, used: Iterable[str], is_deep: bool
         is_deep: whether the folders below count too.
     """
     stems = {
-        os.path.splitext(path)[0] for path in _files(pictures, is_deep) if not _is_sidecar(path)
+        os.path.splitext(path)[0] for path in files_in(pictures, is_deep) if not _is_sidecar(path)
     }
     remarks = []
-    for path in sorted(set(_files(labels, is_deep)) - set(used)):
+    for path in sorted(set(files_in(labels, is_deep)) - set(used)):
         stem, suffix = os.path.splitext(path)
         place = os.path.normpath(os.path.join(pictures, os.path.relpath(stem, labels)))
         if suffix.lower() == ".txt" and place not in stems and not _is_no_label(path):
@@ -87,11 +87,12 @@ def count_beside(paths: Iterable[str], known: Iterable[str] = ()) -> int:
     """Pictures in the folders of `paths` that are neither one of them nor `known`."""
     taken = set(paths)
     folders = {os.path.dirname(path) for path in taken}
-    found = {path for folder in folders for path in _files(folder, False) if is_image_path(path)}
+    found = {path for folder in folders for path in files_in(folder) if is_image_path(path)}
     return len(found - taken - set(known))
 
 
-def _files(folder: str, is_deep: bool) -> list[str]:
+def files_in(folder: str, is_deep: bool = False) -> list[str]:
+    """Files of a folder, of those below too if `is_deep`; none where there is no such folder."""
     if not os.path.isdir(folder):
         return []
     if is_deep:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from data.formats.description import DataConfig, Listing, files_below
 from data.formats.faults import Fault
 from data.formats.leftovers import (
+    files_in,
     repeated_images,
     shared_labels,
     unread_files,
@@ -31,6 +33,9 @@ from data.images import is_image_path
 from utils.errors import DatasetError
 from utils.files import refuse_special
 
+FEW_NAMES = 1000
+"""Longer lists are compared with what their folders have."""
+IGNORES_CASE = sys.platform in ("win32", "darwin")
 TOLERANCE = 0.01
 """By how much a fraction may leave 0..1 before the row is held to be in other units."""
 
@@ -69,18 +74,19 @@ def find(config: DataConfig, split: str) -> Listing:
             f"{config.file}: {split} - got no image in "
             f"{', '.join(map(str, config.entries(split)))}, expected at least one."
         )
-    labels = [_label_file(image) for image in images]
+    labels = _label_files(images)
     remarks = [*unread_files(others), *repeated_images(images), *shared_labels(images, labels)]
     for folder, pictures, is_deep in _label_folders(config.entries(split), images):
         remarks += unused_labels(folder, pictures, labels, is_deep)
     return Listing(labels, images, tuple(remarks))
 
 
-def _label_file(image: str) -> str:
-    """The label file of an image, also under a suffix in capitals if it stands there so."""
-    path = label_path(image)
-    capitals = path[:-4] + ".TXT"
-    return capitals if not os.path.exists(path) and os.path.exists(capitals) else path
+def _label_files(images: Sequence[str]) -> list[str]:
+    """The label file of each image, under a suffix in capitals where it stands there so."""
+    paths = [label_path(image) for image in images]
+    present = {file for folder in {os.path.dirname(p) for p in paths} for file in files_in(folder)}
+    capitals = {path: path[:-4] + ".TXT" for path in paths if path not in present}
+    return [capitals[path] if capitals.get(path) in present else path for path in paths]
 
 
 def _label_folders(
@@ -104,16 +110,36 @@ def read_list(path: Path, root: Path) -> list[str]:
     A relative name is looked for beside the list, then in the data set's folder, then in the
     current one.
     """
-    lines = read_text(path).splitlines()
-    names = [line.strip() for line in lines if line.strip()]
-    return [_place(name, (path.parent, root, Path.cwd())) for name in names]
+    names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    folders = dict.fromkeys(str(folder) for folder in (path.parent, root, Path.cwd()))
+    is_there = _Listed().holds if len(names) > FEW_NAMES else os.path.exists
+    return [_place(name, list(folders), is_there) for name in names]
 
 
-def _place(name: str, folders: Sequence[Path]) -> str:
+class _Listed:
+    """Tells whether files are there, with one look into each folder: millions of questions take minutes."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, frozenset[str]] = {}
+
+    def holds(self, path: str) -> bool:
+        """Whether the file is in its folder; a name in another spelling is asked for."""
+        folder, name = os.path.split(path)
+        if folder not in self._names:
+            try:
+                self._names[folder] = frozenset(os.listdir(folder or "."))
+            except OSError:
+                self._names[folder] = frozenset()
+        names = self._names[folder]
+        return name in names or (IGNORES_CASE and bool(names) and os.path.exists(path))
+
+
+def _place(name: str, folders: Sequence[str], is_there: Callable[[str], bool]) -> str:
     if os.path.isabs(name):
         return name
-    places = [os.path.normpath(folder / name) for folder in folders]
-    return next((place for place in places if os.path.exists(place)), places[0])
+    places = (os.path.normpath(os.path.join(folder, name)) for folder in folders)
+    first = next(places)
+    return first if is_there(first) else next((p for p in places if is_there(p)), first)
 
 
 def read(config: DataConfig, split: str, listing: Listing) -> Table:

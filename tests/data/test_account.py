@@ -155,14 +155,15 @@ def test_of_two_pictures_of_one_annotation_voc_takes_one_and_counts_the_other(ti
     assert "pictures beside them that no annotation names: 1" in caplog.text
 
 
-def test_voc_folders_in_folders_keep_their_own_images(tiny):
+@pytest.mark.parametrize("entry", ["nested", "[nested/0, nested/1]"])
+def test_voc_folders_in_folders_keep_their_own_images(tiny, entry):
     """Two annotations of one name: each has the picture that stands beside it."""
     for number, name in enumerate("ad"):
         folder = tiny / "nested" / str(number)
         folder.mkdir(parents=True)
         (tiny / f"images/train/{name}.png").rename(folder / "x.png")
         (tiny / f"voc/train/{name}.xml").rename(folder / "x.XML")
-    (tiny / "n.yaml").write_text("train: nested\nformat: voc\nnames: [cat, dog]\n")
+    (tiny / "n.yaml").write_text(f"train: {entry}\nformat: voc\nnames: [cat, dog]\n")
     dataset = build(tiny / "n.yaml")
     assert [Path(path).parent.name for path in dataset.paths] == ["0", "1"]
     assert dataset.sizes.tolist() == [[40, 60], [50, 50]] and dataset.offsets.tolist() == [0, 2, 5]
