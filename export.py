@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -30,6 +31,7 @@ from models.exporters.torch_files import (
     export_torchscript,
 )
 from models.exporters.verify import Case, verify
+from models.modules import USER_CODE
 from models.pretrained import load_single, load_weights, require_whole
 from models.reparam import fuse
 from models.transformer import SAMPLINGS, DeformableAttention, set_sampling
@@ -37,7 +39,7 @@ from models.yolo import DetectionModel, build_model
 from utils.channels import white_of
 from utils.config import ArgumentParser, integer, number, parse_imgsz
 from utils.device import select_device
-from utils.errors import ConfigError, nearest, run_cli
+from utils.errors import ConfigError, ForeignError, UserError, foreign_code, nearest, run_cli
 from utils.logger import get_logger
 
 IGNORED = {
@@ -115,14 +117,31 @@ def export(
     artifacts = []
     for name, exporter in chosen:
         start = time.perf_counter()
-        path = exporter.write(fused if exporter.fused else model, options, weights)
+        with _one_line(name, "cannot be written"):
+            path = exporter.write(fused if exporter.fused else model, options, weights)
         seconds = time.perf_counter() - start
         log.info(f"{name}: {path} ({_megabytes(path):.1f} MB) in {seconds:.1f} s")
-        cases = verify(path, fused, _shown(exporter, options))
+        with _one_line(name, f"was written to {path}, but cannot be run"):
+            cases = verify(path, fused, _shown(exporter, options))
         for case in cases:
             log.info(f"  {case}")
         artifacts.append(Artifact(path, seconds, cases))
     return artifacts
+
+
+@contextmanager
+def _one_line(name: str, what: str) -> Iterator[None]:
+    """What an exporter or a runtime cannot do with a model, as one line with the reason."""
+    try:
+        with foreign_code(UserError, OSError, users=USER_CODE):
+            yield
+    except ForeignError as error:
+        others = ", ".join(form for form in EXPORTERS if form != name)
+        reason = str(error).rstrip(".")
+        raise ConfigError(
+            f"--include {name}: this model {what} - {reason}. Take another form ({others}), or change "
+            "that part of the model."
+        ) from error
 
 
 def _shown(exporter: Exporter, options: ExportOptions) -> ExportOptions:

@@ -39,7 +39,10 @@ GENERAL_BATCH = 3
 GENERAL_CELLS = (9, 11)
 """A shape without coincidences; rows and columns of the coarsest map."""
 STANDARD_OUTPUT = 1
-UNKNOWN_OPERATOR = re.compile(r"operator '([\w:]+)'")
+DYNAMO_OPSET = 18
+NEWER_OPSETS = {"torchvision::deform_conv2d": 19}
+"""Operators that opset 18 lacks, and the first that has them (onnx.ai/onnx/operators)."""
+UNKNOWN_OPERATOR = re.compile(r"(?:operator '|unrecognized namespace )([\w:]+)")
 
 
 def export_onnx(model: DetectionModel, options: ExportOptions, weights: Path) -> Path:
@@ -94,10 +97,12 @@ def trace_onnx(
                     **legacy,
                 )  # fmt: skip
         except torch.onnx.errors.UnsupportedOperatorError as error:
-            operator = UNKNOWN_OPERATOR.search(str(error))
-            why = f"onnx: {operator[1] if operator else 'an operator'} is not in opset {options.opset}"
-            proto = _trace_dynamo(network, outputs, options, why)
-            get_logger().info(f"{why}; written by torch.export's exporter instead")
+            found = UNKNOWN_OPERATOR.search(str(error))
+            operator = found[1] if found else "an operator"
+            why = f"onnx: {operator} is not in opset {options.opset}"
+            opset = max(options.opset, NEWER_OPSETS.get(operator, DYNAMO_OPSET))
+            proto = _trace_dynamo(network, outputs, replace(options, opset=opset), why)
+            get_logger().info(f"{why}; written by torch.export's exporter instead, opset {opset}")
             return proto
         except (ValueError, RuntimeError) as error:
             if "opset_version" not in str(error) and "ONNX opset" not in str(error):
@@ -145,7 +150,7 @@ def _trace_dynamo(
         ) from error
     program = torch.onnx.export(
         network, (dynamic_example(options, network.network.max_stride),), input_names=[INPUT], output_names=outputs,
-        opset_version=max(options.opset, 18), dynamic_shapes=dynamic_shapes(options,
+        opset_version=max(options.opset, DYNAMO_OPSET), dynamic_shapes=dynamic_shapes(options,
     network.network.max_stride), dynamo=True, verbose=False, )  # fmt: skip
     assert program is not None
     return program.model_proto

@@ -25,6 +25,7 @@ from benchmarks.pasted_blocks import (
 )
 from benchmarks.pasted_places import CLASSES, FOLDER, HEADS, imported_path, site_of
 from benchmarks.pasted_table import CONV, FIRST, PASTED, SAME, STACKED
+from export import export
 from models import modules, registry
 from models.exporters.network import ExportOptions, blobs
 from models.exporters.onnx_file import export_onnx
@@ -33,6 +34,11 @@ from models.registry import register
 from models.reparam import fuse
 from models.table import count_params
 from models.yolo import DetectionModel, build_model, model_from_checkpoint
+from utils.errors import ConfigError
+
+onnx = pytest.importorskip("onnx")
+for _library in ("timm", "onnxruntime", "einops"):
+    pytest.importorskip(_library)
 
 CHAIN: list[list[Any]] = [
     [-1, 1, "SE", [1024]], [-1, 1, "SimAM", []], [-1, 1, "CBAM", [1024]], [-1, 1, "CoordAtt", [1024]],
@@ -119,6 +125,25 @@ def test_a_checkpoint_of_a_model_with_pasted_blocks_is_rebuilt_from_its_own_conf
     assert readings(again, "C2f_Partial") == readings(model, "C2f_Partial")
     image = blobs(1, SIZE, seed=0)
     assert torch.equal(again.decode(again(image)).boxes, model.decode(model(image)).boxes)
+
+
+def test_a_form_that_cannot_be_written_is_one_line_with_the_reason(tmp_path: Path):
+    model = build("NAM", [], "tiny")  # `.data` in forward, which torch.export does not follow
+    with pytest.raises(ConfigError) as caught:
+        export(model, ["pt2"], ExportOptions(imgsz=SIZE), tmp_path / "nam.pt")
+    line = str(caught.value)
+    assert line.startswith("--include pt2: this model cannot be written - ") and "\n" not in line
+    assert "Take another form (onnx, torchscript, openvino, safetensors, pt)" in line
+
+
+@pytest.mark.slow
+def test_a_deformable_convolution_asks_for_the_opset_that_has_it(tmp_path: Path):
+    pytest.importorskip("onnxscript")
+    model = build("DCNConv", [], "tiny")
+    (made,) = export(model, ["onnx"], ExportOptions(imgsz=SIZE), tmp_path / "deformable.pt")
+    opsets = {o.domain: o.version for o in onnx.load(str(made.path)).opset_import}
+    assert opsets[""] == 19
+    assert max(made.cases[0].relative_boxes, made.cases[0].relative_scores) <= LIMIT
 
 
 @pytest.mark.slow
