@@ -33,7 +33,14 @@ from engine.state import (
     save,
     way_on,
 )
-from engine.training_flags import CHANGEABLE, COMMAND_LINE_ONLY, EPOCHS, given_flags, parse_options
+from engine.training_flags import (
+    CHANGEABLE,
+    COMMAND_LINE_ONLY,
+    EPOCHS,
+    check_pairs,
+    given_flags,
+    parse_options,
+)
 from models.backends import load_backend
 from models.losses import total_loss
 from utils.checkpoint import clear_temporary, load_checkpoint, restore_rng
@@ -248,7 +255,8 @@ def _save(run: Run, epoch: int) -> None:
     is_only_one = run.options.nosave or not (weights / "best.pt").exists()
     if run.best_epoch == epoch or is_only_one:
         save(run, weights / "best.pt", epoch)
-    if run.options.save_period > 0 and (epoch + 1) % run.options.save_period == 0:
+    period = 0 if run.options.nosave else run.options.save_period
+    if period > 0 and (epoch + 1) % period == 0:
         save(run, weights / f"epoch{epoch}.pt", epoch)
     save(run, weights / "last.pt", epoch)
 
@@ -354,6 +362,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options, checkpoint = parse_options(arguments), None
     if options.resume:
         options, checkpoint = _resume(options, given_flags(arguments))
+    else:
+        check_pairs(options)
     options.epochs = options.epochs or EPOCHS
     world = read_world()
     if options.download and world.is_distributed:

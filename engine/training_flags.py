@@ -18,8 +18,12 @@ from models.losses.box import name_problem
 from models.losses.classification import CLASS_LOSSES
 from utils.config import ArgumentParser, integer, number
 from utils.device import AMP_CHOICES
+from utils.errors import ConfigError
+from utils.logger import get_logger
 
 EPOCHS = 100
+PATIENCE = 100
+SCHEDULE_FLAGS = ("cos-lr", "flat-cos-lr", "fixed-lr")
 TRIALS = 300
 HIGHEST_SEED = 2**31 - 1  # every library takes it, also with an epoch or a trial added
 IGNORED = {
@@ -42,6 +46,30 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     if options.resume_evolve and not options.evolve:
         options.evolve = TRIALS
     return options
+
+
+def check_pairs(options: Namespace) -> None:
+    """Refuse flags that exclude each other, and tell those that change nothing beside another one.
+
+    Raises:
+        ConfigError: several schedules, or an order of images beside that of `--rect`.
+    """
+    schedules = [flag for flag in SCHEDULE_FLAGS if getattr(options, flag.replace("-", "_"))]
+    if len(schedules) > 1:
+        raise ConfigError(
+            f"--{', --'.join(schedules)}: got {len(schedules)} schedules, expected one."
+        )
+    if options.rect and options.image_weights:
+        raise ConfigError("--image-weights: cannot be used with --rect. Drop one of them.")
+    needless = {
+        "--close-mosaic: without effect with --rect, which makes no mosaics": options.rect
+        and options.close_mosaic is not None,
+        "--save-period: without effect with --nosave": options.nosave and options.save_period > 0,
+        "--patience: without effect with --noval": options.noval and options.patience != PATIENCE,
+    }
+    for told, is_so in needless.items():
+        if is_so:
+            get_logger().info(told)
 
 
 def given_flags(arguments: Sequence[str] | None = None) -> frozenset[str]:
@@ -146,7 +174,7 @@ def _add_optimisation_group(parser: ArgumentParser) -> None:
     add(
         "--patience",
         type=integer(0),
-        default=100,
+        default=PATIENCE,
         help="epochs without a better one before stopping; 0: never",
     )
     add("--amp", default="auto", choices=AMP_CHOICES, help="mixed precision")
