@@ -67,6 +67,8 @@ class FuseReport:
 
     def __str__(self) -> str:
         size = "x".join(map(str, self.imgsz))
+        reasons = [f"{name}, {reason}" for name, reason in self.left.items()]
+        left = f"{len(reasons)} norms left" + (f" ({reasons[0]})" if len(reasons) == 1 else "")
         check = "not checked"
         if self.difference is not None:
             check = f"max |difference| {self.difference:.1e} of the largest value"
@@ -75,7 +77,7 @@ class FuseReport:
             f"{self.before.gflops:.2f} -> {self.after.gflops:.2f} GFLOPs at {size}; "
             f"{len(self.folded)} pairs folded, "
             f"{len(self.reparameterized)} modules re-parameterized, "
-            f"{len(self.dropped)} dropped, {len(self.left)} norms left; {check}"
+            f"{len(self.dropped)} dropped, {left}; {check}"
         )
 
 
@@ -183,7 +185,9 @@ def _sample_for(model: Any) -> Tensor:
     stride = getattr(model, "max_stride", 32)
     height, width = (5 * stride, 6 * stride) if is_ranking else (2 * stride, 3 * stride)
     own: tuple[int, int] = getattr(model, "imgsz", (height, width))
-    is_fixed = any(getattr(module, "any_size", True) is False for module in model.modules())  # the model among them
+    is_fixed = any(
+        getattr(module, "any_size", True) is False for module in model.modules()
+    )  # the model among them
     shape = (1, getattr(model, "channels", 3))
     generator = torch.Generator().manual_seed(0)
     sample = torch.rand(*shape, height, width, generator=generator)

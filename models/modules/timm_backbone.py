@@ -139,7 +139,8 @@ class TimmBackbone(nn.Module):
             report = transfer(self, state, only_backbone=True, source=str(weights))
             get_logger().info(f"{weights}: {report.summary()}")
         elif pretrained:
-            self.on_pretrained()
+            told = (f"{model_name}: has timm's weights", self.on_pretrained())
+            get_logger().info("; ".join(filter(None, told)))
 
     def _set_norm(self, normalize: Any) -> None:
         """Take the numbers of `normalize`: true for timm's, or a mean and a std."""
@@ -155,18 +156,21 @@ class TimmBackbone(nn.Module):
                 "[[0.5, 0.5, 0.5], [0.5, 0.5, 0.5]]"
             ) from error
 
-    def on_pretrained(self) -> None:
-        """Weights of the bare backbone have come in: images are to be normalised as those were that it learnt from."""
-        if self.normalizes is not None or not isinstance(self.normalize, InputNorm):
-            return
+    def on_pretrained(self) -> str:
+        """Weights of the bare backbone have come in: images are to be normalised as those were that it learnt from.
+
+        Returns:
+            What becomes of the images, in words.
+        """
         statistics = statistics_of(self.model_name)
-        if statistics is not None:
+        if self.normalizes is None and statistics is not None:
             self.normalize.set(*statistics)
             mean, std = (", ".join(f"{n:g}" for n in numbers) for numbers in statistics)
-            get_logger().info(
-                f"{self.model_name}: normalises images inside by timm's mean ({mean}) and std ({std}); normalize: false in "
-                "its row leaves it out"
+            return (
+                f"images are normalised inside by timm's mean ({mean}) and std ({std}); normalize: false in the row of "
+                f"{self.model_name} leaves it out"
             )
+        return "images are not normalised" if self.normalizes is False or not statistics else ""
 
     def read_foreign(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What timm makes of weights in their authors' own spelling, by key of this module; only what is in the file.

@@ -49,7 +49,7 @@ class PartMatch(NamedTuple):
         sources: key of the model -> key of the file, or of `tensors`.
         tensors: tensors that are not in the file as they are.
         fitting: counted keys that get a tensor.
-        is_bare: the file is one of the backbone, not of a detector of ours with this very module in a row.
+        is_bare: the file is one of the backbone, not of a detector that is made of rows.
         note: how it was read, "" for as it is.
     """
 
@@ -100,8 +100,9 @@ def match_part(
     match = match_suffixes(source, own, fits)
     sources = {part.prefix + key: value for key, value in match.pairs.items()}
     fitting = part.counted & {part.prefix + key for key in match.fitting}
-    is_row = match.prefix[:1] == ("model",) and match.prefix[1:2] and match.prefix[1].isdigit()
-    is_bare = not (is_row and not match.own_prefix)
+    is_row = ROW.match(".".join((*match.prefix, "."))) is not None
+    rows = {row[1] for key in source if (row := ROW.match(key))}
+    is_bare = not (is_row and (len(rows) > 1 or not match.own_prefix))
     found = PartMatch(sources, {}, fitting, is_bare)
     read = getattr(part.module, "read_foreign", None)
     if read is None or len(fitting) == len(part.counted):

@@ -24,6 +24,12 @@ POSITIONS = "position table"
 WINDOW = "window table"
 PATCH = "patch kernel"
 LAYOUT = "linear layer"
+LINES = (
+    "rel_pos_h",
+    "rel_pos_w",
+    "height_rel",
+    "width_rel",
+)  # a row for each distance along one side
 
 
 def kind_of_change(key: str, given: tuple[int, ...], wanted: tuple[int, ...]) -> str:
@@ -47,7 +53,7 @@ def kind_of_change(key: str, given: tuple[int, ...], wanted: tuple[int, ...]) ->
         return WINDOW if rank in (2, 3) and given[heads] == wanted[heads] else ""
     if name == "attention_biases" and rank == 2 and given[0] == wanted[0]:
         return WINDOW
-    if name in ("rel_pos_h", "rel_pos_w") and rank == 2 and given[1] == wanted[1]:
+    if name in LINES and rank == 2 and given[1] == wanted[1]:
         return WINDOW
     return ""
 

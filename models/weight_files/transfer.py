@@ -8,6 +8,7 @@ backbone alone, goes by the suffixes of names (`suffixes`). Every shape is check
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -91,11 +92,17 @@ def transfer(
     report = _Copier(model, target, plan, rows, num_anchors).run(state)
     if report.parameters[0] == 0 and not allow_empty:
         raise CheckpointError(_nothing_fits(state, target, source))
+    return replace(report, notes=(*report.notes, *_tell_backbones(plan)))
+
+
+def _tell_backbones(plan: _Plan) -> Iterator[str]:
+    """Let backbones know that they got weights of a bare backbone; what they make of it, in words."""
     for part, match in plan.matches:
         arrived = getattr(part.module, "on_pretrained", None)
         if arrived is not None and match.is_bare and is_enough(part, match):
-            arrived()
-    return report
+            note = arrived()
+            if note:
+                yield str(note)
 
 
 def _plan(

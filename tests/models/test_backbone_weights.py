@@ -123,10 +123,12 @@ def test_the_head_keeps_its_own_and_the_report_says_what_was_left_out(
     assert all(torch.equal(model.state_dict()[key], value) for key, value in head.items())
     assert report.backbone_only and not report.missing and not report.mismatched
     assert report.classifier == ("fc.weight", "fc.bias") and report.unused == ("neck.weight",)
-    assert report.summary().splitlines()[:2] == [
-        "weights for the backbone only: transferred 90 of 90 tensors (100.0% of the backbone's numbers)",
-        "classifier left out: fc (2)",
-    ]
+    first, normalised, classifier, unused = report.summary().splitlines()
+    assert first == (
+        "weights for the backbone only: transferred 90 of 90 tensors (100.0% of the backbone's numbers)"
+    )
+    assert normalised.startswith("images are normalised inside by timm's mean (0.5, 0.5, 0.5)")
+    assert (classifier, unused) == ("classifier left out: fc (2)", "unused 1: neck.weight (1)")
 
 
 def test_weights_of_a_backbone_are_no_detector(full: nn.Module, tmp_path: Path):
@@ -203,6 +205,21 @@ def test_a_detector_gives_its_backbone_to_another_in_another_row(
         assert torch.equal(target.model[1].state_dict()[key], value), key
 
 
+def test_a_detector_of_rows_was_trained_on_images_as_they_are(
+    full: nn.Module, untrained: DetectionModel
+):
+    rows = {f"model.0.{key}": value for key, value in full.state_dict().items() if "fc" not in key}
+    for others, mean in (
+        ({}, statistics_of("test_resnet")[0]),
+        ({"model.9.m.weight": torch.zeros(3)}, (0, 0, 0)),
+    ):
+        model = copy.deepcopy(untrained)
+        report = transfer(model, {**rows, **others}, only_backbone=True)
+        assert not report.missing
+        assert model.model[0].normalize.mean.tolist() == pytest.approx(mean)
+        assert ("normalised inside by timm's mean" in report.summary()) is not bool(others)
+
+
 def test_rows_of_a_backbone_take_weights_of_the_rows_alone(tmp_path: Path):
     config = {
         "nc": 2,
@@ -277,7 +294,7 @@ mobilenetv4_conv_small lcnet_035 mnasnet_small tinynet_e ghostnet_050 hgnetv2_b0
 rexnet_100 starnet_s1 vit_tiny_patch16_224 deit_tiny_distilled_patch16_224 eva02_tiny_patch14_224 xcit_nano_12_p16_224
 pvt_v2_b0 tiny_vit_5m_224 levit_128s pit_ti_224 convit_tiny swin_tiny_patch4_window7_224 maxvit_rmlp_pico_rw_256 gcvit_xxtiny
 coatnet_nano_rw_224 mobilevit_xxs mobilevitv2_050 edgenext_xx_small efficientvit_b0 efficientformerv2_s0 poolformer_s12
-visformer_tiny nf_regnet_b0 botnet26t_256
+visformer_tiny nf_regnet_b0 mvitv2_tiny nest_tiny
 """.split()
 A_FEW = ["test_resnet", "test_convnext", "test_vit", "test_efficientnet", "test_byobnet"]
 

@@ -120,6 +120,7 @@ def test_a_first_convolution_is_repeated_and_scaled_for_more_channels():
         ("pos_embed", (1, 50, 8), (1, 17, 16), ""),
         ("attn.relative_position_bias_table", (169, 4), (49, 4), "window table"),
         ("attn.relative_position_bias_table", (169, 4), (49, 8), ""),
+        ("self_attn.pos_embed.height_rel", (31, 16), (27, 16), "window table"),
         ("patch_embed.proj.weight", (8, 3, 14, 14), (8, 3, 16, 16), "patch kernel"),
         ("head.weight", (8, 4), (8, 4, 1, 1), "linear layer"),
         ("bn.weight", (8,), (4,), ""),
