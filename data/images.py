@@ -17,6 +17,7 @@ are decoded by OpenCV, and so are colours of 16 bits, which Pillow cuts to 8; Pi
 from __future__ import annotations
 
 import io
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -67,7 +68,9 @@ class ImageError(DatasetError):
 
 def is_image_path(path: str | Path) -> bool:
     """True if the suffix is one of an image format read here."""
-    return Path(path).suffix.lower() in IMAGE_SUFFIXES
+    name = os.path.basename(path)
+    dot = name.rfind(".")
+    return dot > 0 and name[dot:].lower() in IMAGE_SUFFIXES
 
 
 class Header(NamedTuple):

@@ -5,6 +5,7 @@ A local source never touches the network.
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import http.client
 import logging
@@ -25,6 +26,7 @@ from data.formats.leftovers import suffixes_of, unread_files
 from data.formats.yolo import read_list
 from data.images import IMAGE_SUFFIXES, Image, decode_image, is_image_path, read_image
 from utils.errors import DatasetError
+from utils.files import special_kind
 
 LOGGER = logging.getLogger("yoke.data")
 VIDEO_SUFFIXES = frozenset(
@@ -34,6 +36,9 @@ SCHEMES = ("rtsp://", "rtsps://", "rtmp://", "http://", "https://", "tcp://", "u
 WEB_SCHEMES = ("http://", "https://")
 STREAM_PATIENCE = 10.0
 """Seconds without a new frame after which a stream counts as ended."""
+MOST_TOLD = 20
+"""Files that cannot be read and are told one by one."""
+LARGEST_CAMERA = 2**31 - 1
 LARGEST_PICTURE = 256 << 20  # bytes
 
 
@@ -130,9 +135,13 @@ class Source:
                 if len(self.files) == 1 and (is_video(path) or _is_web_file(path)):
                     raise
                 self.skipped.append(path)
-                LOGGER.warning("skipped %s", error)
+                if len(self.skipped) <= MOST_TOLD:
+                    LOGGER.warning("skipped %s", error)
                 continue
             yield from frames
+        if len(self.skipped) > MOST_TOLD:
+            told = "skipped %d files in all, the first %d of them are named above"
+            LOGGER.warning(told, len(self.skipped), MOST_TOLD)
 
 
 def open_source(source: str | Path, *, vid_stride: int = 1, white: float | None = None) -> Source:
@@ -180,15 +189,42 @@ def _files(name: str) -> list[str]:
     elif path.is_file():
         files = read_list(path, path.parent) if path.suffix.lower() == ".txt" else [str(path)]
     elif glob.has_magic(name):
-        found = sorted(glob.glob(str(path), recursive=True))
+        found = _matching(str(path))
         files = [file for file in found if is_image_path(file) or is_video(file)]
         _tell_unread(found)
     else:
-        raise DatasetError(
-            f"--source: got {name}, which does not exist, expected a file or folder."
-        )
+        kind = special_kind(path)
+        what = f"which is {kind}" if kind else "which does not exist"
+        raise DatasetError(f"--source: got {name}, {what}, expected a file or folder.")
     _check(name, files)
     return files
+
+
+def _matching(pattern: str) -> list[str]:
+    """Files that a glob means; `**` goes into each folder once, also where links lead in circles."""
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        return sorted(glob.glob(pattern))
+    first = next(index for index, part in enumerate(parts) if glob.has_magic(part))
+    base = Path(*parts[:first])
+    return [
+        file
+        for file in files_below(base)
+        if _fits(os.path.relpath(file, base).split(os.sep), parts[first:])
+    ]
+
+
+def _fits(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    """Whether the parts of a path are what the parts of a glob say; hidden ones only where it names the dot."""
+    if not patterns:
+        return not names
+    if patterns[0] != "**":
+        is_hidden = bool(names) and names[0].startswith(".") and not patterns[0].startswith(".")
+        fits = bool(names) and not is_hidden and fnmatch.fnmatch(names[0], patterns[0])
+        return fits and _fits(names[1:], patterns[1:])
+    if _fits(names, patterns[1:]):
+        return True
+    return bool(names) and not names[0].startswith(".") and _fits(names[1:], patterns)
 
 
 def _tell_unread(found: Sequence[str]) -> None:
@@ -214,12 +250,19 @@ def _check(name: str, files: Sequence[str]) -> None:
 
 def _open(name: str) -> cv2.VideoCapture:
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what fails is said below, in one line
+    is_camera = name.isdecimal()
+    if is_camera and (len(name) > 10 or int(name) > LARGEST_CAMERA):
+        raise VideoError(
+            f"--source: got camera {name}, expected a number from 0 to {LARGEST_CAMERA}."
+        )
+    if kind := special_kind(name):
+        raise VideoError(f"--source: got {name}, which is {kind}, expected a video.")
     level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-    capture = cv2.VideoCapture(int(name) if name.isdecimal() else name)
+    capture = cv2.VideoCapture(int(name) if is_camera else name)
     cv2.utils.logging.setLogLevel(level)
     if not capture.isOpened():
         capture.release()
-        kind = "camera" if name.isdecimal() else "video or stream"
+        kind = "camera" if is_camera else "video or stream"
         raise VideoError(f"--source: {kind} {name} cannot be opened. Check that it is there.")
     return capture
 

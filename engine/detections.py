@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,13 +21,20 @@ from utils.logger import get_logger
 from utils.structures import Detections
 from utils.visualize import draw_boxes, save_image
 
+LONGEST_STEM = 200  # bytes of a file name, which may have 255 with what is put behind it
+NOT_XML = re.compile("[^\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
 
 class DetectionWriter:
     """Opened for a run, fed frame by frame, closed at its end."""
 
     def __init__(self, folder: Path, names: Sequence[str], options: Any) -> None:
         self.folder, self.names, self.options = folder, tuple(names), options
-        self.rows: list[dict[str, Any]] = []
+        self.tables: list[Table] = []
+        if options.save_csv:
+            self.tables.append(CsvTable(folder / "predictions.csv"))
+        if options.save_json:
+            self.tables.append(JsonTable(folder / "predictions.json"))
         self.video: tuple[str, Any] | None = None
         self.free_names = FreeNames()
 
@@ -35,12 +43,8 @@ class DetectionWriter:
 
     def __exit__(self, *_: object) -> None:
         self._close_video()
-        if self.options.save_csv:
-            self._write_csv()
-        if self.options.save_json:
-            # ASCII escapes also carry file names that are no UTF-8.
-            text = json.dumps(self.rows, indent=1)
-            (self.folder / "predictions.json").write_text(text, encoding="ascii")
+        for table in self.tables:
+            table.close()
         if self.options.view_img:
             cv2.destroyAllWindows()
 
@@ -48,7 +52,8 @@ class DetectionWriter:
         """Everything the flags ask for, of one frame."""
         options, stem = self.options, self._stem(frame)
         size = (frame.image.shape[0], frame.image.shape[1])
-        self._remember(frame, found)
+        for table in self.tables:
+            table.write(_rows(frame, found, self.names))
         if options.save_txt and options.save_format == 0:
             write_yolo_labels(
                 self.folder / "labels" / f"{stem}.txt", found, size, options.save_conf
@@ -73,30 +78,12 @@ class DetectionWriter:
             _show(frame.path, picture)
 
     def _stem(self, frame: Frame) -> str:
-        """A file name for this frame."""
-        name = Path(frame.path).stem
-        return self.free_names.take(
-            f"{name}_{frame.index + 1}" if frame.video else name, f"{frame.path}:{frame.index}"
-        )
-
-    def _remember(self, frame: Frame, found: Detections) -> None:
-        for box, score, label in zip(
-            found.boxes.tolist(), found.scores.tolist(), found.labels.tolist()
-        ):
-            self.rows.append({
-                "image": frame.path, "frame": frame.index + 1 if frame.video else 0, "class": self.names[label],
-                "label": label, "confidence": round(score, 5), "box": [round(v, 2) for v in box],
-            })  # fmt: skip
-
-    def _write_csv(self) -> None:
-        path = self.folder / "predictions.csv"
-        # File names that are no UTF-8 stand in the table byte for byte.
-        with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(
-                ("image", "frame", "class", "label", "confidence", "x1", "y1", "x2", "y2")
-            )
-            writer.writerows((*list(row.values())[:-1], *row["box"]) for row in self.rows)
+        """A file name for this frame; those of a video are not remembered one by one, a stream has no end."""
+        name = _fitting(Path(frame.path).stem)
+        if not frame.video:
+            return self.free_names.take(name, frame.path)
+        prefix = self.free_names.take(name, frame.path, "/frames").removesuffix("/frames")
+        return self.free_names.find(f"{prefix}_{frame.index + 1}", frame.path)
 
     def _write_corners(self, path: Path, found: Detections) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +123,7 @@ class DetectionWriter:
             return
         if self.video is None or self.video[0] != frame.path:
             self._close_video()
-            stem = _safe_name(Path(frame.path).stem, "video")
+            stem = _safe_name(_fitting(Path(frame.path).stem), "video")
             name = self.folder / self.free_names.take(stem, frame.path, ".mp4")
             fps = max(frame.video.fps / self.options.vid_stride, 1)
             size = (picture.shape[1], picture.shape[0])
@@ -150,6 +137,79 @@ class DetectionWriter:
         if self.video:
             self.video[1].release()
             self.video = None
+
+
+def _fitting(stem: str) -> str:
+    """The stem of a file name, so short that endings fit behind it, and more than dots."""
+    short = os.fsdecode(os.fsencode(stem)[:LONGEST_STEM]) if len(stem) > LONGEST_STEM // 4 else stem
+    return short if short.strip(".") else "image"
+
+
+def _rows(frame: Frame, found: Detections, names: Sequence[str]) -> list[dict[str, Any]]:
+    """What is told of each detection of a frame."""
+    return [
+        {
+            "image": frame.path,
+            "frame": frame.index + 1 if frame.video else 0,
+            "class": names[label],
+            "label": label,
+            "confidence": round(score, 5),
+            "box": [round(v, 2) for v in box],
+        }  # fmt: skip
+        for box, score, label in zip(
+            found.boxes.tolist(), found.scores.tolist(), found.labels.tolist()
+        )
+    ]
+
+
+class Table:
+    """A file to which rows are written as they come: a stream has no end, and its end may be a signal."""
+
+    def __init__(self, path: Path, encoding: str) -> None:
+        # File names that are no UTF-8 stand in the table byte for byte.
+        self.file = path.open("w", newline="", encoding=encoding, errors="surrogateescape")
+
+    def write(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Add the rows of a frame."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Finish the file."""
+        self.file.close()
+
+
+class CsvTable(Table):
+    """`predictions.csv`."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "utf-8")
+        self.writer = csv.writer(self.file, lineterminator="\n")
+        self.writer.writerow(
+            ("image", "frame", "class", "label", "confidence", "x1", "y1", "x2", "y2")
+        )
+
+    def write(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Add the rows of a frame."""
+        self.writer.writerows((*list(row.values())[:-1], *row["box"]) for row in rows)
+
+
+class JsonTable(Table):
+    """`predictions.json`, a list; ASCII escapes also carry file names that are no UTF-8."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "ascii")
+        self.lead = "[\n "
+
+    def write(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Add the rows of a frame, each in a line of its own."""
+        for row in rows:
+            self.file.write(self.lead + json.dumps(row))
+            self.lead = ",\n "
+
+    def close(self) -> None:
+        """Close the list and the file."""
+        self.file.write("[]" if self.lead.startswith("[") else "\n]")
+        super().close()
 
 
 def _safe_name(text: str, otherwise: str) -> str:
@@ -173,9 +233,9 @@ def write_voc(
 ) -> None:
     """One image's detections as a Pascal VOC annotation."""
     root = ElementTree.Element("annotation")
-    # XML has no form for bytes that are no UTF-8: they stand there as \xff.
+    # Neither has it one for bytes that are no UTF-8: they stand there as \xff.
     name = os.fsencode(Path(frame.path).name).decode("utf-8", "backslashreplace")
-    ElementTree.SubElement(root, "filename").text = name
+    ElementTree.SubElement(root, "filename").text = _in_xml(name)
     size = ElementTree.SubElement(root, "size")
     for tag, value in zip(("height", "width", "depth"), frame.image.shape, strict=True):
         ElementTree.SubElement(size, tag).text = str(value)
@@ -183,7 +243,7 @@ def write_voc(
         found.boxes.tolist(), found.scores.tolist(), found.labels.tolist()
     ):
         item = ElementTree.SubElement(root, "object")
-        ElementTree.SubElement(item, "name").text = names[label]
+        ElementTree.SubElement(item, "name").text = _in_xml(names[label])
         if with_score:
             ElementTree.SubElement(item, "confidence").text = f"{score:.5f}"
         bounds = ElementTree.SubElement(item, "bndbox")
@@ -193,3 +253,8 @@ def write_voc(
     path.parent.mkdir(parents=True, exist_ok=True)
     ElementTree.ElementTree(root).write(path, encoding="unicode")
     get_logger().debug(str(path))
+
+
+def _in_xml(text: str) -> str:
+    """XML has no form for control characters: they stand there as \\x1b."""
+    return NOT_XML.sub(lambda found: found.group().encode("unicode_escape").decode(), text)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -111,35 +111,41 @@ def read_list(path: Path, root: Path) -> list[str]:
     current one.
     """
     names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
-    folders = dict.fromkeys(str(folder) for folder in (path.parent, root, Path.cwd()))
-    is_there = _Listed().holds if len(names) > FEW_NAMES else os.path.exists
-    return [_place(name, list(folders), is_there) for name in names]
+    folders = list(dict.fromkeys(str(folder) for folder in (path.parent, root, Path.cwd())))
+    if len(names) > FEW_NAMES and not IGNORES_CASE:
+        return _placed(names, folders)
+    return [_place(name, folders) for name in names]
 
 
-class _Listed:
-    """Tells whether files are there, with one look into each folder: millions of questions take minutes."""
-
-    def __init__(self) -> None:
-        self._names: dict[str, frozenset[str]] = {}
-
-    def holds(self, path: str) -> bool:
-        """Whether the file is in its folder; a name in another spelling is asked for."""
-        folder, name = os.path.split(path)
-        if folder not in self._names:
-            try:
-                self._names[folder] = frozenset(os.listdir(folder or "."))
-            except OSError:
-                self._names[folder] = frozenset()
-        names = self._names[folder]
-        return name in names or (IGNORES_CASE and bool(names) and os.path.exists(path))
-
-
-def _place(name: str, folders: Sequence[str], is_there: Callable[[str], bool]) -> str:
+def _place(name: str, folders: Sequence[str]) -> str:
     if os.path.isabs(name):
         return name
-    places = (os.path.normpath(os.path.join(folder, name)) for folder in folders)
-    first = next(places)
-    return first if is_there(first) else next((p for p in places if is_there(p)), first)
+    places = [os.path.normpath(os.path.join(folder, name)) for folder in folders]
+    return next((place for place in places if os.path.exists(place)), places[0])
+
+
+def _placed(names: Sequence[str], folders: Sequence[str]) -> list[str]:
+    """`_place` of each name with one look into each folder: to ask for millions of files takes minutes."""
+    inside: dict[str, list[tuple[str, frozenset[str]]]] = {}
+    found = []
+    for name in names:
+        head, _, last = name.rpartition("/")
+        if name.startswith("/") or last in ("", ".", ".."):
+            found.append(_place(name, folders))
+            continue
+        if head not in inside:
+            places = [os.path.normpath(os.path.join(folder, head)) for folder in folders]
+            inside[head] = [(place, _names_in(place)) for place in places]
+        place = next((p for p, known in inside[head] if last in known), inside[head][0][0])
+        found.append(last if place == "." else os.path.join(place, last))
+    return found
+
+
+def _names_in(folder: str) -> frozenset[str]:
+    try:
+        return frozenset(os.listdir(folder))
+    except OSError:
+        return frozenset()
 
 
 def read(config: DataConfig, split: str, listing: Listing) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 import time
@@ -237,3 +238,66 @@ def test_a_video_that_ends_before_its_announced_length_is_told(video, caplog):
 def test_a_stride_below_one_is_named(folder):
     with pytest.raises(DatasetError, match="--vid-stride: got 0"):
         open_source(folder, vid_stride=0)
+
+
+def test_pipes_and_devices_of_a_folder_are_skipped_by_name(folder, caplog):
+    os.mkfifo(folder / "d.jpg")
+    os.mkfifo(folder / "e.mp4")
+    (folder / "f.jpg").symlink_to("/dev/zero")
+    (folder / "g.jpg").symlink_to("g.jpg")
+    source = open_source(folder)
+    assert [Path(frame.path).name for frame in source] == ["b.png", "a.bmp"]
+    assert {Path(path).name for path in source.skipped} == {
+        "c.jpg",
+        "d.jpg",
+        "e.mp4",
+        "f.jpg",
+        "g.jpg",
+    }
+    assert "d.jpg: cannot be read - got a named pipe, not a file" in caplog.text
+    assert "e.mp4, which is a named pipe, expected a video" in caplog.text
+    assert "f.jpg: cannot be read - got a device, not a file" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("**/*.png", ["b.png"]),
+        ("**", ["b.png", "c.jpg", "more/a.bmp"]),
+        ("m*/**/*.bmp", ["more/a.bmp"]),
+        ("**/more/*", ["more/a.bmp"]),
+        ("**/.h/*.png", [".h/x.png"]),
+    ],
+)
+def test_a_glob_goes_through_each_folder_once(folder, pattern, expected):
+    """Three links to the folder above: to follow each from each would never end."""
+    (folder / ".h").mkdir()
+    (folder / ".h" / "x.png").write_bytes((folder / "b.png").read_bytes())
+    for name in "xyz":
+        (folder / "more" / name).symlink_to("..")
+    found = [os.path.relpath(file, folder) for file in open_source(folder / pattern).files]
+    assert sorted(found) == expected
+
+
+@pytest.mark.parametrize("name", ["2147483648", "9" * 20, "9" * 5000, "\u0663" * 30])
+def test_a_camera_number_beyond_what_systems_count_is_named(name):
+    with pytest.raises(DatasetError, match="expected a number from 0 to 2147483647"):
+        list(open_source(name))
+
+
+def test_of_many_files_that_are_missing_the_first_are_told(folder, caplog):
+    """A list of more than a thousand names is compared with the listing of its folders."""
+    names = ["b.png", "./more/a.bmp", "more/../b.png", *(f"gone/{n}.jpg" for n in range(1500))]
+    (folder / "list.txt").write_text("\n".join(names))
+    source = open_source(folder / "list.txt")
+    assert source.files[:3] == [str(folder / n) for n in ("b.png", "more/a.bmp", "b.png")]
+    assert source.files[3] == str(folder / "gone" / "0.jpg")
+    assert len(list(source)) == 3 and len(source.skipped) == 1500
+    assert caplog.text.count("skipped") == 21
+    assert "skipped 1500 files in all, the first 20 of them are named above" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "/dev/null"])
+def test_a_device_is_no_source(name):
+    with pytest.raises(DatasetError, match=f"got {name}, which is a device, expected a file"):
+        open_source(name)

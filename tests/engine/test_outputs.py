@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import tracemalloc
 import xml.etree.ElementTree as ElementTree
 from argparse import Namespace
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 import detect
 from data.sources import Frame, VideoInfo
 from engine.detections import DetectionWriter
-from engine.outputs import LabelWriter, write_yolo_labels
+from engine.outputs import FreeNames, LabelWriter, write_yolo_labels
 from utils.structures import Batch, Detections, Letterbox, Targets
 
 FOUND = Detections(
@@ -219,3 +220,66 @@ def test_the_summary_counts_by_class():
     assert detect.summary(FOUND, ("cat", "dog")) == "1 cat, 1 dog"
     assert detect.summary(NOTHING, ("cat", "dog")) == "nothing found"
     assert detect.summary(FOUND, ("N/A", "dog/")) == "1 N/A, 1 dog/"
+
+
+def test_a_stream_leaves_nothing_behind_in_memory(tmp_path: Path):
+    """A thousand frames of a hundred objects: 11 MiB where they are kept."""
+    many = Detections(torch.rand(100, 4), torch.rand(100), torch.zeros(100, dtype=torch.int64))
+    live = VideoInfo(30.0, 80, 100, 0)
+    with DetectionWriter(tmp_path, ("cat", "dog"), flags("--nosave", "--save-csv")) as writer:
+        writer.write(frame("rtsp://camera", 0, live), many)
+        tracemalloc.start()
+        for number in range(1, 1000):
+            writer.write(Frame("rtsp://camera", np.zeros((2, 2, 3), np.uint8), number, live), many)
+        grown, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert grown < 200_000
+    assert len((tmp_path / "predictions.csv").read_text().splitlines()) == 100_001
+
+
+def test_tables_that_a_signal_ends_are_whole(tmp_path: Path):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        DetectionWriter(tmp_path, ("cat", "dog"), flags("--nosave", "--save-json")) as writer,
+    ):
+        writer.write(frame(), FOUND)
+        writer.write(frame("photos/b.png"), NOTHING)
+        raise KeyboardInterrupt
+    assert [row["class"] for row in json.loads((tmp_path / "predictions.json").read_text())] == [
+        "dog",
+        "cat",
+    ]
+
+
+def test_without_an_object_the_json_is_an_empty_list(tmp_path: Path):
+    with DetectionWriter(tmp_path, ("cat",), flags("--nosave", "--save-json")) as writer:
+        writer.write(frame(), NOTHING)
+    assert json.loads((tmp_path / "predictions.json").read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["..png", "a\x1b[31m\x07.png", "a\nb\r.png", "&<>\"'.png", "n" * 250 + ".png", "ü" * 125],
+)
+def test_any_file_name_of_the_system_makes_files_that_can_be_read(name: str, tmp_path: Path):
+    words = ("--save-txt", "--save-voc", "--save-csv", "--save-json", "--save-crop")
+    names = ("c\x00\x1bat", "dog\ufffe")
+    write(tmp_path, *words, frames=[frame(f"photos/{name}")], names=names)
+    found = files(tmp_path)
+    assert len(found) == 7
+    (voc,) = (tmp_path / "voc").iterdir()
+    root = ElementTree.parse(voc).getroot()
+    assert [item.findtext("name") for item in root.findall("object")] == [
+        "dog\\ufffe",
+        "c\\x00\\x1bat",
+    ]
+    escaped = name.encode("unicode_escape").decode() if "\x1b" in name or "\n" in name else name
+    assert root.findtext("filename") == escaped
+    assert json.loads((tmp_path / "predictions.json").read_text())[0]["image"] == f"photos/{name}"
+
+
+def test_many_files_of_one_name_are_numbered_at_once():
+    names = FreeNames()
+    taken = [names.take("image", f"{folder}/image.jpg", ".txt") for folder in range(20_000)]
+    assert taken[0] == "image.txt" and taken[1] == "image_2.txt" and len(set(taken)) == 20_000
+    assert names.take("image", "7/image.jpg", ".txt") == taken[7]
