@@ -172,14 +172,7 @@ def prepare(
     criterion = build_criterion(model.head, hyp, imgsz, allow_code=options.allow_code)
     _set_recipe_attributes(model.head, hyp)
     model.to(device, memory_format=memory_format_for(model, device))
-    batch_size = options.batch_size
-    if batch_size == -1:
-        fits = min(all_gather_objects(automatic_batch_size(model, imgsz, device)))
-        batch_size = options.batch_size = fits * world.size
-    if batch_size % world.size:
-        raise ConfigError(
-            f"--batch-size: got {batch_size}, expected a multiple of the {world.size} processes."
-        )
+    batch_size = options.batch_size = _batch_size(options.batch_size, model, imgsz, device, world)
     if options.sync_bn and world.is_distributed:
         model = with_shared_norms(model)
     elif options.sync_bn:
@@ -218,6 +211,19 @@ def prepare(
         evaluator=CocoEvaluator(val_set.coco_ground_truth(), val_set.category_ids, val_set.names),
         val_criterion=build_criterion(ema.model.head, hyp, imgsz, allow_code=options.allow_code),
     )  # fmt: skip
+
+
+def _batch_size(
+    wanted: int, model: nn.Module, imgsz: tuple[int, int], device: torch.device, world: World
+) -> int:
+    """Images a step over all processes; -1 means as many as fit into the one with the least memory."""
+    if wanted == -1:
+        return min(all_gather_objects(automatic_batch_size(model, imgsz, device))) * world.size
+    if wanted % world.size:
+        raise ConfigError(
+            f"--batch-size: got {wanted}, expected a multiple of the {world.size} processes."
+        )
+    return wanted
 
 
 def _set_recipe_attributes(head: Any, hyp: Mapping[str, Any]) -> None:
