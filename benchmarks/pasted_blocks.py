@@ -46,6 +46,7 @@ from models.parser.wiring import Row
 from models.reparam import fuse
 from models.table import count_params
 from models.yolo import DetectionModel, build_model
+from utils.errors import UserError, foreign_code
 
 SIZE = (64, 96)
 RANKING_SIZE = (128, 160)  # RT-DETR ranks 300 places
@@ -134,11 +135,12 @@ def write_all(
     options = ExportOptions(imgsz=size_of(head))
     for form in formats:
         try:
-            path = EXPORTERS[form].write(fused, options, folder / "block.pt")
-            cases = verify(path, fused, options)
+            with foreign_code():  # openvino has errors of its own
+                path = EXPORTERS[form].write(fused, options, folder / "block.pt")
+                cases = verify(path, fused, options)
             yield form, max(max(c.relative_boxes, c.relative_scores) for c in cases)
-        except FAILURES as error:
-            yield form, _told(error)
+        except UserError as error:
+            yield form, str(error)
 
 
 def own_rows(model: DetectionModel, name: str) -> list[Row]:

@@ -22,7 +22,7 @@ class Partial_conv3(nn.Module):
         return y
 
     def in_parts(self, x: Tensor) -> Tensor:
-        head, tail = x.tensor_split((self.touched,), dim=1)
+        head, tail = torch.split(x, [self.touched, x.shape[1] - self.touched], dim=1)
         return torch.cat((self.conv(head), tail), 1)
 
 
