@@ -36,6 +36,8 @@ _SAID = (
     (r"modified by an inplace operation", "Write `x = x + y` for `x += y`, and no inplace=True behind what is used again."),
     (r"not compiled with CUDA|NVIDIA driver|Expected all tensors to be on the same device", "Leave .cuda() and fixed devices out: "
      "--device moves the model."),
+    (r"mat1 and mat2 shapes cannot be multiplied", "A linear layer reads the last dimension: permute the map to (B, H, W, C)."),
+    (r"values to unpack \(expected 3", "A map has four dimensions, (B, C, H, W): flatten and transpose it to tokens first."),
     (r"forward\(\) missing \d+ required positional argument", "It reads several maps: list them in the row, as [[-1, 6], ...]."),
     (r"forward\(\) takes \d+ positional arguments? but \d+ were given", "It reads fewer maps than the row gives: list fewer."),
 )  # fmt: skip

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from inspect import Parameter
 from typing import Any, Literal, NamedTuple
 
@@ -26,6 +27,7 @@ from models.parser.slots import brief, shapes_of, told
 from models.registry import Layer, LayerError
 from utils.errors import ForeignError, foreign_code, nearest
 
+MOST_NUMBERS = 2**28  # a GiB of weights: larger ones are tried on the meta device alone
 MOST_TOLD = 2  # readings that an error shows
 Style = Literal["map", "list", "spread"]
 """How `forward` takes its inputs: one map, a list of them, or each as an argument of its own."""
@@ -110,13 +112,13 @@ def _try_all(
     fitting: list[Settled] = []
     failures.clear()
     for reading in candidates:
+        if reading.is_doubt and not fitting:
+            continue
         if fitting and (reading.is_guess or any(s.reading.group == reading.group for s in fitting)):
             continue
         found = _try(layer, reading, values, is_list, is_image, run)
         if isinstance(found, _Failure):
             failures.extend([] if reading.is_doubt else [found])
-        elif reading.is_doubt and not fitting:
-            continue
         elif not any(found.text == other.text for other in fitting):
             fitting.append(found)
             if is_image and isinstance(found.output, (list, tuple, Mapping)):
@@ -165,6 +167,8 @@ def _reason(error: Exception) -> str:
 
 def _build(layer: Layer, reading: Reading, values: Sequence[Tensor], *, on_meta: bool) -> nn.Module:
     """The module of one reading; no random number of the caller's is drawn and nothing is warned."""
+    if not on_meta and _is_too_large(layer, reading):
+        raise LayerError("has too many weights to be tried with numbers")
     device = torch.device("meta" if on_meta else "cpu")
     with torch.random.fork_rng(devices=[]), device, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -175,6 +179,19 @@ def _build(layer: Layer, reading: Reading, values: Sequence[Tensor], *, on_meta:
     if any(not is_lazy(p) and p.numel() == 0 for p in module.parameters()):
         raise LayerError("has weights without a number")
     return module
+
+
+def _is_too_large(layer: Layer, reading: Reading) -> bool:
+    """Whether its weights would fill the memory: a width taken for the size of a kernel."""
+    with (
+        suppress(ForeignError),
+        foreign_code(),
+        torch.device("meta"),
+        torch.random.fork_rng(devices=[]),
+    ):
+        draft = layer.build(*reading.args, **reading.kwargs)
+        return sum(p.numel() for p in draft.parameters() if not is_lazy(p)) > MOST_NUMBERS
+    return False
 
 
 def materialize(module: nn.Module, values: Sequence[Tensor], style: Style) -> None:

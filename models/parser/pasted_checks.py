@@ -6,6 +6,7 @@ that named it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,12 +17,15 @@ from models import modules
 from models.meta import run_for_real, run_on_meta, train_for_real, train_on_meta
 from models.parser.advice import advice_for
 from models.parser.pasted import Style, arguments
-from models.parser.slots import brief, shapes_of
+from models.parser.slots import brief, shapes_of, stride_of
 from models.parser.wiring import Slot
 from models.registry import LayerError
 from utils.errors import ForeignError, foreign_code
 
-LARGER = (64, 32)  # pixels that another image has more, in height and width
+LARGER = (2, 1)  # steps that another image has more, in height and width
+
+
+SMALLEST_STEP = 32  # pixels
 
 
 class Traits(NamedTuple):
@@ -80,9 +84,10 @@ def _check_ratio(value: Tensor, output: Tensor) -> None:
         LayerError: it is not.
     """
     for given, made in zip(value.shape[2:], output.shape[2:]):
-        factor = max(round(max(given, made) / max(min(given, made), 1)), 1)
-        parts = (given // factor, -(-given // factor))
-        if made != given * factor and made not in parts:
+        large, small = max(given, made), max(min(given, made), 1)
+        power = 2 ** round(math.log2(large / small))
+        parts = (large // power, -(-large // power)) if made <= given else (large // power,)
+        if large % small and small not in parts:
             found, expected = brief([tuple(output.shape[2:])]), brief([tuple(value.shape[2:])])
             raise LayerError(
                 f"gives a map of {found} for one of {expected}, expected the same size, a part or a multiple of it. Mend its "
@@ -124,7 +129,9 @@ def _why_bound(
     imgsz: tuple[int, int],
 ) -> str:
     """Why images of another size do not fit; "" where they do."""
-    values = [_larger(slot) for slot in sources]
+    outputs = output if isinstance(output, (list, tuple)) else [output]
+    strides = [stride_of(value, imgsz) for value in outputs if isinstance(value, Tensor)]
+    values = [_larger(slot, max(SMALLEST_STEP, *strides)) for slot in sources]
     shapes, expected = shapes_of(output), [value.shape[2:] for value in values]
     try:
         with foreign_code(ForeignError, users=modules.USER_CODE):
@@ -151,8 +158,8 @@ def _run(module: nn.Module, inputs: tuple[Any, ...]) -> Any:
         return run_for_real(module, *inputs)
 
 
-def _larger(slot: Slot) -> Tensor:
-    """The slot's map for a larger image."""
+def _larger(slot: Slot, step: int) -> Tensor:
+    """The slot's map for a larger image; sizes of images go in steps of so many pixels."""
     height, width = slot.value.shape[2:]
-    more = [max(extra // max(slot.stride, 1), 1) for extra in LARGER]
+    more = [max(count * step // max(slot.stride, 1), 1) for count in LARGER]
     return torch.empty(1, slot.value.shape[1], height + more[0], width + more[1], device="meta")

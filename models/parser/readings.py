@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from models.parser.signature import CHANNEL_ROLES, DOUBTFUL, FARTHEST, Argument, Constructor, Role
 from models.registry import LayerError, Scaling
 
+SIZES = (Role.SIZE, Role.HEIGHT, Role.EXTENT, Role.CELLS)
 LEAST_WIDTH = 8  # a smaller number is a kernel, a stride or a count
 
 
@@ -94,12 +95,16 @@ def _heads(constructor: Constructor, row: RowArguments, inputs: Inputs) -> Itera
     """With a width in front or without; an input in front of it is known already and left out."""
     args = tuple(row.args)
     takes_output = constructor.find(Role.OUTPUT) is not None
-    if args and _is_known_input(args[0], row.scaling, inputs) and takes_output:
+    if (
+        len(args) > 1
+        and takes_output
+        and _is_width(args[1])
+        and _is_scaled_input(args[0], row.scaling, inputs)
+    ):
         later = [a for a in constructor.arguments if a.role is Role.OTHER and a.by_position]
         displaced = later[0].default if later else None
-        is_width = len(args) > 1 and _is_width(args[1])
-        if is_width and not (isinstance(displaced, int) and args[1] <= 4 * displaced):
-            yield _Head(args[2:], args[1])
+        if not (isinstance(displaced, int) and args[1] <= 4 * displaced):
+            yield _Head(args[2:], args[1], is_guess=bool(later) and later[0].is_required)
     if args and _is_width(args[0]):
         yield _Head(args[1:], args[0])
         is_certain = _is_known_input(args[0], row.scaling, inputs)
@@ -118,6 +123,10 @@ def _is_width(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return bool(value) and all(_is_width(v) for v in value)
     return _is_count(value) and value >= LEAST_WIDTH
+
+
+def _is_scaled_input(value: Any, scaling: Scaling, inputs: Inputs) -> bool:
+    return _is_count(value) and scaling.channels(value) == inputs.channels[0]
 
 
 def _is_known_input(value: Any, scaling: Scaling, inputs: Inputs) -> bool:
@@ -179,10 +188,10 @@ def _filled(case: _Case, head: _Head, repeats_inside: bool) -> Iterator[Reading]
     if repeats is not None and repeats_inside:
         is_told = scaling.repeats > 1 or repeats.is_required
         known[repeats.name] = [scaling.repeats if is_told else _LEFT_OUT]
-    given = _given(case, head, known)
-    if given is None:
+    found = _given(case, head, known)
+    if found is None:
         return
-    more = tuple(head.rest[len(given) :])
+    given, more = found
     for choice in product(*known.values()):
         chosen = {k: v for k, v in zip(known, choice, strict=True) if v is not _LEFT_OUT}
         yield _call(case.constructor, {**chosen, **given, **case.own}, more)._replace(
@@ -193,17 +202,30 @@ def _filled(case: _Case, head: _Head, repeats_inside: bool) -> Iterator[Reading]
         )
 
 
-def _given(case: _Case, head: _Head, known: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The row's other numbers, in the order of the arguments that nothing else fills; None where they do not suit."""
-    left = [a for a in case.free if a.name not in known and a.by_position]
-    if len(head.rest) > len(left) and not case.constructor.takes_more:
-        return None
-    pairs = list(zip(left, head.rest))
-    farthest = DOUBTFUL if head.is_doubt else FARTHEST
-    if not all(argument.suits(value, farthest) for argument, value in pairs):
-        return None
-    inner = {a.name for a, v in pairs if a.role is Role.INNER and _is_width(v)}
-    return {a.name: scaled(v, case.row.scaling) if a.name in inner else v for a, v in pairs}
+def _given(
+    case: _Case, head: _Head, known: Mapping[str, Any]
+) -> tuple[dict[str, Any], tuple[Any, ...]] | None:
+    """The row's other numbers, in the order of the arguments that nothing else fills, and what is left for `*args`.
+
+    Where they do not suit, the row may write the size of the map among them, which is measured. None where nothing suits.
+    """
+    for sizes in ((), SIZES):
+        left = [a for a in case.free if (a.role in sizes or a.name not in known) and a.by_position]
+        pairs = list(zip(left, head.rest))
+        farthest = DOUBTFUL if head.is_doubt else FARTHEST
+        if len(head.rest) > len(left) and not case.constructor.takes_more:
+            continue
+        if all(argument.suits(value, farthest) for argument, value in pairs):
+            given = {
+                a.name: _inner(a, v, case.row.scaling) for a, v in pairs if a.role not in sizes
+            }
+            return given, tuple(head.rest[len(pairs) :])
+    return None
+
+
+def _inner(argument: Argument, value: Any, scaling: Scaling) -> Any:
+    is_width = argument.role is Role.INNER and _is_width(value)
+    return scaled(value, scaling) if is_width else value
 
 
 _LEFT_OUT = object()

@@ -169,8 +169,8 @@ def _wants_list(parameter: Parameter) -> bool:
 def _together(arguments: list[Argument]) -> list[Argument]:
     """Mend what a name alone cannot say: what stands beside it decides.
 
-    A width behind an input is the output (`inplanes, planes`), an output alone behind nothing may be one; a height without
-    a width, and a width without a height, mean something else.
+    A width in between that is the only one is the input's; one behind an input is the output (`inplanes, planes`); a height
+    without a width, and a width without a height, mean something else.
     """
     roles = [a.role for a in arguments]
     if not {Role.HEIGHT, Role.EXTENT} <= set(roles):
@@ -182,6 +182,8 @@ def _together(arguments: list[Argument]) -> list[Argument]:
             roles[first] = Role.OUTPUT
     elif Role.WIDTH in roles and Role.INPUT not in roles and Role.OUTPUT in roles:
         roles[roles.index(Role.WIDTH)] = Role.INPUT
+    if Role.INNER in roles and not set(CHANNEL_ROLES) & set(roles):  # the only width there is
+        roles[roles.index(Role.INNER)] = Role.WIDTH
     seen: set[Role] = set()
     for i, role in enumerate(roles):  # of two inputs or outputs the first is meant
         roles[i] = Role.OTHER if role in seen and role is not Role.INNER else role

@@ -218,6 +218,20 @@ def test_anchors_that_do_not_fit_are_fitted_small_ones_to_the_fine_level():
     assert model.head.anchors.dtype == torch.float32
 
 
+@pytest.mark.parametrize(("missed", "is_tried"), [(1, False), (3, True)])
+def test_a_fit_is_tried_where_more_than_one_object_in_a_hundred_has_no_anchor(
+    missed: int, is_tried: bool, capsys: pytest.CaptureFixture[str]
+):
+    """Of 200 objects between 10 and 80 pixels some are 400 long and 8 high: 0.995 and 0.985 of them have an anchor."""
+    rng = np.random.default_rng(0)
+    sizes = rng.uniform(10, 80, (200, 1)) * np.ones(2)
+    sizes[:missed] = (400.0, 8.0)
+    check_anchors(small(), sizes, 4.0, 0)
+    told = capsys.readouterr().err
+    assert f"best possible recall {1 - missed / 200:.4f}" in told
+    assert ("anchors: kept, a fit reaches" in told or "anchors: fitted" in told) is is_tried
+
+
 def test_without_objects_or_with_too_few_the_anchors_stay(capsys: pytest.CaptureFixture[str]):
     model = small()
     before = anchors_in_pixels(model)

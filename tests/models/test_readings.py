@@ -162,6 +162,29 @@ def test_a_size_is_the_maps(parameters: str, expected: str):
     assert read(block(parameters, "dim", "dim"), []) == f"Block({expected})"
 
 
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ([], "Block(n_dims=256, width=8, height=8, heads=4)"),
+        ([1024, 14, 14, 2], "Block(n_dims=256, width=8, height=8, heads=2)"),
+        ([14, 14, 2], "Block(n_dims=256, width=8, height=8, heads=2)"),
+    ],
+)
+def test_a_row_that_writes_the_size_of_the_map_gets_the_measured_one(row: list, expected: str):
+    assert read(block("n_dims, width=14, height=14, heads=4", "n_dims", "n_dims"), row) == expected
+
+
+def test_inner_widths_behind_an_output_are_not_taken_for_it():
+    build = block("c1, c2, c3, c4, c5=1", "c1", "c2")
+    assert read(build, [256, 128, 64, 1]) == "Block(c1=256, c2=64, c3=128, c4=64, c5=1)"
+    assert settled(build, [256, 128, 64, 1]).note == ""
+
+
+def test_a_kernel_that_would_fill_the_memory_is_never_built():
+    with pytest.raises(LayerError, match=r"got \[256\], which Block\(c1, c2, k\) does not take"):
+        settled(block("c1, c2, k", "c1", "c2, k) if k else (c1, c2"), [256])
+
+
 class Joined(nn.Module):
     def __init__(self, in_channels: list, out_channels: int):
         super().__init__()
@@ -283,6 +306,8 @@ def test_what_fits_none_is_one_line_with_the_constructor_and_what_to_write(
         ("nc, n, k", (Role.OTHER, Role.REPEATS, Role.OTHER)),
         ("num_heads, head_dim, qk_dim", (Role.OTHER, Role.OTHER, Role.OTHER)),
         ("h", (Role.OTHER,)),
+        ("dim, hidden_dim", (Role.WIDTH, Role.INNER)),
+        ("hidden_dim", (Role.WIDTH,)),
         ("in_channels, channels, dim", (Role.INPUT, Role.OUTPUT, Role.WIDTH)),
     ],
 )
