@@ -138,7 +138,7 @@ PASTED = {
     "HostTable": Pasted("oddities", "channels={c}", BOTH, rule=FIRST),
     "FixedPrior": Pasted("oddities", "c1={c}, size=20", BOTH, rule=FIRST),
     "ViewShuffle": Pasted("oddities", "nin={c}, nout={h}, groups=4", ([H, 4],), rule=CONV),
-    "TokenFlip": Pasted("oddities", "inplanes={c}", BOTH, rule=FIRST),
+    "RowFlip": Pasted("oddities", "inplanes={c}", BOTH, rule=FIRST),
     "MixerBlock": Pasted(
         "mixer_pack", "dim={c}, pool_size=3, mlp_ratio=2", BOTH, repeats=2, rule=FIRST
     ),

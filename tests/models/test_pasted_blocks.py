@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from benchmarks.pasted_blocks import (
 from benchmarks.pasted_places import CLASSES, FOLDER, HEADS, imported_path, site_of
 from benchmarks.pasted_table import CONV, FIRST, PASTED, SAME, STACKED
 from export import export
-from models import modules, registry
+from models import common, modules, registry
 from models.exporters.network import ExportOptions, blobs
 from models.exporters.onnx_file import export_onnx
 from models.exporters.verify import verify
@@ -49,6 +50,7 @@ CHAIN: list[list[Any]] = [
 """Fifteen blocks of both kinds of rows, from 256 channels down to 64 under yolo11n."""
 
 
+CONV_ROW: list[Any] = [-1, 1, "Conv", [512, 1]]
 FEW = (
     *("CBAM", "KeywordSE", "ShuffleAttention", "WindowMixer", "DeformBlock", "StripBlock", "LazyBlock", "AnyConv"),
     *("TemperatureGate", "C3k2_SE", "C3SimAM", "DySample", "HaarDown", "Fusion", "TopDown", "FourLevelNeck"),
@@ -161,6 +163,74 @@ def test_a_block_trains_fuses_and_exports_under_every_family_of_heads(
             assert isinstance(difference, float) and difference <= LIMIT, (form, difference)
         else:
             assert reason in str(difference)
+
+
+# --- names and files ------------------------------------------------------------------------------
+
+
+def model_of(files: list[Path | str], *rows: list[Any]) -> DetectionModel:
+    """The small trunk with rows on its coarsest map, which the head reads alone."""
+    site = site_of("tiny")
+    config = site.config | {"imports": [str(file) for file in files]}
+    config["head"] = [*rows, [[-1], *site.head[1:]]]
+    return build_model(config, num_classes=CLASSES, imgsz=SIZE, allow_code=True)
+
+
+def test_helpers_that_share_a_name_stay_those_of_their_own_files():
+    files = [imported_path("StripBlock"), imported_path("C3SimAM")]
+    model = model_of(files, [-1, 1, "StripBlock", [512]], [-1, 1, "C3SimAM", [512]], CONV_ROW)
+    strip, csp, conv = model.model[-4:-1]
+    assert type(strip.first).__module__.startswith("yoke_import_own_helpers")
+    assert type(csp.cv1) is type(conv) is common.Conv
+
+
+def test_a_built_in_name_that_a_file_defines_too_is_told_with_the_way_to_mean_either(
+    capsys: pytest.CaptureFixture[str],
+):
+    helpers = imported_path("StripBlock")
+    model = model_of([helpers], CONV_ROW, [-1, 1, "own_helpers.Conv", [512, {"k": 3}]])
+    told = capsys.readouterr().err
+    assert told.count("the built-in Conv is meant, not the one in") == 1
+    assert "Write own_helpers.Conv for that" in told
+    built_in, own = model.model[-3:-1]
+    assert type(built_in) is common.Conv and type(own) is not common.Conv
+    assert own.body[0].kernel_size == (3, 3) and own.body[0].in_channels == 64
+
+
+def test_a_name_in_two_files_is_refused_until_a_row_says_which(tmp_path: Path):
+    other = tmp_path / "gates.py"
+    other.write_text("from torch import nn\n\n\nclass SE(nn.Identity):\n    pass\n")
+    files = [imported_path("SE"), other]
+    with pytest.raises(ConfigError, match=r"is defined twice.*Write .*attention\.SE.*gates\.SE"):
+        model_of(files, [-1, 1, "SE", []])
+    model = model_of(files, [-1, 1, "attention.SE", []], [-1, 1, "gates.SE", []])
+    assert [sum(p.numel() for p in m.parameters()) for m in model.model[-3:-1]] == [512, 0]
+
+
+def test_a_file_dropped_into_the_folder_needs_no_imports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    shutil.copy(FOLDER / "attention.py", tmp_path / "dropped_attention.py")
+    monkeypatch.setattr(modules, "__path__", [*modules.__path__, str(tmp_path)])
+    modules._import_files()
+    model = model_of([], [-1, 1, "CBAM", [512]], [-1, 1, "dropped_attention.SE", [512, 8]])
+    assert [row.args for row in model.rows[-3:-1]] == [
+        "CBAM(c1=64, reduction=16)",
+        "SE(channel=64, reduction=8)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "computes"), [("ViewShuffle", True), ("RowFlip", False), ("SE", True)]
+)
+def test_a_block_that_wants_the_plain_memory_format_is_known_and_told(
+    name: str, computes: bool, capsys: pytest.CaptureFixture[str]
+):
+    model = build(name, PASTED[name].rows[0], "tiny")
+    assert model.computes_channels_last is computes
+    assert ("channels-last" in capsys.readouterr().err) is not computes
+    if computes:
+        model(blobs(2, SIZE, seed=0).to(memory_format=torch.channels_last))
 
 
 # --- registered twins -----------------------------------------------------------------------------

@@ -147,7 +147,7 @@ class FixedPrior(nn.Module):
 
 
 class ViewShuffle(nn.Module):
-    """`.view` on whatever comes: refuses a map in channels_last."""
+    """Shuffles by `.view`, which any layout allows here."""
 
     def __init__(self, nin, nout, groups=4):
         super().__init__()
@@ -163,8 +163,8 @@ class ViewShuffle(nn.Module):
         return self.bn(self.deep(x))
 
 
-class TokenFlip(nn.Module):
-    """`.view` over the cells, which no layout but the plain one allows."""
+class RowFlip(nn.Module):
+    """`.view` over channels and rows, which no layout but the plain one allows."""
 
     def __init__(self, inplanes):
         super().__init__()
@@ -172,5 +172,5 @@ class TokenFlip(nn.Module):
 
     def forward(self, x):
         b, c, h, w = x.shape
-        t = x.view(b, c, h * w) * self.scale.view(1, -1, 1)
-        return x + t.flip(-1).view(b, c, h, w)
+        t = x.view(b, c * h, w).flip(-1)
+        return x + self.scale.view(1, -1, 1, 1) * t.view(b, c, h, w)
