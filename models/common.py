@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -64,6 +64,15 @@ def short_names(build: T) -> T:
         return renamed  # type: ignore[return-value]
     setattr(build, "__init__", renamed)  # noqa: B010 - mypy refuses the assignment
     return build
+
+
+def whole_names(build: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of a row, short ones under the words of `build`."""
+    own = inspect.signature(build).parameters
+    words = {
+        key: next((name for name in SHORT_NAMES.get(key, ()) if name in own), key) for key in given
+    }
+    return {key if key in own else words[key]: value for key, value in given.items()}
 
 
 @short_names

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from models import modules
+from models.common import whole_names
 from models.meta import idle_parameters, run_for_real, run_on_meta
 from models.parser.advice import advice_for
 from models.parser.naming import (
@@ -337,13 +338,15 @@ def _plan(layer: Layer, channels: list[Any], args: list[Any], scaling: Scaling) 
 
 
 def _construct(layer: Layer, plan: Plan, row: RowSpec) -> nn.Module:
+    kwargs = row.kwargs
     try:
         signature = inspect.signature(layer.build)
+        kwargs = whole_names(layer.build, kwargs)
     except (TypeError, ValueError):
         signature = None
     if signature is not None:
         try:
-            signature.bind(*plan.args, **row.kwargs)
+            signature.bind(*plan.args, **kwargs)
         except TypeError as error:
             inserted = len(plan.args) - len(row.args)
             own = ", ".join(
@@ -355,7 +358,7 @@ def _construct(layer: Layer, plan: Plan, row: RowSpec) -> nn.Module:
             ) from error
     try:
         with foreign_code(LayerError, users=modules.USER_CODE):
-            module = layer.build(*plan.args, **row.kwargs)
+            module = layer.build(*plan.args, **kwargs)
     except (ForeignError, LayerError) as error:
         given = " ".join(str(part) for part in (plan.args, row.kwargs) if part) or "no arguments"
         raise LayerError(f"cannot be built with {given} - {error}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from pasted_files import run as run
+from small_configs import build, error_of
 from torch import nn
 
 from models import common
@@ -147,3 +148,11 @@ def test_a_subclass_may_have_another_default_activation():
     assert isinstance(common.Conv(3, 8).act, nn.SiLU)
     assert common.Conv(3, 8).act is not common.Conv.default_act  # each has its own
     assert Rectified(3, 8).has_default_activation
+
+
+def test_a_row_may_use_the_short_keywords_too():
+    rows = [[-1, 1, "Conv", [16, {"k": 3, "s": 2, "act": False}]]]
+    built = build(rows).model[0]
+    assert (built.conv.kernel_size, built.conv.stride) == ((3, 3), (2, 2))
+    assert isinstance(built.act, nn.Identity)
+    assert "got an unexpected keyword argument 'q'" in error_of([[-1, 1, "Conv", [16, {"q": 3}]]])
