@@ -65,7 +65,13 @@ def _reads_images(given: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
     return (from_rgb or to_rgb) and given[0] == wanted[0] and given[2:] == wanted[2:]
 
 
-def made_to_fit(kind: str, given: Tensor, wanted: Tensor, owner: nn.Module | None) -> Tensor | None:
+def made_to_fit(
+    kind: str,
+    given: Tensor,
+    wanted: Tensor,
+    owner: nn.Module | None,
+    imgsz: tuple[int, int] | None = None,
+) -> Tensor | None:
     """`given` in the shape of `wanted`, None where the grid behind its numbers cannot be told.
 
     Args:
@@ -73,6 +79,7 @@ def made_to_fit(kind: str, given: Tensor, wanted: Tensor, owner: nn.Module | Non
         given: the file's tensor.
         wanted: the model's; of a table that has a class token only here the token stays as it is.
         owner: the module that holds it; tells a grid or window that is not square.
+        imgsz: size (height, width) that the model was built for; tells the shape of a grid that its owner does not.
     """
     if kind == FIRST:
         return with_channels(given, wanted.shape[1])
@@ -83,7 +90,7 @@ def made_to_fit(kind: str, given: Tensor, wanted: Tensor, owner: nn.Module | Non
 
         return resample_patch_embed(given, list(wanted.shape[2:]))
     if kind == POSITIONS:
-        return _positions(given, wanted, owner)
+        return _positions(given, wanted, owner, imgsz)
     return _window(given, wanted, owner)
 
 
@@ -119,16 +126,14 @@ def _square(count: int) -> tuple[int, int] | None:
     return (side, side) if side * side == count else None
 
 
-def _positions(given: Tensor, wanted: Tensor, owner: Any) -> Tensor | None:
+def _positions(
+    given: Tensor, wanted: Tensor, owner: Any, imgsz: tuple[int, int] | None
+) -> Tensor | None:
     if wanted.ndim == 4:
-        is_first = given.shape[1] == wanted.shape[1]
-        grid = given if is_first else given.permute(0, 3, 1, 2)
-        size = wanted.shape[2:] if is_first else wanted.shape[1:3]
-        resized = F.interpolate(grid, tuple(size), mode="bicubic", align_corners=False)
-        return resized if is_first else resized.permute(0, 2, 3, 1)
+        return _position_maps(given, wanted)
     from timm.layers import resample_abs_pos_embed
 
-    new_size = _grid_of(owner, wanted.shape[1])
+    new_size = _grid_of(owner, wanted.shape[1], imgsz)
     if new_size is None:
         return None
     tokens = wanted.shape[1] - new_size[0] * new_size[1]
@@ -141,12 +146,46 @@ def _positions(given: Tensor, wanted: Tensor, owner: Any) -> Tensor | None:
     return torch.cat((kept[:, :tokens], grid), 1)
 
 
-def _grid_of(owner: Any, count: int) -> tuple[int, int] | None:
+def _position_maps(given: Tensor, wanted: Tensor) -> Tensor | None:
+    """A table with a grid of its own: (1, H, W, C), (1, C, H, W), or (1, T, N, C) of T square blocks with N cells each."""
+    same = [axis for axis in (1, 3) if given.shape[axis] == wanted.shape[axis]]
+    if max(same, key=lambda axis: given.shape[axis]) == 1:
+        return _between(given[0], wanted.shape[2:])[None]
+    blocks, old, new = (_square(n) for n in (given.shape[1], given.shape[2], wanted.shape[2]))
+    if len(same) == 2 and blocks and old and new:
+        image = _blocks_to_map(given[0], blocks, old)
+        size = (blocks[0] * new[0], blocks[1] * new[1])
+        return _map_to_blocks(_between(image, size), blocks, new)[None]
+    return _between(given[0].permute(2, 0, 1), wanted.shape[1:3]).permute(1, 2, 0)[None]
+
+
+def _blocks_to_map(table: Tensor, blocks: tuple[int, int], cells: tuple[int, int]) -> Tensor:
+    """(T, N, C) to (C, H, W): blocks of cells side by side."""
+    parts = table.unflatten(1, cells).unflatten(
+        0, blocks
+    )  # rows, columns, rows within, columns within, C
+    return parts.permute(4, 0, 2, 1, 3).flatten(3, 4).flatten(1, 2)
+
+
+def _map_to_blocks(grid: Tensor, blocks: tuple[int, int], cells: tuple[int, int]) -> Tensor:
+    """The way back from `_blocks_to_map`."""
+    parts = grid.unflatten(2, (blocks[1], cells[1])).unflatten(1, (blocks[0], cells[0]))
+    return parts.permute(1, 3, 2, 4, 0).flatten(2, 3).flatten(0, 1)
+
+
+def _grid_of(owner: Any, count: int, imgsz: tuple[int, int] | None) -> tuple[int, int] | None:
     """Height and width of the grid behind a table of `count` positions, class tokens among them perhaps."""
     grid = getattr(getattr(owner, "patch_embed", None), "grid_size", None)
     if isinstance(grid, (tuple, list)) and len(grid) == 2 and 0 <= count - grid[0] * grid[1] <= 8:
         return int(grid[0]), int(grid[1])
-    return next((size for n in (0, 1, 2) if (size := _square(count - n))), None)
+    for cells in (count, count - 1, count - 2):
+        if imgsz is not None:
+            height = round(math.sqrt(max(cells, 0) * imgsz[0] / imgsz[1]))
+            if height and cells % height == 0 and height * imgsz[1] == cells // height * imgsz[0]:
+                return height, cells // height
+        if _square(cells):
+            return _square(cells)
+    return None
 
 
 def _window(given: Tensor, wanted: Tensor, owner: Any) -> Tensor | None:

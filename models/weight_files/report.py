@@ -94,8 +94,10 @@ def _listed(items: Iterable[str]) -> str:
 
 
 def by_prefix(keys: Iterable[str]) -> str:
-    """`model.24 (6), model.9 (12)`: how many of `keys` begin with what."""
-    counts = Counter(".".join(key.split(".")[:2]) for key in keys)
+    """`model.24 (6), neck (12)`: how many of `keys` begin with what, rows of a detector one by one."""
+    counts = Counter(
+        ".".join(key.split(".")[: 2 if key.startswith("model.") else 1]) for key in keys
+    )
     shown = [f"{prefix} ({count})" for prefix, count in list(counts.items())[:MAX_GROUPS]]
     rest = len(counts) - MAX_GROUPS
     return ", ".join(shown) + (f" and {rest} more places" if rest > 0 else "")

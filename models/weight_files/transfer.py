@@ -258,7 +258,7 @@ class _Copier:
         if key in self.class_keys and not (self.rows.is_same and given.shape == value.shape):
             self._take_rows(key, value, given)
             return
-        made = made_to_fit(kind, given, value, self._owner(key)) if kind else given
+        made = self._made(kind, key, given) if kind else given
         if made is None or made.shape != value.shape:
             self.mismatched.append((key, tuple(given.shape), tuple(value.shape)))
             return
@@ -282,8 +282,10 @@ class _Copier:
         else:
             self.mismatched.append((key, tuple(given.shape), tuple(value.shape)))
 
-    def _owner(self, key: str) -> nn.Module:
-        return self.model.get_submodule(key.rpartition(".")[0])
+    def _made(self, kind: str, key: str, given: Tensor) -> Tensor | None:
+        owner = self.model.get_submodule(key.rpartition(".")[0])
+        imgsz: Any = getattr(self.model, "imgsz", None)
+        return made_to_fit(kind, given, self.target[key], owner, imgsz)
 
 
 def _optional_keys(model: nn.Module) -> Iterator[str]:

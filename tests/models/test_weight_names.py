@@ -159,6 +159,41 @@ def test_positions_are_interpolated_and_class_tokens_kept(given_tokens: int, tok
     torch.testing.assert_close(inner, ramp(4, 6).view(4, 6, 2)[1:-1, 1:-1], atol=0.02, rtol=0)
 
 
+def test_a_grid_has_the_shape_of_the_image():
+    wanted = torch.zeros(1, 4 * 6, 2)
+    made = made_to_fit("position table", ramp(8, 8)[None], wanted, Owner(), imgsz=(64, 96))
+    assert made is not None
+    inner = made.view(4, 6, 2)[1:-1, 1:-1]
+    torch.testing.assert_close(inner, ramp(4, 6).view(4, 6, 2)[1:-1, 1:-1], atol=0.02, rtol=0)
+
+
+def blocks(table: Tensor, count: int, side: int) -> Tensor:
+    """A map (H, W, C) as (1, T, N, C): `count` times `count` blocks of `side` times `side` cells, written out cell by cell."""
+    rows = [
+        torch.stack([table[i * side + y, j * side + x] for y in range(side) for x in range(side)])
+        for i in range(count)
+        for j in range(count)
+    ]
+    return torch.stack(rows)[None]
+
+
+@pytest.mark.parametrize("layout", ["last", "first", "blocks"])
+def test_tables_with_a_grid_of_their_own(layout: str):
+    wide = torch.randn(8, 8, 40)  # more channels than a side has cells
+    image = F.interpolate(
+        wide.permute(2, 0, 1)[None], (12, 12), mode="bicubic", align_corners=False
+    )
+    fine = image[0].permute(1, 2, 0)
+    given, expected = {
+        "last": (wide[None], fine[None]),
+        "first": (wide.permute(2, 0, 1)[None], image),
+        "blocks": (blocks(wide, 2, 4), blocks(fine, 2, 6)),
+    }[layout]
+    made = made_to_fit("position table", given, torch.zeros_like(expected), Owner())
+    assert made is not None
+    torch.testing.assert_close(made, expected)
+
+
 def test_positions_without_a_known_grid_are_left_alone():
     assert (
         made_to_fit("position table", torch.zeros(1, 23, 4), torch.zeros(1, 16, 4), Owner()) is None
