@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import pasted_blocks
 from benchmarks.coupling_matrix import train_step
 from benchmarks.pasted_blocks import (
     CANNOT,
@@ -264,3 +265,56 @@ def test_a_block_that_is_read_equals_the_same_one_registered_by_a_rule(name: str
     image = blobs(2, SIZE, seed=5)
     for a, b in zip(model(image), twin(image)):
         assert torch.equal(a, b)
+
+
+# --- the report -----------------------------------------------------------------------------------
+
+WORKS = {
+    "name": "CBAM x yolo11n", "status": "works", "read": "CBAM(c1=256, reduction=16)", "onnx": 8e-7,
+    "formats": {"onnx": 8e-7, "torchscript": 9e-8, "openvino": 1e-6, "pt2": "an operator is missing"},
+}  # fmt: skip
+FAILS = {"name": "CBAM x yolov5n", "status": "fails", "step": "fuse", "reason": "differs"}
+
+
+def test_the_report_has_a_line_a_block_and_below_it_what_does_not_work():
+    results = {r["name"]: r for r in (WORKS, FAILS)}
+    wanted = [f"CBAM x {head}" for head in HEADS]
+    lines = pasted_blocks.format_table(results, wanted).splitlines()
+    cells = [cell.strip() for cell in lines[2].split("|")[1:-1]]
+    assert cells == [
+        "CBAM", "[C]", "CBAM(c1=256, reduction=16)", "fails: fuse", "8e-07", "-", "8e-07", "9e-08", "1e-06", "no",
+    ]  # fmt: skip
+    assert lines[3:] == [
+        "fails: CBAM x yolov5n at fuse: differs",
+        "cannot: CBAM pt2: an operator is missing",
+        "1 of 2 work; 3 wanted",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [
+        ({}, ["CBAM x yolov5n", "CBAM x yolo11n pt2"]),
+        ({"CBAM pt2": "an operator"}, ["CBAM x yolov5n"]),
+        ({"CBAM pt2": "another reason"}, ["CBAM x yolov5n", "CBAM x yolo11n pt2"]),
+        ({"CBAM pt2": "an operator", "CBAM onnx": "x"}, ["CBAM x yolov5n", "CBAM x yolo11n onnx"]),
+    ],
+)
+def test_what_a_format_cannot_is_expected_only_for_the_known_reason(
+    known: dict[str, str], expected: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(pasted_blocks, "CANNOT", known)
+    results = {r["name"]: r for r in (FAILS, WORKS)}
+    assert pasted_blocks.unexpected(results, list(results)) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("A()", []),
+        ("A(64, 3)", ["64", "3"]),
+        ("A(c=[1, 2], k=(3, 3), n='a')", ["c=(1, 2)", "k=(3, 3)", "n='a'"]),
+    ],
+)
+def test_arguments_are_told_apart_and_lists_look_like_tuples(text: str, parts: list[str]):
+    assert pasted_blocks._parts(text) == parts
