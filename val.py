@@ -35,7 +35,7 @@ from engine.outputs import (
     save_metric_plots,
     tell_other_score,
 )
-from engine.setup import open_data
+from engine.setup import check_classes, open_data
 from models.backends import Backend, load_backend
 from models.ensemble import as_one
 from models.postprocess import keep_best, postprocess
@@ -205,35 +205,6 @@ class Validation:
             predict, self.backend.postprocess_kind, bar, self.evaluator,
             device=device, thresholds=thresholds, on_batch=on_batch if folder else None,
         )  # fmt: skip
-
-
-def check_classes(
-    model_names: Sequence[str], data_names: Sequence[str], weights: Any, data: Any
-) -> None:
-    """Refuse to measure a model on a data set with other classes; warn where names differ.
-
-    Names such as `class0`, which stand in for names that nobody gave, fit everything.
-
-    Raises:
-        ConfigError: another number of classes, or the same names in another order.
-    """
-    if len(model_names) != len(data_names):
-        raise ConfigError(
-            f"{weights}: got a model of {len(model_names)} classes for {data} with {len(data_names)}, expected the "
-            "same number. Give the data the model was trained on."
-        )
-    differing = [
-        (k, ours, theirs)
-        for k, (ours, theirs) in enumerate(zip(model_names, data_names))
-        if ours != theirs and f"class{k}" not in (ours, theirs)
-    ]
-    if not differing:
-        return
-    index, ours, theirs = differing[0]
-    told = f"{data}: class {index} - got {theirs!r}, expected {ours!r} as in {weights}"
-    if sorted(model_names) == sorted(data_names):
-        raise ConfigError(f"{told}. The names stand in another order: put them in the model's.")
-    get_logger().warning(f"{told}; {len(differing)} of {len(data_names)} names differ")
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> Any:

@@ -10,7 +10,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -20,14 +19,13 @@ from data.dataset import DetectionDataset, build_dataset
 from data.loader import build_loader
 from engine.setup import (
     automatic_batch_size,
-    check_anchors,
     complete,
+    fit_to_objects,
     freeze,
     open_data,
     recipe,
     settle_losses,
     settle_white,
-    tell_limits,
 )
 from engine.stopping import StopRequest
 from engine.weights import build_from_flags
@@ -173,18 +171,11 @@ def prepare(
     _set_recipe_attributes(model.head, hyp)
     model.to(device, memory_format=memory_format_for(model, device))
     batch_size = options.batch_size = _batch_size(options.batch_size, model, imgsz, device, world)
-    if options.sync_bn and world.is_distributed:
-        model = with_shared_norms(model)
-    elif options.sync_bn:
-        get_logger().info("--sync-bn: without effect, there is one process")
+    model = _shared_norms(model, world) if options.sync_bn else model
     frozen = freeze(model, options.freeze) if options.freeze else []
     train_set, train_loader = _train_data(options, data, hyp, imgsz, model.max_stride, world)
     val_set, val_loader = _val_data(options, data, imgsz, model.max_stride, world)
-    sizes = _sizes_at(train_set, imgsz)
-    tell_limits(model.head, sizes, np.diff(train_set.offsets))
-    if model.head.loss == "anchor":
-        refit = not (options.noautoanchor or options.resume)
-        check_anchors(model, sizes, hyp["anchor_t"], options.seed, refit=refit)
+    fit_to_objects(model, train_set, imgsz, hyp, options)
     accumulate = max(round(hyp["nbs"] / batch_size), 1)
     hyp = _settle_optimizer(hyp, model.head.num_classes, len(train_set), options)
     decay = hyp["weight_decay"] * batch_size * accumulate / hyp["nbs"]
@@ -224,6 +215,13 @@ def _batch_size(
             f"--batch-size: got {wanted}, expected a multiple of the {world.size} processes."
         )
     return wanted
+
+
+def _shared_norms(model: DetectionModel, world: World) -> Any:
+    if world.is_distributed:
+        return with_shared_norms(model)
+    get_logger().info("--sync-bn: without effect, there is one process")
+    return model
 
 
 def _set_recipe_attributes(head: Any, hyp: Mapping[str, Any]) -> None:
@@ -365,15 +363,6 @@ def single_values(model: nn.Module, batch_size: int) -> Iterator[None]:
 
 def _spare_single_values(norm: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
     norm.training = inputs[0].numel() > inputs[0].shape[1]
-
-
-def _sizes_at(dataset: DetectionDataset, imgsz: tuple[int, int]) -> np.ndarray:
-    """Object sizes in pixels, images scaled to fit `imgsz`."""
-    sizes, image_sizes = dataset.box_sizes_wh()
-    if len(sizes) == 0:
-        return np.zeros((0, 2))
-    scale = np.minimum(imgsz[0] / image_sizes[:, 0], imgsz[1] / image_sizes[:, 1])
-    return np.asarray(sizes * scale[:, None], dtype=np.float64)
 
 
 def _wrap(model: nn.Module, device: torch.device, world: World) -> nn.Module:

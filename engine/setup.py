@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from data.config import DataConfig, load_data_config
+from data.dataset import DetectionDataset
 from data.download import fetch
 from models.losses.box import name_problem
 from models.losses.classification import class_loss_problem
@@ -64,6 +65,35 @@ def settle_white(data: DataConfig, model: DetectionModel) -> DataConfig:
     if data.white is not None:
         model.config["white"] = data.white
     return data
+
+
+def check_classes(
+    model_names: Sequence[str], data_names: Sequence[str], weights: Any, data: Any
+) -> None:
+    """Refuse to measure a model on a data set with other classes; warn where names differ.
+
+    Names such as `class0`, which stand in for names that nobody gave, fit everything.
+
+    Raises:
+        ConfigError: another number of classes, or the same names in another order.
+    """
+    if len(model_names) != len(data_names):
+        raise ConfigError(
+            f"{weights}: got a model of {len(model_names)} classes for {data} with {len(data_names)}, expected the "
+            "same number. Give the data the model was trained on."
+        )
+    differing = [
+        (k, ours, theirs)
+        for k, (ours, theirs) in enumerate(zip(model_names, data_names))
+        if ours != theirs and f"class{k}" not in (ours, theirs)
+    ]
+    if not differing:
+        return
+    index, ours, theirs = differing[0]
+    told = f"{data}: class {index} - got {theirs!r}, expected {ours!r} as in {weights}"
+    if sorted(model_names) == sorted(data_names):
+        raise ConfigError(f"{told}. The names stand in another order: put them in the model's.")
+    get_logger().warning(f"{told}; {len(differing)} of {len(data_names)} names differ")
 
 
 def recipe(family: str, hyp: str | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,6 +205,30 @@ def _freeze_by_name(model: DetectionModel, word: str) -> list[nn.Module]:
 def _parameters_under(module: str, names: Sequence[str]) -> list[str]:
     under = [name for name in names if name.startswith(module + ".")]
     return under or ["nothing"]
+
+
+def fit_to_objects(
+    model: DetectionModel,
+    train_set: DetectionDataset,
+    imgsz: tuple[int, int],
+    hyp: Mapping[str, Any],
+    options: Any,
+) -> None:
+    """Measure, and where it has anchors fit, the head on the objects of the training split."""
+    sizes = _sizes_at(train_set, imgsz)
+    tell_limits(model.head, sizes, np.diff(train_set.offsets))
+    if model.head.loss == "anchor":
+        refit = not (options.noautoanchor or options.resume)
+        check_anchors(model, sizes, hyp["anchor_t"], options.seed, refit=refit)
+
+
+def _sizes_at(dataset: DetectionDataset, imgsz: tuple[int, int]) -> np.ndarray:
+    """Object sizes in pixels, images scaled to fit `imgsz`."""
+    sizes, image_sizes = dataset.box_sizes_wh()
+    if len(sizes) == 0:
+        return np.zeros((0, 2))
+    scale = np.minimum(imgsz[0] / image_sizes[:, 0], imgsz[1] / image_sizes[:, 1])
+    return np.asarray(sizes * scale[:, None], dtype=np.float64)
 
 
 def tell_limits(head: Any, sizes: np.ndarray, per_image: np.ndarray) -> None:
