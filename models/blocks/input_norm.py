@@ -17,7 +17,8 @@ from models.fusing.folding import Affine
 class InputNorm(nn.Module):
     """`(x - mean) / std` for each channel of an image (B, C, H, W); does nothing until it is told numbers.
 
-    The numbers are buffers: they travel with the weights. Weights without them were trained on images as they are.
+    The numbers are buffers that travel with the weights, once there are any: a model that does not normalise has no keys for
+    it, and weights without them were trained on images as they are.
 
     Args:
         channels: C.
@@ -25,6 +26,7 @@ class InputNorm(nn.Module):
     Attributes:
         mean: (C,), 0 at first.
         std: (C,), 1 at first.
+        is_active: whether it does anything.
     """
 
     is_optional = True
@@ -36,27 +38,32 @@ class InputNorm(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("std", torch.ones(channels))
+        self.is_active = False
 
     @torch.no_grad()
     def set(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Take these numbers; their averages where the image has another number of channels."""
         for buffer, values in ((self.mean, mean), (self.std, std)):
-            numbers = torch.tensor(values, dtype=torch.float64)
-            buffer.copy_(
-                numbers if len(numbers) == len(buffer) else numbers.mean().expand_as(buffer)
-            )
+            numbers = torch.tensor(values, dtype=torch.float64, device="cpu")
+            numbers = numbers if len(numbers) == len(buffer) else numbers.mean()
+            buffer.copy_(numbers.expand(buffer.shape))
+        self.is_active = True
 
-    @property
-    def is_identity(self) -> bool:
-        """Whether it does nothing."""
-        return not bool(self.mean.any()) and bool((self.std == 1).all())
+    def refresh(self) -> None:
+        """See what the numbers are after somebody has written them."""
+        if not self.mean.is_meta:
+            self.is_active = bool(self.mean.any()) or bool((self.std != 1).any())
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.is_active:
+            return x
         mean, std = (t.to(x.dtype).view(-1, 1, 1) for t in (self.mean, self.std))
         return (x - mean) / std
 
-    def affine(self) -> Affine:
-        """What it does as a scale and shift per channel."""
+    def affine(self) -> Affine | None:
+        """What it does as a scale and shift per channel; None for nothing."""
+        if not self.is_active:
+            return None
         scale = 1 / self.std.detach().double()
         return Affine(scale, -self.mean.detach().double() * scale, 1, None)
 
@@ -64,14 +71,17 @@ class InputNorm(nn.Module):
         """What is left of it where the layer behind has taken the scale."""
         return Subtract(self.mean)
 
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if self.is_active:
+            super()._save_to_state_dict(*args, **kwargs)
+
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        own = {
-            f"{prefix}mean": torch.zeros_like(self.mean),
-            f"{prefix}std": torch.ones_like(self.std),
-        }
-        super()._load_from_state_dict({**own, **state_dict}, prefix, *args, **kwargs)
+        own = {"mean": torch.zeros_like(self.mean), "std": torch.ones_like(self.std)}
+        given = {**{prefix + key: value for key, value in own.items()}, **state_dict}
+        super()._load_from_state_dict(given, prefix, *args, **kwargs)
+        self.refresh()
 
 
 class Subtract(nn.Module):

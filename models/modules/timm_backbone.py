@@ -270,7 +270,7 @@ class TimmBackbone(nn.Module):
         """Fold what timm itself can fold (RepVGG, MobileOne, LeViT and the like); in place, idempotent."""
         from timm.models import reparameterize_model
 
-        if isinstance(self.normalize, InputNorm) and self.normalize.is_identity:
+        if isinstance(self.normalize, InputNorm) and not self.normalize.is_active:
             self.normalize = nn.Identity()
         if not self._is_reparameterized:
             reparameterize_model(self.net, inplace=True)

@@ -85,7 +85,9 @@ def backbone_parts(model: Any, state: Mapping[str, Tensor], *, is_backbone: bool
 
 
 def _part(prefix: str, module: Any, state: Mapping[str, Tensor]) -> Part:
-    own = frozenset(prefix + key for key in module.state_dict())
+    own = {key for key in state if key.startswith(prefix)} if prefix else set(state)
+    if isinstance(module, nn.ModuleDict):
+        own = set(module.state_dict())
     keys = tuple(key for key in state if key in own)
     pretrained = prefix + getattr(module, "pretrained_prefix", "")
     counted = (key for key in keys if key.startswith(pretrained) and state[key].is_floating_point())

@@ -84,7 +84,7 @@ def transfer(
         CheckpointError: not one tensor fits, or less than half of a backbone's where the file has nothing else;
             not where `allow_empty` is set.
     """
-    target = model.state_dict()
+    target = {**model.state_dict(), **dict(_optional_tensors(model))}
     plan = _plan(model, target, state, only_backbone)
     if not allow_empty:
         _require_enough(plan, target, state, source, only_backbone)
@@ -207,7 +207,7 @@ class _Copier:
         self.model, self.target, self.plan = model, target, plan
         self.rows, self.num_anchors = rows, num_anchors
         self.class_keys = class_keys(model, plan.keys)
-        self.optional = set(_optional_keys(model))
+        self.optional = {key for key, _ in _optional_tensors(model)}
         self.transferred: list[str] = []
         self.partial: list[str] = []
         self.missing: list[str] = []
@@ -227,9 +227,13 @@ class _Copier:
                 self.counters += 1
             elif key not in self.optional:
                 self.missing.append(key)
+        for module in self.model.modules():
+            refresh = getattr(module, "refresh", None)
+            if getattr(module, "is_optional", False) and callable(refresh):
+                refresh()
         left = self._left(state)
         classifier = classifier_keys(left) if plan.backbone_only else ()
-        total = sum(self.target[key].numel() for key in plan.keys)
+        total = sum(self.target[key].numel() for key in set(plan.keys) - self.optional)
         return TransferReport(
             tuple(self.transferred), tuple(self.partial), tuple(self.missing), tuple(self.mismatched),
             tuple(key for key in left if key not in classifier), plan.moved, (self.count, total),
@@ -266,7 +270,7 @@ class _Copier:
             self.adapted.append((key, told(kind, tuple(given.shape), tuple(value.shape))))
         value.copy_(made)
         self.transferred.append(key)
-        self.count += value.numel()
+        self.count += value.numel() if key not in self.optional else 0
 
     def _take_rows(self, key: str, value: Tensor, given: Tensor) -> None:
         copied = copy_class_rows(value, given, self.rows, self.num_anchors)
@@ -288,10 +292,11 @@ class _Copier:
         return made_to_fit(kind, given, self.target[key], owner, imgsz)
 
 
-def _optional_keys(model: nn.Module) -> Iterator[str]:
+def _optional_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Tensors that a model may have and older weights do not, by key."""
     for name, module in model.named_modules():
         if getattr(module, "is_optional", False):
-            yield from (f"{name}.{key}" for key in module.state_dict())
+            yield from ((f"{name}.{key}", tensor) for key, tensor in module.named_buffers())
 
 
 def _shapes(state: Mapping[str, Tensor]) -> Shapes:

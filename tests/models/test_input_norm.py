@@ -30,9 +30,9 @@ def normalised(x: Tensor) -> Tensor:
 
 def test_it_does_nothing_until_it_is_told():
     norm, x = InputNorm(), torch.rand(2, 3, 4, 5)
-    assert norm.is_identity and torch.equal(norm(x), x)
+    assert not norm.is_active and torch.equal(norm(x), x)
     norm.set(MEAN, STD)
-    assert not norm.is_identity
+    assert norm.is_active
     torch.testing.assert_close(norm(x), normalised(x), rtol=0, atol=0)
 
 
@@ -47,7 +47,7 @@ def test_weights_without_it_were_trained_without_it():
     net["norm"].set(MEAN, STD)
     state = {key: value for key, value in net.state_dict().items() if "norm" not in key}
     net.load_state_dict(state)
-    assert net["norm"].is_identity
+    assert not net["norm"].is_active and net["norm"].std.tolist() == [1, 1, 1]
 
 
 class Stem(nn.Module):
@@ -122,7 +122,7 @@ def test_weights_of_timm_bring_timms_numbers(tmp_path: Path):
     model = pretrained(tmp_path)
     assert model.normalize.mean.tolist() == pytest.approx(config.mean)
     assert model.normalize.std.tolist() == pytest.approx(config.std)
-    assert TimmBackbone("test_resnet", SIZE).normalize.is_identity
+    assert not TimmBackbone("test_resnet", SIZE).normalize.is_active
     x = torch.rand(1, 3, *SIZE)
     with torch.no_grad():
         inner = model.net(model.normalize(x))
@@ -140,7 +140,7 @@ def test_a_row_may_say_otherwise(normalize: object, mean: list, std: list, tmp_p
 
 
 def test_it_can_be_asked_for_without_weights():
-    assert not TimmBackbone("test_resnet", SIZE, normalize=True).normalize.is_identity
+    assert TimmBackbone("test_resnet", SIZE, normalize=True).normalize.is_active
     with pytest.raises(LayerError, match="got normalize 'yes', expected true, false or a mean"):
         TimmBackbone("test_resnet", SIZE, normalize="yes")
 
