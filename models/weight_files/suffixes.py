@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from difflib import SequenceMatcher
+from itertools import islice
 from typing import NamedTuple
 
 Shape = tuple[int, ...]
@@ -18,6 +19,8 @@ Words = tuple[str, ...]
 Fits = Callable[[str, Shape, Shape], bool]
 
 CANDIDATES = 16  # pairs of prefixes that are tried, those with most votes
+VOTERS = 256  # tensors of a model that vote; all of them know the same prefixes
+MOST_ALIKE = 4096  # tensors of a file with one end and shape; no network has more
 AVERAGED = {"ema", "teacher", "averaged"}  # of two copies of a network the one that is averaged
 
 
@@ -71,9 +74,11 @@ def _candidates(source: Shapes, target: Shapes) -> list[tuple[Words, Words]]:
     by_end: dict[tuple[str, Shape], list[Words]] = {}
     for key, shape in source.items():
         parts = words(key)
-        by_end.setdefault((parts[-1], shape), []).append(parts)
+        alike = by_end.setdefault((parts[-1], shape), [])
+        if len(alike) < MOST_ALIKE:
+            alike.append(parts)
     votes: Counter[tuple[Words, Words]] = Counter()
-    for key, shape in target.items():
+    for key, shape in [*target.items()][:: -(-len(target) // VOTERS) or 1]:
         own = words(key)
         for parts in by_end.get((own[-1], shape), ()):
             common = _common(own, parts)
@@ -120,4 +125,4 @@ def nearest_key(key: str, keys: Iterable[str]) -> str:
     def likeness(other: str) -> tuple[int, float]:
         return _common(own, words(other)), SequenceMatcher(None, key, other).ratio()
 
-    return max(keys, key=likeness)
+    return max(islice(keys, MOST_ALIKE), key=likeness)
