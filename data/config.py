@@ -24,6 +24,7 @@ from __future__ import annotations
 import logging
 import os
 import reprlib
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -52,6 +53,7 @@ KEYS = (
 )
 MOST_CLASSES = 100_000
 """More are a slip, and would take memory before anything else is looked at."""
+LONGEST_NAME, LONGEST_PATH = 255, 4000  # bytes, as file systems have it
 LONGEST_VALUE = 80  # characters of a value in a message
 _REPR = reprlib.Repr()
 _REPR.maxlevel, _REPR.maxlist, _REPR.maxdict, _REPR.maxstring = 3, 20, 20, 80
@@ -202,7 +204,7 @@ def _is_keypoint_shape(value: Any) -> bool:
 
 
 def _data_folder(value: Any, folder: Path, problems: list[str]) -> Path:
-    if value is not None and not isinstance(value, str):
+    if value is not None and not _is_path(value):
         problems.append(f"path - got {_shown(value)}, expected a folder. Put a number in quotes")
         return folder
     path = Path(os.path.expanduser(value or "."))
@@ -223,15 +225,10 @@ def _read_splits(
         if split not in SPLITS or value is None or (key in ALIASES and split in document):
             continue
         entries = value if isinstance(value, list) else [value]
-        if not entries or not all(isinstance(entry, str) and entry for entry in entries):
+        if not entries or not all(map(_is_path, entries)):
             problems.append(f"{key} - got {_shown(value)}, expected a path or a list of paths")
             continue
-        try:
-            found = [recognise_entry(_entry_path(entry, path)) for entry in entries]
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            problems.append(f"{key} - got {_shown(value)}, expected a path ({reason})")
-            continue
+        found = [recognise_entry(_entry_path(entry, path)) for entry in entries]
         splits[split] = tuple(place for _, place in found)
         # A folder that is not there yet shows nothing.
         forms.update({form: key for form, place in found if form != "yolo" or place.exists()})
@@ -241,6 +238,14 @@ def _read_splits(
         shown = ", ".join(f"{form} ({key})" for form, key in forms.items())
         problems.append(f"got splits in several forms: {shown}, expected one form")
     return {split: splits[split] for split in SPLITS if split in splits}, next(iter(forms), "yolo")
+
+
+def _is_path(value: Any) -> bool:
+    """Whether `value` is text that a file system takes for a path and a message can show."""
+    if not isinstance(value, str) or not value or _has_controls(value):
+        return False
+    parts = os.fsencode(value).split(os.fsencode(os.sep))
+    return max(map(len, parts)) <= LONGEST_NAME and sum(map(len, parts)) <= LONGEST_PATH
 
 
 def _entry_path(entry: str, path: Path) -> Path:
@@ -285,7 +290,12 @@ def _read_names(document: Mapping[str, Any], problems: list[str]) -> tuple[str, 
 
 
 def _is_name(name: Any) -> bool:
-    return isinstance(name, str) and bool(name.strip()) and name.isprintable()
+    return isinstance(name, str) and bool(name.strip()) and not _has_controls(name)
+
+
+def _has_controls(text: str) -> bool:
+    """Whether there are characters that act on a terminal or end a line; joiners of scripts are none."""
+    return any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in text)
 
 
 def _read_sources(value: Any, problems: list[str]) -> tuple[DownloadSource, ...]:
@@ -317,7 +327,7 @@ def _read_image_folders(value: Any, path: Path, problems: list[str]) -> dict[str
         return {}
     if isinstance(value, str):
         value = dict.fromkeys(SPLITS, value)
-    if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+    if not isinstance(value, dict) or not all(map(_is_path, value.values())):
         problems.append(f"images - got {_shown(value)}, expected a folder, or one per split")
         return {}
     unknown = [key for key in value if key not in (*SPLITS, *ALIASES)]

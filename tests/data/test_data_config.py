@@ -81,7 +81,10 @@ PROBLEM_ROWS = [
     ("train: t\nnc: 1\nimages: {trian: x}\n", ["images - got 'trian'", "Did you mean 'train'?"]),
     ("train: t\nnc: 1\nsources: 5\n", ["sources - got 5, expected a list"]),
     ("train: t\nnc: 1\nsources: [{url: x, size: big}]\n", ["sources[0] - got"]),
-    (f"train: {'x' * 9000}\nnc: 1\n", ["train - got 'xxx", "expected a path (File name too long)"]),
+    (f"train: t\nnc: 1\npath: {'x/' * 9000}\n", ["path - got 'x/x", "expected a folder"]),
+    ('train: "a\\0b"\nnc: 1\n', ["train - got 'a\\x00b', expected a path"]),
+    (f"train: t\nnc: 1\nimages: {'x' * 300}\n", ["images - got", "expected a folder"]),
+    (f"train: {'x' * 9000}\nnc: 1\n", ["train - got 'xxx", "expected a path or a list of paths"]),
 ]
 
 
@@ -104,6 +107,13 @@ def test_names_are_text_as_it_is_written(tmp_path):
         assert config.names == (
             *("02146", "1.10", "1e3", "no", "true", "0x1F", "2024-01-02", "010", "null"),
         )
+
+
+def test_names_of_scripts_that_join_their_letters_are_text(tmp_path):
+    name = "\u0645\u06cc\u200c\u0634\u0648\u062f"
+    assert load_data_config(write(tmp_path / "d.yaml", f"train: t\nnames: [{name}]\n")).names == (
+        name,
+    )
 
 
 def test_other_values_are_read_as_in_model_yamls_and_recipes(tmp_path):
