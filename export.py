@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from data.config import load_data_config
 from engine.calibration import calibration_images, load_split, measure
 from engine.flags import add_ignored_flags, add_model_flags, add_size_flag, say_ignored
+from models import table
 from models.backends import load_backend, model_backend
 from models.exporters.network import ExportOptions
 from models.exporters.onnx_file import export_onnx
@@ -113,7 +114,11 @@ def export(
     model = copy.deepcopy(model).to(options.device).float().eval()
     set_sampling(model, options.sampling)
     fused = copy.deepcopy(model)
-    log.info(str(fuse(fused)))
+    height, width = model.imgsz
+    gflops = [table.measure(model, model.imgsz).gflops]
+    report = fuse(fused)
+    gflops.append(table.measure(fused, model.imgsz).gflops)
+    log.info(f"{report}; {gflops[0]:.2f} -> {gflops[1]:.2f} GFLOPs at {height}x{width}")
     artifacts = []
     for name, exporter in chosen:
         start = time.perf_counter()

@@ -29,7 +29,7 @@ from models.fusing.dataflow import Call, Record, record_run
 from models.fusing.pairs import Folder
 from models.fusing.precision import default_type, in_type, own_type, widest_type
 from models.parser.wiring import with_releases
-from models.table import Totals, count_params, measure
+from models.table import count_params
 
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-4}
 PROTOCOLS = ("reparameterize", "switch_to_deploy", "fuse")
@@ -44,8 +44,7 @@ class FuseReport:
     """What `fuse` did.
 
     Attributes:
-        before, after: parameters and GFLOPs of both forms; GFLOPs 0 where they cannot be counted.
-        imgsz: size (height, width) of the GFLOPs.
+        before, after: parameters of both forms.
         dropped: rows and modules that inference does not need.
         reparameterized: modules that folded themselves.
         folded: pairs, `layer + module`.
@@ -55,9 +54,8 @@ class FuseReport:
         tolerance: what `difference` was held against.
     """
 
-    before: Totals
-    after: Totals
-    imgsz: tuple[int, int]
+    before: int
+    after: int = 0
     dropped: list[str] = field(default_factory=list)
     reparameterized: list[str] = field(default_factory=list)
     folded: list[str] = field(default_factory=list)
@@ -66,15 +64,13 @@ class FuseReport:
     tolerance: float = 0.0
 
     def __str__(self) -> str:
-        size = "x".join(map(str, self.imgsz))
         reasons = [f"{name}, {reason}" for name, reason in self.left.items()]
         left = f"{len(reasons)} norms left" + (f" ({reasons[0]})" if len(reasons) == 1 else "")
         check = "not checked"
         if self.difference is not None:
             check = f"max |difference| {self.difference:.1e} of the largest value"
         return (
-            f"fused: {self.before.params:,} -> {self.after.params:,} parameters, "
-            f"{self.before.gflops:.2f} -> {self.after.gflops:.2f} GFLOPs at {size}; "
+            f"fused: {self.before:,} -> {self.after:,} parameters; "
             f"{len(self.folded)} pairs folded, "
             f"{len(self.reparameterized)} modules re-parameterized, "
             f"{len(self.dropped)} dropped, {left}; {check}"
@@ -106,14 +102,13 @@ def fuse(model: nn.Module, *, check: bool = True, sample: Tensor | None = None) 
     """
     model.eval()
     sample = _sample_for(model) if sample is None else sample
-    imgsz: tuple[int, int] = getattr(model, "imgsz", None) or (sample.shape[-2], sample.shape[-1])
-    report = FuseReport(_totals(model, imgsz), Totals(0, 0.0), imgsz)
+    report = FuseReport(count_params(model))
     wide = widest_type(model)
     before = _run_before(model, sample, wide) if check else None
     running = before.dtype if before else own_type(model)
     with in_type(model, running):
         _convert(model, sample, wide, before, report)
-    report.after = _totals(model, imgsz)
+    report.after = count_params(model)
     return report
 
 
@@ -212,15 +207,6 @@ def _predict(model: nn.Module, sample: Tensor) -> list[Tensor]:
     decode = getattr(model, "decode", None)
     result = decode(raw) if callable(decode) else raw
     return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-
-
-def _totals(model: nn.Module, imgsz: tuple[int, int]) -> Totals:
-    """Parameters and GFLOPs; 0 GFLOPs for a foreign network that does not run on the meta
-    device."""
-    try:
-        return measure(model, imgsz)
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError):
-        return Totals(count_params(model), 0.0)
 
 
 # --- dropping -------------------------------------------------------------------------------------
