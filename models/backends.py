@@ -13,10 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from models.claimed import claimed
 from models.pretrained import load_weights, require_whole
 from models.reparam import fuse as fuse_model
-from models.runtimes.artifact import ArtifactInfo, Backend, damaged, missing_library, parse_metadata
+from models.runtimes.artifact import ArtifactInfo, Backend, damaged, missing_library
 from models.runtimes.graphs import open_artifact
+from models.runtimes.metadata import parse_metadata
 from models.yolo import DetectionModel, build_model
 from utils.channels import white_of
 from utils.checkpoint import require_finite
@@ -137,22 +139,19 @@ def _read_safetensors(path: Path, allow_code: bool) -> DetectionModel:
         with safe_open(str(path), "pt") as file:
             metadata = file.metadata() or {}
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
         raise damaged(path, error) from error
     if "config" not in metadata:
         raise CheckpointError(f"{path}: has no model config, expected a file written by export.py.")
     info = parse_metadata(metadata, str(path))
     try:
         config = json.loads(metadata["config"])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise damaged(path, error) from error
-    if not isinstance(config, dict):
-        raise CheckpointError(
-            f"{path}: its config is a {type(config).__name__}, expected a mapping."
+    with claimed(path, config, state, len(info.names)):
+        model = build_model(
+            config, names=info.names, imgsz=info.imgsz, allow_code=allow_code, fresh=True
         )
-    model = build_model(
-        config, names=info.names, imgsz=info.imgsz, allow_code=allow_code, fresh=True
-    )
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

@@ -7,15 +7,17 @@ a YOLOv9 with an auxiliary branch into those of the network without it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from models.claimed import claimed, model_of
 from models.weight_files.transfer import ROW, TransferReport, match_keys, transfer
 from models.weights import ForeignWeights, read_weights
-from models.yolo import DetectionModel, build_model, model_from_checkpoint
+from models.yolo import DetectionModel, build_model
 from utils.checkpoint import ForeignCheckpointError, load_checkpoint, require_finite
 from utils.errors import CheckpointError, ConfigError
 from utils.logger import get_logger
@@ -59,7 +61,7 @@ def load_weights(
     """
     if cfg is None and num_classes is None:
         try:
-            model = model_from_checkpoint(load_checkpoint(path), allow_code)
+            model = model_of(path, load_checkpoint(path), allow_code)
             require_finite(model.state_dict(), path)
             return Loaded(model.float().eval(), None)
         except ForeignCheckpointError:
@@ -108,21 +110,19 @@ def _build_for(
     config: Any = cfg if cfg is not None else weights.config
     classes = num_classes or (len(weights.names) if weights.names and cfg is not None else None)
     try:
-        model = build_model(
-            config,
-            num_classes=classes,
-            imgsz=weights.imgsz or (640, 640),
-            backbone=backbone,
-            allow_code=allow_code,
-            fresh=cfg is None,
-        )
+        with claimed(path, config, weights.state) if cfg is None else nullcontext():
+            model = build_model(
+                config,
+                num_classes=classes,
+                imgsz=weights.imgsz or (640, 640),
+                backbone=backbone,
+                allow_code=allow_code,
+                fresh=cfg is None,
+            )
     except ConfigError as error:
         if cfg is not None:
             raise
-        first = str(error).partition("\n")[0]
-        raise CheckpointError(
-            f"{path}: its own model YAML cannot be built - {first} Give --cfg."
-        ) from error
+        raise CheckpointError(f"{error} Give --cfg.") from error
     if weights.names and len(weights.names) == model.head.num_classes:
         model.names = weights.names
     return model

@@ -69,6 +69,8 @@ def printable(text: str) -> str:
 
     Names of files and values in them come from outside and may have any character and any length.
     """
+    if len(text) <= LONGEST_WORD and text.isprintable():
+        return text
     shown = "".join(c if _is_shown(c) else c.encode("unicode_escape").decode() for c in text)
     shown = LONG_WORD.sub(lambda word: _shortened(word.group(), LONGEST_WORD), shown)
     return _shortened(shown, LONGEST_LINE)

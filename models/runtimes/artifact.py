@@ -6,8 +6,7 @@ fixed batch is fed in portions of that batch, one of a fixed size gets smaller i
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.runtimes.layouts import read_detections, read_layout
-from utils.channels import as_channels, white_of
+from utils.channels import as_channels
 from utils.errors import CheckpointError, ConfigError
 from utils.structures import Decoded, Detections
 
@@ -73,44 +72,6 @@ class ArtifactInfo:
         return f"finds its boxes itself: scores above {conf:g}{overlap}, {max_det} an image at most"
 
 
-def parse_metadata(metadata: Mapping[str, str], source: str) -> ArtifactInfo:
-    """Read the metadata that `export.py` writes.
-
-    Raises:
-        CheckpointError: a key is missing or cannot be read.
-    """
-    try:
-        names = ast.literal_eval(metadata["names"])
-        imgsz = ast.literal_eval(metadata["imgsz"])
-        dynamic = metadata["dynamic"]
-        return ArtifactInfo(
-            names=tuple(str(names[key]) for key in sorted(names)),
-            stride=int(metadata["stride"]),
-            imgsz=(int(imgsz[0]), int(imgsz[1])),
-            batch=None if dynamic in ("batch", "all") else int(metadata["batch"]),
-            dynamic=dynamic == "all",
-            family=metadata["family"],
-            postprocess_kind=metadata["postprocess"],
-            layout=metadata["layout"],
-            channels=int(metadata["channels"]),
-            half=metadata["half"] == "True",
-            white=white_of({"white": float(metadata["white"])}) if "white" in metadata else None,
-            thresholds=_thresholds(metadata.get("thresholds")),
-        )
-    except (KeyError, ValueError, SyntaxError, TypeError, IndexError, ConfigError) as error:
-        raise CheckpointError(
-            f"{source}: its metadata lacks or garbles {error} - "
-            "expected a file that export.py wrote."
-        ) from error
-
-
-def _thresholds(text: str | None) -> tuple[float, float, int] | None:
-    if text is None:
-        return None
-    conf, iou, max_det = ast.literal_eval(text)
-    return float(conf), float(iou), int(max_det)
-
-
 class Backend:
     """An artifact, loaded.
 
@@ -119,12 +80,17 @@ class Backend:
         run: images (B, 3, H, W) in [0, 1] on `device` -> output tensors, for sizes the artifact
             takes.
         device: where images are expected and results come out.
+        source: the file, named in messages.
     """
 
     def __init__(
-        self, info: ArtifactInfo, run: Callable[[Tensor], Sequence[Tensor]], device: torch.device
+        self,
+        info: ArtifactInfo,
+        run: Callable[[Tensor], Sequence[Tensor]],
+        device: torch.device,
+        source: str | Path = "model",
     ) -> None:
-        self.info, self.run, self.device = info, run, device
+        self.info, self.run, self.device, self.source = info, run, device, source
         self.names, self.stride, self.imgsz = info.names, info.stride, info.imgsz
         self.batch, self.dynamic, self.family = info.batch, info.dynamic, info.family
         self.postprocess_kind, self.end2end = info.postprocess_kind, info.end2end
@@ -148,9 +114,29 @@ class Backend:
         parts = [self.run(part)[0] for part in self._portions(images)]
         output = (torch.cat(parts) if len(parts) > 1 else parts[0])[: len(images)]
         output = output.to(self.device)
+        self._check(output, len(images))
         if self.end2end:
             return read_detections(output)
         return read_layout(output, self.info.layout, imgsz)
+
+    def _check(self, output: Tensor, batch: int) -> None:
+        """Make sure that the output is what the layout says, for the classes that there are names for."""
+        classes, layout = len(self.names), self.info.layout
+        width = {"anchors": 5 + classes, "end2end": 6}.get(layout, 4 + classes)
+        axis = 1 if layout == "channels" else 2
+        if output.ndim != 3 or len(output) != batch or output.shape[axis] != width:
+            raise CheckpointError(
+                f"{self.source}: got an output of shape {tuple(output.shape)} for {batch} images, expected {width} "
+                f"numbers a box on axis {axis} for {classes} classes in the layout {layout!r}. Export it again."
+            )
+        if (
+            self.end2end
+            and output.numel()
+            and not -0.5 < float(output[..., 5].max()) < classes - 0.5
+        ):
+            raise CheckpointError(
+                f"{self.source}: got class {float(output[..., 5].max()):g}, expected one below {classes}. Export it again."
+            )
 
     def _portions(self, images: Tensor) -> list[Tensor]:
         """Pieces of the artifact's batch, the last one filled up with grey images."""
@@ -192,3 +178,13 @@ def damaged(path: Path, error: Exception) -> CheckpointError:
     """The error for a file that its library refuses."""
     reason = " ".join(str(error).split())[:200]
     return CheckpointError(f"{path}: cannot be loaded - {reason or type(error).__name__}.")
+
+
+def not_run(path: Path, images: Tensor, error: Exception) -> CheckpointError:
+    """The error for a file whose graph fails on images that it says to take."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = " ".join((lines[-1] if lines else type(error).__name__).split())[:200]
+    return CheckpointError(
+        f"{path}: fails on images of shape {tuple(images.shape)}, which its metadata say it takes - {reason}. Export it "
+        "again."
+    )

@@ -5,27 +5,31 @@ from __future__ import annotations
 import inspect
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from models.runtimes.artifact import (
     METADATA_FILE,
     OPENVINO_FOLDER,
     SUFFIXES,
+    ArtifactInfo,
     Backend,
     damaged,
     missing_library,
-    parse_metadata,
+    not_run,
 )
+from models.runtimes.inputs import GraphInput, check_inputs
+from models.runtimes.metadata import parse_metadata
 from models.runtimes.openvino_library import import_openvino
-from models.runtimes.program_file import read_program
+from models.runtimes.program_file import ZIP_ERRORS, check_script, read_program
 from utils.errors import CheckpointError, ConfigError
+from utils.files import refuse_special
 from utils.logger import get_logger
+from utils.yaml_file import load_yaml
 
 
 def open_artifact(
@@ -68,6 +72,7 @@ def _load_onnx(
         from onnxruntime.capi import onnxruntime_pybind11_state as states
     except ImportError as error:
         raise missing_library("onnxruntime", path) from error
+    errors: Any = _errors_of(states)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if threads:
@@ -90,20 +95,30 @@ def _load_onnx(
         session = onnxruntime.InferenceSession(
             source, options, providers=list(providers), provider_options=settings
         )
-    except (states.InvalidProtobuf, states.InvalidGraph, states.Fail, states.NoModel) as error:
+    except errors as error:
         raise damaged(path, error) from error
     if device.type == "cuda" and session.get_providers()[0] == "CPUExecutionProvider":
         get_logger().warning(
             f"{path}: runs on the CPU, onnxruntime has no working CUDA here. pip install onnxruntime-gpu"
         )
     info = parse_metadata(session.get_modelmeta().custom_metadata_map, str(path))
-    name = session.get_inputs()[0].name
+    inputs = [GraphInput(i.name, i.shape, i.type) for i in session.get_inputs()]
+    name = check_inputs(inputs, info, path)
 
     def run(images: Tensor) -> list[Tensor]:
-        outputs = session.run(None, {name: images.float().cpu().numpy()})
-        return [torch.from_numpy(output) for output in outputs]
+        try:
+            outputs = session.run(None, {name: images.float().cpu().numpy()})
+            return [torch.from_numpy(output) for output in outputs]
+        except (*errors, TypeError) as error:
+            raise not_run(path, images, error) from error
 
-    return Backend(info, run, device)
+    return Backend(info, run, device, path)
+
+
+def _errors_of(states: Any) -> tuple[type[Exception], ...]:
+    """What onnxruntime raises, a class for each of its codes."""
+    kinds = (value for value in vars(states).values() if isinstance(value, type))
+    return tuple(kind for kind in kinds if issubclass(kind, Exception))
 
 
 def _with_taps(path: Path, taps: Sequence[str]) -> bytes:
@@ -123,12 +138,30 @@ def _load_torchscript(path: Path, device: torch.device) -> Backend:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # newer versions of torch deprecate the format
+            check_script(path)
             network = torch.jit.load(str(path), map_location=device, _extra_files=extra)
-    except (RuntimeError, ValueError) as error:
+            arguments = network.forward.schema.arguments[1:]
+    except (RuntimeError, ValueError, AttributeError, *ZIP_ERRORS) as error:
         raise damaged(path, error) from error
     info = parse_metadata(_as_metadata(extra[METADATA_FILE], path), str(path))
+    check_inputs([GraphInput(a.name, None, str(a.type)) for a in arguments], info, path)
     _move_constants(network, device)
-    return Backend(info, lambda images: (network(images.float()),), device)
+    return _torch_backend(network, info, device, path)
+
+
+def _torch_backend(network: Any, info: ArtifactInfo, device: torch.device, path: Path) -> Backend:
+    def run(images: Tensor) -> tuple[Tensor]:
+        try:
+            output = network(images.float())
+        except (RuntimeError, torch.jit.Error, AssertionError, TypeError, ValueError) as error:
+            raise not_run(path, images, error) from error
+        if not isinstance(output, Tensor):
+            raise CheckpointError(
+                f"{path}: got a {type(output).__name__} as output, expected a tensor. Export it again."
+            )
+        return (output,)
+
+    return Backend(info, run, device, path)
 
 
 def _move_constants(network: Any, device: torch.device) -> None:
@@ -152,7 +185,20 @@ def _load_exported(path: Path, device: torch.device) -> Backend:
     # refuse sizes that the program computes rightly. Ranges of batch and size are checked anyway.
     known = "check_guards" in inspect.signature(program.module).parameters
     network = program.module(**({"check_guards": False} if known else {})).to(device)
-    return Backend(info, lambda images: (network(images.float()),), device)
+    check_inputs(list(_program_inputs(program)), info, path)
+    return _torch_backend(network, info, device, path)
+
+
+def _program_inputs(program: Any) -> Iterator[GraphInput]:
+    """What a program takes from outside; a size that may differ is None."""
+    wanted = set(program.graph_signature.user_inputs)
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name in wanted:
+            value = node.meta.get("val")
+            is_tensor = isinstance(value, Tensor)
+            sizes = [s if isinstance(s, int) else None for s in value.shape] if is_tensor else None
+            kind = str(value.dtype) if is_tensor else type(value).__name__
+            yield GraphInput(node.name, sizes, kind)
 
 
 def _written_devices(program: Any) -> set[torch.device]:
@@ -185,11 +231,7 @@ def _load_openvino(
             f"{path}: got {len(files)} .xml files, expected a folder with one and metadata.yaml, "
             "as export.py writes it."
         )
-    metadata = yaml.safe_load(described.read_text(encoding="utf-8"))
-    if not isinstance(metadata, dict):
-        raise CheckpointError(
-            f"{described}: got {type(metadata).__name__}, expected keys and values."
-        )
+    metadata = load_yaml(described)
     info = parse_metadata({k: str(v) for k, v in metadata.items()}, str(path))
     core = openvino.Core()
     # float32 sums on every CPU: some would choose bfloat16 of themselves.
@@ -197,23 +239,45 @@ def _load_openvino(
     if threads:
         hints["INFERENCE_NUM_THREADS"] = threads
     try:
+        refuse_special(files[0])
         graph = core.read_model(str(files[0]))
+        inputs = [
+            GraphInput(
+                _name_of(i), _sizes(i.get_partial_shape()), i.get_element_type().get_type_name()
+            )
+            for i in graph.inputs
+        ]
+        check_inputs(inputs, info, path)
         if taps:
             graph.add_outputs(list(taps))
         network = core.compile_model(graph, "CPU", hints)
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         raise damaged(path, error) from error
 
     def run(images: Tensor) -> list[Tensor]:
-        results = network(images.float().cpu().numpy())
-        return [torch.from_numpy(results[i].copy()) for i in range(len(results))]
+        try:
+            results = network(images.float().cpu().numpy())
+            return [torch.from_numpy(results[i].copy()) for i in range(len(results))]
+        except (RuntimeError, TypeError) as error:
+            raise not_run(path, images, error) from error
 
-    return Backend(info, run, device)
+    return Backend(info, run, device, path)
+
+
+def _name_of(port: Any) -> str:
+    return next(iter(port.get_names()), "?")
+
+
+def _sizes(shape: Any) -> list[int | None] | None:
+    """Sizes of an OpenVINO shape; None where the file leaves one, or their number, open."""
+    if not shape.rank.is_static:
+        return None
+    return [size.get_length() if size.is_static else None for size in shape]
 
 
 def _as_metadata(text: str | bytes, path: Path) -> dict[str, str]:
     try:
         found = json.loads(text or "{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise damaged(path, error) from error
     return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}

@@ -26,6 +26,8 @@ FAMILY_LAYOUTS = {
     "yolo11": "channels",
     "rtdetr": "queries",
 }
+LAYOUTS = ("anchors", "channels", "queries", "end2end", "raw", "weights")
+"""All of them; "weights" is a file without a graph."""
 ANCHOR_AXES = {"anchors": 1, "channels": 2}
 """Where the number of anchor points stands, which changes with the image size."""
 

@@ -9,9 +9,14 @@ from __future__ import annotations
 
 import io
 import json
+import logging
+import os
 import re
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -33,6 +38,12 @@ FUNCTIONS = frozenset(
     "Integer Symbol Mul Add Pow Min Max Mod PythonMod FloorDiv CeilDiv CleanDiv CeilToInt "
     "FloorToInt TruncToInt IntTrueDiv ToFloat Eq Ne Le Lt Ge Gt size sym_max sym_min".split()
 )
+MOST_CODE = 1 << 26  # bytes of a TorchScript file's code
+SCRIPT_TRAPS = re.compile(rb"\b(?:save|from_file|load|read_file|write)\s*\(")
+ZIP_ERRORS = (
+    *(zipfile.BadZipFile, struct.error, zlib.error, RuntimeError, ValueError, OSError, EOFError),
+    *(LookupError, AssertionError, TypeError, AttributeError, NotImplementedError, OverflowError),
+)
 ATTRIBUTES = frozenset({"size", "sym_max", "sym_min"})
 EXPRESSION_KEYS = frozenset({"expr_str", "guards_code"})
 
@@ -48,27 +59,64 @@ def read_program(path: Path, extra: str) -> tuple[Any, str]:
             fault = _fault(archive)
         if not fault:
             files = {extra: ""}
-            return torch.export.load(str(path), extra_files=files), files[extra]
-    except (
-        zipfile.BadZipFile,
-        RuntimeError,
-        ValueError,
-        OSError,
-        KeyError,
-        AssertionError,
-    ) as error:
+            with _silent():
+                return torch.export.load(str(path), extra_files=files), files[extra]
+    except ZIP_ERRORS as error:
         fault = " ".join(str(error).split())[:200] or type(error).__name__
     raise CheckpointError(
         f"{path}: cannot be loaded - {fault}. Expected a file that export.py wrote."
     )
 
 
+@contextmanager
+def _silent() -> Iterator[None]:
+    """What fails is raised, and told in one line; torch logs its traceback as well."""
+    log = logging.getLogger("torch.export")
+    was_disabled, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = was_disabled
+
+
+def check_script(path: Path) -> None:
+    """Refuse a TorchScript file before it is loaded, where it holds more than a network.
+
+    Loading one runs code of its own language, which can open files by name.
+
+    Raises:
+        CheckpointError: it names such a function, or grows without measure.
+    """
+    with zipfile.ZipFile(path) as archive:
+        fault = ""
+        if sum(item.file_size for item in archive.infolist()) > path.stat().st_size + MOST_CODE:
+            fault = "its parts claim far more bytes than it has"  # only code is compressed
+        for item in archive.infolist() if not fault else []:
+            if item.filename.endswith(".py") and (found := SCRIPT_TRAPS.search(archive.read(item))):
+                fault = f"it calls {found.group().decode('ascii', 'replace')!r}"
+    if fault:
+        raise CheckpointError(
+            f"{path}: cannot be loaded - {fault}. Expected a file that export.py wrote."
+        )
+
+
+def _packing_fault(archive: zipfile.ZipFile, size: int) -> str:
+    """What is wrong with parts that are stored as they are, in a file of `size` bytes; empty if nothing."""
+    parts = archive.infolist()
+    if any(item.compress_type or item.file_size != item.compress_size for item in parts):
+        return "it has compressed parts"
+    if len({item.filename for item in parts}) != len(parts):
+        return "it has two parts of one name"
+    if sum(item.file_size for item in parts) > size:
+        return "its parts claim more bytes than it has"
+    return ""
+
+
 def _fault(archive: zipfile.ZipFile) -> str:
     """What an archive has that it may not have; empty if nothing."""
-    if any(
-        item.compress_type or item.file_size != item.compress_size for item in archive.infolist()
-    ):
-        return "it has compressed parts"
+    size = os.fstat(archive.fp.fileno()).st_size if archive.fp else 0
+    if fault := _packing_fault(archive, size):
+        return fault
     for name in archive.namelist():
         inner = name.partition("/")[2]
         if not MEMBERS.fullmatch(inner):

@@ -18,9 +18,10 @@ from models.exporters.torch_files import (
     export_safetensors,
     export_torchscript,
 )
-from models.runtimes.artifact import PAD_VALUE, ArtifactInfo, Backend, parse_metadata
+from models.runtimes.artifact import PAD_VALUE, ArtifactInfo, Backend
 from models.runtimes.graphs import _move_constants
 from models.runtimes.layouts import read_detections, read_layout
+from models.runtimes.metadata import parse_metadata
 from utils.errors import CheckpointError, ConfigError
 from utils.structures import Decoded
 
@@ -103,7 +104,7 @@ def test_metadata_says_again_what_was_exported():
     assert info == ArtifactInfo(
         ("cat", "it's", "dog"), 32, (64, 96), None, False, "rtdetr", "topk", "queries"
     )
-    with pytest.raises(CheckpointError, match=r"best\.onnx.*stride"):
+    with pytest.raises(CheckpointError, match=r"best\.onnx: its metadata"):
         parse_metadata({"names": "{}", "imgsz": "[1, 1]", "dynamic": ""}, "best.onnx")
 
 
