@@ -22,7 +22,7 @@ from data import ground_truth
 from data.account import account_of, objects_of
 from data.formats.description import DataConfig
 from data.formats.faults import SCORED_OTHERWISE, Fault
-from data.formats.table import Table
+from data.formats.table import Table, merged
 from data.image_cache import ImageCache, cache_in_memory, cache_on_disk
 from data.image_weights import weights_of
 from data.images import Image, ImageError, read_image
@@ -111,6 +111,7 @@ class DetectionDataset(Dataset[Sample]):
         self.hyp: dict[str, Any] = dict(hyp or {})
         self.close_mosaic_epoch = close_mosaic_epoch
         self.single_cls = single_cls
+        table = merged(table) if single_cls else table
         self.batch_shapes: NDArray[np.int64] | None = None
         if rect:
             table = table.take(by_aspect(table.sizes))

@@ -19,15 +19,16 @@ KINDS = {
     "duplicate": "repeated objects, dropped",
     "namesake": "categories of one name, taken as one class",
     "size": "images not of the size that their annotation states",
+    "merged": "objects of one box in several classes, taken once",
     "suffix": "files left out by suffix",
     "unused": "labels without a picture",
     "shared": "pictures that share a label file",
     "repeated": "images listed more than once, taken each time",
 }
 """What was done about each kind of fault that does not stop the run."""
-COUNTED = ("suffix", "unused", "shared", "repeated")
+COUNTED = ("suffix", "unused", "shared", "repeated", "merged")
 """Kinds that stand in the account of a split, see `data.account`."""
-SCORED_OTHERWISE = ("outside", "away", "empty", "duplicate")
+SCORED_OTHERWISE = ("outside", "away", "empty", "duplicate", "merged")
 """Kinds that a COCO file is scored with as it stands, and that other forms are scored without."""
 ORDINARY = frozenset({"background"})
 """Kinds that are no mistake."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,6 +104,33 @@ class Table:
         )
 
 
+def merged(table: Table) -> Table:
+    """The split without objects whose box another object of their image has, of whatever class.
+
+    For data whose classes are taken for one, as of several labels for one object.
+    """
+    image_of = np.repeat(np.arange(len(table)), np.diff(table.offsets))
+    rows = np.column_stack([image_of, table.boxes, table.crowd])
+    _, first = np.unique(rows, axis=0, return_index=True)
+    if len(first) == len(rows):
+        return table
+    kept = np.isin(np.arange(len(rows)), first)
+    told = "got box ({}) in several classes, expected each object once with --single-cls"
+    remarks = [
+        Fault(table.paths[image_of[k]], "", told.format(_corners(table.boxes[k])), "merged")
+        for k in np.flatnonzero(~kept)
+    ]
+    counts = np.bincount(image_of[kept], minlength=len(table))
+    return replace(
+        table,
+        offsets=offsets_of(counts),
+        labels=table.labels[kept],
+        boxes=table.boxes[kept],
+        crowd=table.crowd[kept],
+        faults=(*table.faults, *remarks),
+    )
+
+
 def offsets_of(counts: NDArray[np.int64] | Sequence[int]) -> NDArray[np.int64]:
     """Running sums with a leading zero."""
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
@@ -192,7 +220,7 @@ def _fault(
 ) -> Fault:
     """What was wrong with a box; `states` tell if it has an area, stays, and is repeated."""
     has_area, stays, is_repeated = states
-    corners = ", ".join(f"{value:.6g}" for value in box)
+    corners = _corners(box)
     if not has_area:
         return Fault(path, place, f"got box ({corners}), expected width and height", "empty")
     if not stays:
@@ -202,6 +230,10 @@ def _fault(
     else:
         kind, problem = "outside", f"got box ({corners}), expected one in {size[1]} x {size[0]}"
     return Fault(path, place, problem, kind)
+
+
+def _corners(box: NDArray[Any]) -> str:
+    return ", ".join(f"{value:.6g}" for value in box)
 
 
 @dataclass(frozen=True)

@@ -133,6 +133,17 @@ def test_objects_that_are_hard_at_the_training_size_are_counted(
     assert [len(dataset[epoch, 0].labels) for epoch in range(2)] == [learned] * 2
 
 
+def test_an_object_of_two_classes_is_one_where_classes_are_taken_for_one(tiny, caplog):
+    """Of image d the first box gets the other class too."""
+    path = tiny / "labels/train/d.txt"
+    path.write_text(path.read_text() + "1 " + path.read_text().splitlines()[0][2:] + "\n")
+    both, one = build(tiny / "yolo.yaml"), build(tiny / "yolo.yaml", single_cls=True)
+    assert both.offsets.tolist() == [0, 2, 3, 3, 7] and one.offsets.tolist() == [0, 2, 3, 3, 6]
+    assert "objects of one box in several classes, taken once: 1 (the first: " in caplog.text
+    assert len(one.coco_ground_truth()["annotations"]) == 6
+    assert one.boxes.tolist() == both.boxes[:6].tolist()
+
+
 def test_a_split_without_objects_is_a_warning_also_for_validation(tmp_path, caplog):
     build_dataset(load_data_config(yolo_set(tmp_path, {"a.png": "PNG"}, "")), "val", imgsz=(64, 64))
     assert "val holds no objects at all" in caplog.text
