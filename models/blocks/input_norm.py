@@ -48,6 +48,7 @@ class InputNorm(nn.Module):
             numbers = numbers if len(numbers) == len(buffer) else numbers.mean()
             buffer.copy_(numbers.expand(buffer.shape))
         self.is_active = True
+        self.refresh()
 
     def refresh(self) -> None:
         """See what the numbers are after somebody has written them."""

@@ -36,6 +36,12 @@ def test_it_does_nothing_until_it_is_told():
     torch.testing.assert_close(norm(x), normalised(x), rtol=0, atol=0)
 
 
+def test_numbers_that_change_nothing_leave_it_idle():
+    norm = InputNorm()
+    norm.set((0, 0, 0), (1, 1, 1))
+    assert not norm.is_active and not norm.state_dict()
+
+
 def test_another_number_of_channels_takes_the_averages():
     norm = InputNorm(1)
     norm.set((0.2, 0.4, 0.6), (0.1, 0.2, 0.3))
