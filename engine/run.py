@@ -24,6 +24,7 @@ from engine.setup import (
     freeze,
     open_data,
     recipe,
+    refuse_sizes,
     settle_losses,
     settle_white,
 )
@@ -164,6 +165,7 @@ def prepare(
     names = ("object",) if options.single_cls and len(data.names) > 1 else data.names
     model = build_from_flags(options, names)
     data = settle_white(data, model)
+    refuse_sizes(options, model)
     imgsz = parse_imgsz(options.imgsz, model.max_stride)
     hyp = _recipe(options, model) if hyp is None else complete(hyp, model.head.family)
     hyp = settle_losses(hyp, options)

@@ -207,6 +207,21 @@ def _parameters_under(module: str, names: Sequence[str]) -> list[str]:
     return under or ["nothing"]
 
 
+def refuse_sizes(options: Any, model: DetectionModel) -> None:
+    """Refuse flags that change the size of images for a model that takes one size alone.
+
+    Raises:
+        ConfigError: such a flag is given.
+    """
+    given = [flag for flag in ("rect", "multi_scale") if getattr(options, flag)]
+    if given and not model.any_size:
+        bound = next((f"{row.place} {row.module}" for row in model.rows if not row.any_size), "")
+        raise ConfigError(
+            f"--{given[0].replace('_', '-')}: {bound or 'the model'} takes images of {model.imgsz[0]}x{model.imgsz[1]} "
+            "alone. Leave the flag out."
+        )
+
+
 def fit_to_objects(
     model: DetectionModel,
     train_set: DetectionDataset,

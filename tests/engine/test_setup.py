@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from engine.setup import (
     check_anchors,
     freeze,
     recipe,
+    refuse_sizes,
     tell_limits,
 )
 from models.yolo import DetectionModel, build_model
@@ -296,3 +298,16 @@ def test_objects_that_a_head_cannot_learn_are_counted(loss: str, told: str, caps
     assert told in said if told else not said
     tell_limits(head, np.zeros((0, 2)), np.array([0]))
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["rect", "multi_scale"])
+def test_flags_that_change_sizes_are_refused_for_a_model_of_one_size(flag: str):
+    row = SimpleNamespace(any_size=False, place="backbone[0]", module="levit_128s")
+    model = SimpleNamespace(any_size=False, rows=(row,), imgsz=(96, 128))
+    options = Namespace(**{"rect": False, "multi_scale": False, flag: True})
+    told = "backbone[0] levit_128s takes images of 96x128 alone. Leave the flag out."
+    with pytest.raises(ConfigError) as caught:
+        refuse_sizes(options, model)
+    assert str(caught.value) == f"--{flag.replace('_', '-')}: {told}"
+    refuse_sizes(options, SimpleNamespace(any_size=True))
+    refuse_sizes(Namespace(rect=False, multi_scale=False), model)
