@@ -28,7 +28,6 @@ class Scaling(NamedTuple):
     Attributes:
         width: factor on channels.
         max_channels: channels are cut to this before the factor is applied.
-        outputs: a channel count equal to it is an output count and is not scaled (-1: none is).
         size: the letter of the chosen entry of `scales` ("" in YAMLs with depth_multiple and width_multiple).
         repeats: how often the row's block is repeated, depth factor applied.
         strides: strides of the row's inputs in input-image pixels.
@@ -37,18 +36,15 @@ class Scaling(NamedTuple):
 
     width: float = 1.0
     max_channels: float = math.inf
-    outputs: int = -1
     size: str = ""
     repeats: int = 1
     strides: tuple[int, ...] = ()
     imgsz: tuple[int, int] = (640, 640)
 
     def channels(self, value: int) -> int:
-        """Scaled channel count, rounded up to a multiple of 8; the output count passes unchanged."""
+        """Scaled channel count, rounded up to a multiple of 8."""
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
             raise LayerError(f"got {value!r} as a number of channels, expected a positive integer")
-        if value == self.outputs:
-            return int(value)
         return math.ceil(min(value, self.max_channels) * self.width / 8) * 8
 
 

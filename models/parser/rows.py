@@ -52,7 +52,6 @@ class ModelSpec:
         depth: factor on repeats.
         width: factor on channels.
         max_channels: channels are cut to this before `width`.
-        outputs: channel count that is never scaled (that of the head's output).
         size: chosen letter of `scales`, or "".
         activation: name of the default activation, or None.
     """
@@ -64,7 +63,6 @@ class ModelSpec:
     depth: float = 1.0
     width: float = 1.0
     max_channels: float = math.inf
-    outputs: int = -1
     size: str = ""
     activation: str | None = None
     imports: tuple[str, ...] = field(default=())
@@ -166,13 +164,9 @@ def parse_spec(file: str, config: dict[str, Any], lines: Mapping[str, Sequence[i
                 problems.append(f"{file} {where}: {error}")
     if problems:
         raise ConfigError(*problems)
-    anchors = config.get("anchors")
-    per_level = len(anchors[0]) // 2 if isinstance(anchors, list) else anchors or 0
-    # Without scales a YAML may end in plain convolutions of an anchor head's width.
-    outputs = -1 if config.get("scales") else per_level * (num_classes + 5)
     imports = config.get("imports") or ()
     return ModelSpec(
-        file, config, tuple(rows), num_classes, depth, width, max_channels, outputs, size,
+        file, config, tuple(rows), num_classes, depth, width, max_channels, size,
         config.get("activation"), tuple([imports] if isinstance(imports, str) else imports),
     )  # fmt: skip
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
-import models.yolo  # noqa: F401  (registers every layer)
 from models import registry
 from models.registry import (
     Layer,
@@ -27,6 +27,8 @@ from models.registry import (
     unchanged,
     unscaled,
 )
+from models.table import count_params
+from models.yolo import build_model
 
 HALF = Scaling(width=0.5, repeats=3, strides=(8,))
 
@@ -39,19 +41,18 @@ def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "width", "most", "outputs", "expected"),
+    ("value", "width", "most", "expected"),
     [
-        (64, 1.0, math.inf, -1, 64),  # as it is
-        (64, 0.25, math.inf, -1, 16),  # scaled
-        (100, 0.5, math.inf, -1, 56),  # 50 rounded up to a multiple of 8
-        (3, 1.0, math.inf, -1, 8),  # so is what was not scaled
-        (1024, 1.0, 512, -1, 512),  # cut before the factor
-        (1024, 1.5, 512, -1, 768),
-        (255, 0.25, math.inf, 255, 255),  # the head's output count is left alone
+        (64, 1.0, math.inf, 64),  # as it is
+        (64, 0.25, math.inf, 16),  # scaled
+        (100, 0.5, math.inf, 56),  # 50 rounded up to a multiple of 8
+        (3, 1.0, math.inf, 8),  # so is what was not scaled
+        (1024, 1.0, 512, 512),  # cut before the factor
+        (1024, 1.5, 512, 768),
     ],
 )
-def test_channels_are_scaled(value: int, width: float, most: float, outputs: int, expected: int):
-    assert Scaling(width, most, outputs).channels(value) == expected
+def test_channels_are_scaled(value: int, width: float, most: float, expected: int):
+    assert Scaling(width, most).channels(value) == expected
 
 
 @pytest.mark.parametrize("value", [0, -8, "64", None, True, [64]])
@@ -143,3 +144,13 @@ def test_layers_that_run_what_they_are_given_cannot_be_named():
     names = set(registry.names())
     assert "nn.Upsample" in names
     assert not names & {"nn.Module", "nn.Sequential", "nn.ModuleList", "eval", "exec", "open"}
+
+
+def test_a_width_that_equals_the_heads_outputs_is_scaled_like_any_other():
+    """768 = 3 anchors x (251 classes + 5): a row of yolov5n6 has that many channels at full width."""
+    with torch.device("meta"):
+        counts = [
+            count_params(build_model("yolov5n6", num_classes=n, imgsz=(128, 128)))
+            for n in (250, 251, 252)
+        ]
+    assert counts[1] - counts[0] == counts[2] - counts[1]
