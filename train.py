@@ -149,13 +149,14 @@ def train_one_epoch(run: Run, epoch: int, recorder: RunRecorder) -> dict[str, fl
         with autocast(run.device, run.autocast), single_values(run.model, len(images)):
             raw = run.wrapped(images, targets)
         losses = run.criterion(raw, targets)
-        total = total_loss(run.criterion, losses, len(images) * run.world.size)
+        gathered = run.warmup.accumulate(iteration, run.accumulate)
+        total = total_loss(run.criterion, losses, len(images) * run.world.size, gathered)
         is_used = use_batch(run, total, losses, epoch, step)
         if is_used:
             run.scaler.scale(total).backward()
             if iteration == 0:
                 _check_gradients(run)
-            if iteration - run.last_step >= run.warmup.accumulate(iteration, run.accumulate):
+            if iteration - run.last_step >= gathered:
                 optimizer_step(run)
                 run.last_step = iteration
         run.progress = run.progress.after(losses, is_used, len(targets.labels))

@@ -167,7 +167,11 @@ def prepare(
     data = settle_white(data, model)
     refuse_sizes(options, model)
     imgsz = parse_imgsz(options.imgsz, model.max_stride)
-    hyp = _recipe(options, model) if hyp is None else complete(hyp, model.head.family)
+    hyp = (
+        _recipe(options, model)
+        if hyp is None
+        else complete(hyp, model.head.family, str(options.resume))
+    )
     hyp = settle_losses(hyp, options)
     criterion = build_criterion(model.head, hyp, imgsz, allow_code=options.allow_code)
     _set_recipe_attributes(model.head, hyp)
@@ -180,13 +184,14 @@ def prepare(
     fit_to_objects(model, train_set, imgsz, hyp, options)
     accumulate = max(round(hyp["nbs"] / batch_size), 1)
     hyp = _settle_optimizer(hyp, model.head.num_classes, len(train_set), options)
-    decay = hyp["weight_decay"] * batch_size * accumulate / hyp["nbs"]
+    # A gradient that grows with the batch wants a decay that does.
+    images = batch_size * accumulate / hyp["nbs"] if criterion.times_batch else 1.0
     optimizer = build_optimizer(
         model,
         hyp["optimizer"],
         hyp["lr0"],
         hyp["momentum"],
-        decay,
+        hyp["weight_decay"] * images,
         lr_factors=_lr_factors(model, hyp),
     )
     ema = ModelEMA(model, hyp["ema_decay"], hyp["ema_tau"])

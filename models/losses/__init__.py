@@ -43,10 +43,19 @@ def build_criterion(
         ) from error
 
 
-def total_loss(criterion: Any, losses: Mapping[str, Tensor], batch_size: int) -> Tensor:
-    """What is back-propagated: the sum of the terms, times the batch size where the family's recipe counts that way."""
+def total_loss(
+    criterion: Any, losses: Mapping[str, Tensor], batch_size: int, batches: int = 1
+) -> Tensor:
+    """What is back-propagated: the sum of the terms, times the batch size where the family's recipe counts that way.
+
+    Args:
+        criterion: of the family.
+        losses: its terms for one batch.
+        batch_size: images of the batch, over all processes.
+        batches: whose gradients one step gathers; a loss that is a mean stays one over all of them.
+    """
     total = torch.stack(tuple(losses.values())).sum()
-    return total * batch_size if criterion.times_batch else total
+    return total * batch_size if criterion.times_batch else total / batches
 
 
 def criterion_state(criterion: Any) -> dict[str, float]:

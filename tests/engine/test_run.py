@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from engine.outputs import RunRecorder
 from engine.run import Run, prepare
 from engine.state import checkpoint_of, find_resumable, finish, load_resumable, restore, save
 from engine.training_flags import parse_options
+from models.losses import total_loss
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.distributed import World
 from utils.errors import CheckpointError, ConfigError, DatasetError
@@ -292,13 +294,38 @@ def test_a_model_alone_on_its_process_is_not_wrapped(
     assert run.wrapped is run.model and isinstance(run.wrapped, nn.Module)
 
 
+def with_queries(cfg: Path, denoising: int) -> Path:
+    """The tiny detector under RT-DETR's head."""
+    options = "hidden: 16, num_queries: 20, num_heads: 2, num_layers: 1, feedforward: 16"
+    head = f"RTDETRDecoder, [nc, {{{options}, num_denoising: {denoising}}}]"
+    cfg.write_text(cfg.read_text().replace("Detect, [nc, anchors]", head))
+    return cfg
+
+
+@pytest.mark.parametrize("batch", ["4", "16", "32"])
+def test_the_decay_of_a_loss_that_is_a_mean_does_not_follow_the_batch(
+    batch: str, tiny_cfg: Path, shared_data: Path, tmp_path: Path
+):
+    run = run_of(with_queries(tiny_cfg, 0), shared_data, tmp_path, "--batch-size", batch)
+    decays = {
+        g["weight_decay"] for g in run.optimizer.param_groups if g["role"].startswith("weight")
+    }
+    assert decays == {0.0001}  # of the recipe
+
+
+def test_two_batches_that_make_one_step_give_the_mean_of_their_gradients():
+    """A loss that is a mean over objects stays one; one that counts images adds up."""
+    criterion = SimpleNamespace(times_batch=False)
+    losses = {"a": torch.tensor(2.0), "b": torch.tensor(1.0)}
+    assert total_loss(criterion, losses, 4, batches=2).item() == 1.5
+    assert total_loss(SimpleNamespace(times_batch=True), losses, 4, batches=2).item() == 12
+
+
 @pytest.mark.parametrize(("denoising", "expected"), [(0, 0), (10, 100)])
 def test_a_head_built_without_denoising_keeps_it_off(
     denoising: int, expected: int, tiny_cfg: Path, shared_data: Path, tmp_path: Path
 ):
-    options = "hidden: 16, num_queries: 20, num_heads: 2, num_layers: 1, feedforward: 16"
-    head = f"RTDETRDecoder, [nc, {{{options}, num_denoising: {denoising}}}]"
-    tiny_cfg.write_text(tiny_cfg.read_text().replace("Detect, [nc, anchors]", head))
+    with_queries(tiny_cfg, denoising)
     run = run_of(tiny_cfg, shared_data, tmp_path)
     assert (run.model.head.num_denoising, run.hyp["num_denoising"]) == (expected, 100)
     trained(run)
