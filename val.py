@@ -321,12 +321,21 @@ def _validate(options: Any, backend: Backend, device: torch.device) -> None:
         f"postprocess an image at {imgsz[0]}x{imgsz[1]}, batch {options.batch_size}, {device}"
     )
     if options.save_json:
-        name = folder / f"{Path(options.weights).stem}_predictions.json"
-        name.write_text(json.dumps(validation.evaluator.predictions()), encoding="utf-8")
-        log.info(f"{name}: predictions in COCO's results format")
+        _save_json(folder, Path(options.weights).stem, validation)
     if not options.noplots:
         save_metric_plots(folder, metrics, validation.confusion)
     log.info(f"results in {folder}")
+
+
+def _save_json(folder: Path, stem: str, validation: Validation) -> None:
+    """Predictions in COCO's results format, each with the name of its file, and the ground truth whose ids they have."""
+    truth = validation.dataset.coco_ground_truth()
+    files = {image["id"]: image["file_name"] for image in truth["images"]}
+    rows = validation.evaluator.predictions()
+    predictions = [{**row, "file_name": files[row["image_id"]]} for row in rows]
+    for name, content in ((f"{stem}_predictions.json", predictions), ("ground_truth.json", truth)):
+        (folder / name).write_text(json.dumps(content), encoding="utf-8")
+        get_logger().info(f"{folder / name}: in COCO's form")
 
 
 def _speed(options: Any, backend: Backend, device: torch.device) -> None:

@@ -15,8 +15,9 @@ import cv2
 import numpy as np
 
 from data.sources import Frame
-from engine.outputs import FreeNames, write_yolo_labels
+from engine.outputs import write_yolo_labels
 from utils.errors import ConfigError
+from utils.file_names import FreeNames
 from utils.logger import get_logger
 from utils.structures import Detections
 from utils.visualize import draw_boxes, save_image
@@ -125,7 +126,7 @@ class DetectionWriter:
             self._close_video()
             stem = _safe_name(_fitting(Path(frame.path).stem), "video")
             name = self.folder / self.free_names.take(stem, frame.path, ".mp4")
-            fps = max(frame.video.fps / self.options.vid_stride, 1)
+            fps = frame.video.fps / self.options.vid_stride or 1.0
             size = (picture.shape[1], picture.shape[0])
             self.video = (
                 frame.path,

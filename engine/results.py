@@ -11,6 +11,7 @@ from torch import Tensor
 
 from data.images import Image
 from utils.config import increment_path
+from utils.file_names import FreeNames
 from utils.logger import get_logger
 from utils.visualize import draw_boxes, save_image
 
@@ -156,8 +157,8 @@ class Results:
             The folder.
         """
         folder = _folder(save_dir, exist_ok)
-        for number, image in enumerate(self.render(labels)):
-            save_image(folder / self._file(number), image)
+        for name, image in zip(self._file_names(), self.render(labels), strict=True):
+            save_image(folder / name, image)
         get_logger().info(f"saved {len(self)} to {folder}")
         return folder
 
@@ -170,13 +171,13 @@ class Results:
             For each: `box` (xyxy), `conf`, `cls`, `label` (name and score) and `im` (RGB).
         """
         folder = _folder(save_dir, exist_ok) if save else None
-        crops = []
+        crops, files = [], self._file_names()
         for number, (image, rows) in enumerate(zip(self.ims, self.pred, strict=True)):
             for place, row in enumerate(rows):
                 name = self._name(int(row[5]))
                 cut = _cut(image, row[:4].tolist())
                 if folder is not None:
-                    stem = f"{Path(self._file(number)).stem}_{place}.jpg"
+                    stem = f"{Path(files[number]).stem}_{place}.jpg"
                     save_image(folder / "crops" / _safe(name) / stem, cut)
                 label = f"{name} {float(row[4]):.2f}"
                 crops.append(
@@ -184,11 +185,10 @@ class Results:
                 )
         return crops
 
-    def _file(self, number: int) -> str:
-        """A file name of its own for each image, in a format that can be written."""
-        path = Path(self.files[number])
-        stem = path.stem if self.files.count(self.files[number]) == 1 else f"{path.stem}_{number}"
-        return f"{stem}.jpg"
+    def _file_names(self) -> list[str]:
+        """A name of its own for the picture of each image; a.jpg and a.png are two."""
+        free = FreeNames()
+        return [free.take(Path(f).stem, str(n), ".jpg") for n, f in enumerate(self.files)]
 
 
 def _centres(rows: Tensor) -> Tensor:

@@ -126,6 +126,17 @@ def test_a_program_in_this_folder_shares_its_modules(weights: Path) -> None:
     assert sys.modules["models.yolo"].build_model is build_model
 
 
+def test_pictures_of_one_stem_do_not_overwrite_each_other(tmp_path: Path) -> None:
+    image = np.zeros((20, 30, 3), np.uint8)
+    rows = torch.tensor([[2.0, 2.0, 12.0, 12.0, 0.9, 0.0]])
+    names = ["a.jpg", "b/a.png", "a_2.jpg", "b.jpg"]
+    results = Results([image] * 4, [rows] * 4, {0: "cat"}, names)
+    folder = results.save(save_dir=tmp_path / "out")
+    assert sorted(p.name for p in folder.iterdir()) == ["a.jpg", "a_2.jpg", "a_2_2.jpg", "b.jpg"]
+    results.crop(save_dir=tmp_path / "cut")
+    assert len(list((tmp_path / "cut" / "crops" / "cat").iterdir())) == 4
+
+
 def test_loading_says_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such file"):
         torch.hub.load(str(ROOT), "custom", path=str(tmp_path / "none.pt"), source="local")
@@ -283,14 +294,14 @@ def test_pictures_and_crops_are_written_and_nothing_is_overwritten(tmp_path: Pat
     found = results()
     first, second = (found.save(save_dir=tmp_path / "exp") for _ in range(2))
     assert (first.name, second.name) == ("exp", "exp2")
-    assert sorted(p.name for p in first.iterdir()) == ["a_0.jpg", "a_1.jpg"]
+    assert sorted(p.name for p in first.iterdir()) == ["a.jpg", "a_2.jpg"]
     drawn = found.render()
     assert drawn[0].any() and not drawn[1].any() and not found.ims[0].any()
     crops = found.crop(save_dir=tmp_path / "crops")
     assert [crop["label"] for crop in crops] == ["buoy/red 0.90", "ship 0.50"]
     assert crops[0]["im"].shape == (31, 31, 3) and crops[1]["im"].shape == (50, 100, 3)
     written = sorted(str(p.relative_to(tmp_path)) for p in (tmp_path / "crops").rglob("*.jpg"))
-    assert written == ["crops/crops/buoy_red/a_0_0.jpg", "crops/crops/ship/a_0_1.jpg"]
+    assert written == ["crops/crops/buoy_red/a_0.jpg", "crops/crops/ship/a_1.jpg"]
     assert len(found.crop(save=False)) == 2
 
 

@@ -106,6 +106,11 @@ def test_single_cls_measures_a_model_of_several_classes(
     assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["all", "4", "11"]
     rows = json.loads((tmp_path / "exp" / "two_predictions.json").read_text())
     assert rows and {row["category_id"] for row in rows} == {1}
+    truth = json.loads((tmp_path / "exp" / "ground_truth.json").read_text())
+    files = {image["id"]: image["file_name"] for image in truth["images"]}
+    assert len(files) == 4 and len(truth["annotations"]) == 11
+    assert all(row["file_name"] == files[row["image_id"]] for row in rows)
+    assert {Path(name).name for name in files.values()} == {f"{n}.png" for n in range(4)}
     assert len(list((tmp_path / "exp" / "labels").iterdir())) == 4
 
 

@@ -19,7 +19,8 @@ import torch
 import detect
 from data.sources import Frame, VideoInfo
 from engine.detections import DetectionWriter
-from engine.outputs import FreeNames, LabelWriter, write_yolo_labels
+from engine.outputs import LabelWriter, write_yolo_labels
+from utils.file_names import FreeNames
 from utils.structures import Batch, Detections, Letterbox, Targets
 
 FOUND = Detections(
@@ -207,6 +208,19 @@ def test_frames_of_a_video_become_a_video(tmp_path: Path):
     video = cv2.VideoCapture(str(tmp_path / "v.mp4"))
     assert video.get(cv2.CAP_PROP_FRAME_COUNT) == 3
     assert (video.get(cv2.CAP_PROP_FRAME_HEIGHT), video.get(cv2.CAP_PROP_FRAME_WIDTH)) == (80, 100)
+
+
+@pytest.mark.parametrize(
+    ("fps", "stride", "expected"), [(30.0, 3, 10.0), (0.5, 1, 0.5), (1.0, 4, 0.25)]
+)
+def test_a_video_keeps_its_pace_slow_ones_and_thinned_ones_too(
+    fps: float, stride: int, expected: float, tmp_path: Path
+):
+    info = VideoInfo(fps=fps, height=80, width=100, frames=2)
+    frames = [frame("clips/v.avi", index, info) for index in range(2)]
+    write(tmp_path, "--vid-stride", str(stride), frames=frames)
+    video = cv2.VideoCapture(str(tmp_path / "v.mp4"))
+    assert video.get(cv2.CAP_PROP_FPS) == pytest.approx(expected, rel=0.01)
 
 
 def test_videos_of_one_name_do_not_overwrite_each_other(tmp_path: Path):
