@@ -83,8 +83,10 @@ def is_known(name: str) -> bool:
 def statistics_of(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """Mean and standard deviation that images were normalised by when timm's weights of `name` were trained; None if timm
     does not say."""
-    import timm
-
+    try:
+        import timm
+    except ImportError:
+        return None
     config = timm.get_pretrained_cfg(bare_name(name))
     if config is None or config.mean is None or config.std is None:
         return None

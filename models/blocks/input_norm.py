@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from models.fusing.folding import Affine
+from models.timm_features import statistics_of
 
 
 class InputNorm(nn.Module):
@@ -49,6 +50,19 @@ class InputNorm(nn.Module):
             buffer.copy_(numbers.expand(buffer.shape))
         self.is_active = True
         self.refresh()
+
+    def set_as_timm(self, name: str) -> str:
+        """Take the numbers of timm's weights of `name`; what becomes of the images, in words."""
+        statistics = statistics_of(name)
+        if statistics is not None:
+            self.set(*statistics)
+        if statistics is None or not self.is_active:
+            return "images are taken as they are, from 0 to 1"
+        mean, std = (", ".join(f"{n:g}" for n in numbers) for numbers in statistics)
+        return (
+            f"images are normalised inside by timm's mean ({mean}) and std ({std}); normalize: false in the backbone's row "
+            "leaves it out"
+        )
 
     def refresh(self) -> None:
         """See what the numbers are after somebody has written them."""

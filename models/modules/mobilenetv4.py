@@ -10,112 +10,29 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.blocks.input_norm import InputNorm
+from models.blocks.mobilenetv4_tables import (
+    CONV_LARGE,
+    CONV_MEDIUM,
+    CONV_SMALL,
+    HYBRID_LARGE,
+    HYBRID_MEDIUM,
+    AttentionSpec,
+    ConvSpec,
+    FusedSpec,
+    Spec,
+    UibSpec,
+    Variant,
+)
 from models.registry import LayerError, backbone, register
-from models.weights import read_weights
+from models.weights import read_weights, transfer
 from utils.errors import CheckpointError
-
-
-class ConvSpec(NamedTuple):
-    """A convolution with BatchNorm and activation."""
-
-    out: int
-    kernel: int
-    stride: int = 1
-
-
-class FusedSpec(NamedTuple):
-    """A fused inverted bottleneck: kernel and expansion in one convolution, then a projection."""
-
-    out: int
-    expansion: int
-    stride: int
-
-
-class UibSpec(NamedTuple):
-    """A universal inverted bottleneck; kernel 0 leaves the depthwise convolution out."""
-
-    out: int
-    start: int
-    middle: int
-    expansion: int
-    stride: int = 1
-
-
-class AttentionSpec(NamedTuple):
-    """Mobile multi-query attention on the width that comes in."""
-
-    heads: int
-    dim: int
-    kv_stride: int = 1
-
-
-Spec = ConvSpec | FusedSpec | UibSpec | AttentionSpec
-Layers = tuple[tuple[Spec, ...], ...]
-
-
-class Variant(NamedTuple):
-    """Stem width, layers 1 to 4, activation, and where the layer scale starts (None: there is none)."""
-
-    stem: int
-    layers: Layers
-    activation: type[nn.Module] = nn.ReLU
-    layer_scale: float | None = None
-
-
-def _repeat(count: int, *specs: Spec) -> tuple[Spec, ...]:
-    return specs * count
-
-
-_MEDIUM_HEAD: Layers = ((FusedSpec(48, 4, 2),), (UibSpec(80, 3, 5, 4, 2), UibSpec(80, 3, 3, 2)))
-_LARGE_HEAD: Layers = ((FusedSpec(48, 4, 2),), (UibSpec(96, 3, 5, 4, 2), UibSpec(96, 3, 3, 4)))
-_LARGE_3 = (UibSpec(192, 3, 5, 4, 2), *_repeat(3, UibSpec(192, 3, 3, 4)), UibSpec(192, 3, 5, 4))
-_LARGE_4 = (
-    UibSpec(512, 5, 5, 4, 2), *_repeat(3, UibSpec(512, 5, 5, 4)), UibSpec(512, 5, 0, 4), UibSpec(512, 5, 3, 4),
-    *_repeat(2, UibSpec(512, 5, 0, 4)), UibSpec(512, 5, 3, 4), UibSpec(512, 5, 5, 4),
-)  # fmt: skip
-_MQA_160, _MQA_192 = AttentionSpec(4, 64, 2), AttentionSpec(8, 48, 2)
-_MQA_256, _MQA_512 = AttentionSpec(4, 64), AttentionSpec(8, 64)
-
-CONV_SMALL = Variant(32, (
-    (ConvSpec(32, 3, 2), ConvSpec(32, 1)),
-    (ConvSpec(96, 3, 2), ConvSpec(64, 1)),
-    (UibSpec(96, 5, 5, 3, 2), *_repeat(4, UibSpec(96, 0, 3, 2)), UibSpec(96, 3, 0, 4)),
-    (UibSpec(128, 3, 3, 6, 2), UibSpec(128, 5, 5, 4), UibSpec(128, 0, 5, 4), UibSpec(128, 0, 5, 3),
-     *_repeat(2, UibSpec(128, 0, 3, 4))),
-))  # fmt: skip
-CONV_MEDIUM = Variant(32, (
-    *_MEDIUM_HEAD,
-    (UibSpec(160, 3, 5, 6, 2), *_repeat(2, UibSpec(160, 3, 3, 4)), UibSpec(160, 3, 5, 4), UibSpec(160, 3, 3, 4),
-     UibSpec(160, 3, 0, 4), UibSpec(160, 0, 0, 2), UibSpec(160, 3, 0, 4)),
-    (UibSpec(256, 5, 5, 6, 2), UibSpec(256, 5, 5, 4), *_repeat(2, UibSpec(256, 3, 5, 4)), UibSpec(256, 0, 0, 4),
-     UibSpec(256, 3, 0, 4), UibSpec(256, 3, 5, 2), UibSpec(256, 5, 5, 4), *_repeat(2, UibSpec(256, 0, 0, 4)),
-     UibSpec(256, 5, 0, 2)),
-))  # fmt: skip
-CONV_LARGE = Variant(24, (
-    *_LARGE_HEAD,
-    (*_LARGE_3, *_repeat(5, UibSpec(192, 5, 3, 4)), UibSpec(192, 3, 0, 4)),
-    (*_LARGE_4, *_repeat(3, UibSpec(512, 5, 0, 4))),
-))  # fmt: skip
-HYBRID_MEDIUM = Variant(32, (
-    *_MEDIUM_HEAD,
-    (UibSpec(160, 3, 5, 6, 2), UibSpec(160, 0, 0, 2), UibSpec(160, 3, 3, 4), UibSpec(160, 3, 5, 4), _MQA_160,
-     UibSpec(160, 3, 3, 4), _MQA_160, UibSpec(160, 3, 0, 4), _MQA_160, UibSpec(160, 3, 3, 4), _MQA_160,
-     UibSpec(160, 3, 0, 4)),
-    (UibSpec(256, 5, 5, 6, 2), UibSpec(256, 5, 5, 4), *_repeat(2, UibSpec(256, 3, 5, 4)), UibSpec(256, 0, 0, 2),
-     UibSpec(256, 3, 5, 2), UibSpec(256, 0, 0, 2), UibSpec(256, 0, 0, 4), _MQA_256, UibSpec(256, 3, 0, 4), _MQA_256,
-     UibSpec(256, 5, 5, 4), _MQA_256, UibSpec(256, 5, 0, 4), _MQA_256, UibSpec(256, 5, 0, 4)),
-), layer_scale=1e-5)  # fmt: skip
-HYBRID_LARGE = Variant(24, (
-    *_LARGE_HEAD,
-    (*_LARGE_3, UibSpec(192, 5, 3, 4), *_repeat(4, UibSpec(192, 5, 3, 4), _MQA_192), UibSpec(192, 3, 0, 4)),
-    (*_LARGE_4, *_repeat(4, _MQA_512, UibSpec(512, 5, 0, 4))),
-), nn.GELU, 1e-5)  # fmt: skip
+from utils.logger import get_logger
 
 
 def round_to_8(value: float) -> int:
@@ -267,6 +184,10 @@ class MobileNetV4(nn.Module):
     Args:
         factor: multiplies every width; any number that leaves each width at least 1.
         weights: a file of timm's `mobilenetv4_*` weights (factor 1 only), or None for fresh ones.
+        normalize: bring images to what timm's weights were trained on, once they come in.
+
+    Attributes:
+        timm_name: of timm's model at factor 1.
 
     Raises:
         LayerError: the factor is not a positive number, leaves a width of 0, or is not 1 beside `weights`.
@@ -274,9 +195,13 @@ class MobileNetV4(nn.Module):
     """
 
     variant: Variant
+    timm_name: str
 
-    def __init__(self, factor: float = 0.5, weights: str | None = None) -> None:
+    def __init__(
+        self, factor: float = 0.5, weights: str | None = None, normalize: bool = True
+    ) -> None:
         super().__init__()
+        self.normalizes = normalize
         is_number = isinstance(factor, (int, float)) and not isinstance(factor, bool)
         if not is_number or not math.isfinite(factor) or int(self.variant.stem * factor) < 1:
             least = 1 / self.variant.stem
@@ -284,6 +209,7 @@ class MobileNetV4(nn.Module):
                 f"got factor {factor!r}, expected a number of at least {least:.3g}, such as 0.5"
             )
         width = int(self.variant.stem * factor)
+        self.normalize = InputNorm()
         self.stem = conv_norm(3, width, 3, 2, activation=self.variant.activation)
         self.layers = nn.ModuleList()
         self.channels: list[int] = []
@@ -298,7 +224,8 @@ class MobileNetV4(nn.Module):
                 raise LayerError(
                     f"got weights beside factor {factor}, expected factor 1, the width they are made for"
                 )
-            self.load_timm_state(read_weights(weights).state, weights)
+            report = transfer(self, read_weights(weights).state, only_backbone=True, source=weights)
+            get_logger().info(f"{weights}: {report.summary()}")
 
     def _initialize(self) -> None:
         """Convolutions by fan-out, those of attention by Xavier."""
@@ -317,11 +244,19 @@ class MobileNetV4(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         maps: list[Tensor] = []
-        x = self.stem(x)
+        x = self.stem(self.normalize(x))
         for layer in self.layers:
             x = layer(x)
             maps.append(x)
         return maps
+
+    def foreign_names(self) -> dict[str, str]:
+        """The names of our tensors in timm's model."""
+        return {key: timm_key(key, self) for key in self.state_dict() if "normalize." not in key}
+
+    def on_pretrained(self) -> str:
+        """timm's weights have come in: images are to be normalised as those were that they learnt from; told in words."""
+        return self.normalize.set_as_timm(self.timm_name) if self.normalizes else ""
 
     def load_timm_state(self, state: dict[str, Tensor], source: str) -> None:
         """Take the trunk out of a state dict of timm's model; its last convolutions and classifier are left out.
@@ -370,6 +305,7 @@ class MobileNetV4ConvSmall(MobileNetV4):
     """1.1 million parameters at factor 1; convolutions only."""
 
     variant = CONV_SMALL
+    timm_name = "mobilenetv4_conv_small"
 
 
 @register(backbone)
@@ -377,6 +313,7 @@ class MobileNetV4ConvMedium(MobileNetV4):
     """7.0 million parameters at factor 1; convolutions only."""
 
     variant = CONV_MEDIUM
+    timm_name = "mobilenetv4_conv_medium"
 
 
 @register(backbone)
@@ -384,6 +321,7 @@ class MobileNetV4ConvLarge(MobileNetV4):
     """29.6 million parameters at factor 1; convolutions only."""
 
     variant = CONV_LARGE
+    timm_name = "mobilenetv4_conv_large"
 
 
 @register(backbone)
@@ -391,6 +329,7 @@ class MobileNetV4HybridMedium(MobileNetV4):
     """8.3 million parameters at factor 1; attention in the last two layers."""
 
     variant = HYBRID_MEDIUM
+    timm_name = "mobilenetv4_hybrid_medium"
 
 
 @register(backbone)
@@ -398,3 +337,4 @@ class MobileNetV4HybridLarge(MobileNetV4):
     """34.8 million parameters at factor 1; attention in the last two layers."""
 
     variant = HYBRID_LARGE
+    timm_name = "mobilenetv4_hybrid_large"

@@ -162,16 +162,9 @@ class TimmBackbone(nn.Module):
         Returns:
             What becomes of the images, in words.
         """
-        statistics = statistics_of(self.model_name)
-        if self.normalizes is None and statistics is not None:
-            self.normalize.set(*statistics)
-        if self.normalizes is None and self.normalize.is_active and statistics is not None:
-            mean, std = (", ".join(f"{n:g}" for n in numbers) for numbers in statistics)
-            return (
-                f"images are normalised inside by timm's mean ({mean}) and std ({std}); normalize: false in the row of "
-                f"{self.model_name} leaves it out"
-            )
-        return "" if self.normalize.is_active else "images are taken as they are, from 0 to 1"
+        if self.normalizes is None:
+            return str(self.normalize.set_as_timm(self.model_name))
+        return "" if self.normalize.is_active else "images are not normalised, as its row says"
 
     def read_foreign(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What timm makes of weights in their authors' own spelling, by key of this module; only what is in the file.

@@ -2,7 +2,8 @@
 
 Weights of a backbone come under any prefix, from a classifier, a detector of another project or a training of its own. They
 go by the longest common suffix of their names; a module that knows other spellings of its weights may translate them
-(`read_foreign`), and is told when it got weights of a bare backbone (`on_pretrained`).
+(`read_foreign`), or tell the names that they have elsewhere (`foreign_names`), and is told when it got weights of a bare
+backbone (`on_pretrained`).
 """
 
 from __future__ import annotations
@@ -98,24 +99,41 @@ def match_part(
     part: Part, state: Mapping[str, Tensor], source: Shapes, target: Shapes
 ) -> PartMatch:
     """What `state` has for `part` by the suffixes of its names, or in a spelling that the module itself knows."""
-    own = {key[len(part.prefix) :]: target[key] for key in part.keys}
-    match = match_suffixes(source, own, fits)
-    sources = {part.prefix + key: value for key, value in match.pairs.items()}
-    fitting = part.counted & {part.prefix + key for key in match.fitting}
-    is_row = ROW.match(".".join((*match.prefix, "."))) is not None
-    rows = {row[1] for key in source if (row := ROW.match(key))}
-    is_bare = not (is_row and (len(rows) > 1 or not match.own_prefix))
-    found = PartMatch(sources, {}, fitting, is_bare)
+    own = {key[len(part.prefix) :]: key for key in part.keys}
+    found = _by_suffixes(part, own, source, target)
+    names = getattr(part.module, "foreign_names", None)
+    if names is not None and len(found.fitting) < len(part.counted):
+        elsewhere = {written: part.prefix + key for key, written in names().items()}
+        other = _by_suffixes(part, elsewhere, source, target, is_ours=False)
+        found = other if len(other.fitting) > len(found.fitting) else found
     read = getattr(part.module, "read_foreign", None)
-    if read is None or len(fitting) == len(part.counted):
+    if read is None or len(found.fitting) == len(part.counted):
         return found
     tensors = {part.prefix + key: tensor for key, tensor in read(dict(state)).items()}
-    if len(part.counted & tensors.keys()) <= len(fitting):
+    if len(part.counted & tensors.keys()) <= len(found.fitting):
         return found
     renamed = {key: f"{TRANSLATED}{key}" for key in tensors}
     note = f"names and shapes translated by {getattr(part.module, 'translator', 'the module')}"
     made = {renamed[key]: tensor for key, tensor in tensors.items()}
     return PartMatch(renamed, made, part.counted & tensors.keys(), True, note)
+
+
+def _by_suffixes(
+    part: Part, own: Mapping[str, str], source: Shapes, target: Shapes, *, is_ours: bool = True
+) -> PartMatch:
+    """What goes by the suffixes of names.
+
+    Args:
+        own: names of the part's tensors -> their keys in the model.
+        is_ours: the names are those that a detector of ours has, too.
+    """
+    match = match_suffixes(source, {name: target[key] for name, key in own.items()}, fits)
+    is_row = ROW.match(".".join((*match.prefix, "."))) is not None
+    rows = {row[1] for key in source if (row := ROW.match(key))}
+    is_bare = not (is_row and (len(rows) > 1 or is_ours and not match.own_prefix))
+    sources = {own[name]: given for name, given in match.pairs.items()}
+    fitting = part.counted & {own[name] for name in match.fitting}
+    return PartMatch(sources, {}, fitting, is_bare)
 
 
 def by_rows(part: Part, sources: Mapping[str, str], source: Shapes, target: Shapes) -> PartMatch:
@@ -131,8 +149,6 @@ def classifier_keys(keys: Iterable[str]) -> tuple[str, ...]:
 
 
 def _is_classifier(key: str) -> bool:
-    if ROW.match(key):
-        return False
     parts = key.split(".")[:-1]
     return any(p in CLASSIFIERS or p.startswith(("head_", "fc_", "classifier_")) for p in parts)
 

@@ -174,7 +174,7 @@ def _require_enough(
 ) -> None:
     """Refuse weights of another backbone: some names and shapes are alike everywhere."""
     enough = any(is_enough(part, match) for part, match in plan.matches)
-    if enough or plan.outside or not plan.matches:
+    if enough or plan.outside or not plan.matches or not state:
         return
     part, best = max(plan.matches, key=lambda item: len(item[1].fitting))
     by_suffix = best.is_bare or only_backbone

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from engine.training_flags import parse_options
 from engine.weights import build_from_flags
 from models.backends import load_backend
+from models.modules.mobilenetv4 import MobileNetV4ConvSmall
 from models.modules.timm_backbone import TimmBackbone
 from models.timm_features import create, quiet, statistics_of
 from models.weight_files.fitting import with_channels
@@ -236,6 +237,33 @@ def test_rows_of_a_backbone_take_weights_of_the_rows_alone(tmp_path: Path):
     report = load_backbone_weights(target, tmp_path / "w.pt")
     assert len(report.transferred) == len(state) and not report.missing
     assert torch.equal(target.state_dict()["model.1.conv.weight"], state["encoder.1.conv.weight"])
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone.", "model.0."])
+def test_a_backbone_that_knows_other_names_takes_them_by_every_flag(prefix: str, tmp_path: Path):
+    torch.manual_seed(0)
+    classifier = with_statistics(timm.create_model("mobilenetv4_conv_small"))
+    path = tmp_path / "w.pth"
+    torch.save(renamed(prefix, classifier.state_dict()), path)
+    by_row = MobileNetV4ConvSmall(1, weights=str(path)).eval()
+    detector = build_model(on("MobileNetV4ConvSmall", factor=1), imgsz=SIZE)
+    report = load_backbone_weights(detector, path)
+    assert not report.missing and not report.mismatched
+    assert report.classifier == (f"{prefix}classifier.weight", f"{prefix}classifier.bias")
+    for key, value in detector.model[0].state_dict().items():
+        assert torch.equal(by_row.state_dict()[key], value), key
+    own_net = create("mobilenetv4_conv_small", {})
+    own_net.load_state_dict(classifier.state_dict(), strict=False)
+    mean, std = (
+        torch.tensor(numbers).view(3, 1, 1)
+        for numbers in statistics_of("mobilenetv4_conv_small") or ()
+    )
+    image = torch.rand(1, 3, *SIZE)
+    with torch.no_grad():
+        expected = own_net.eval()((image - mean) / std)
+        # timm's last map stands behind one more convolution, its first is finer than ours.
+        for found, wanted in zip(detector.model[0].eval()(image)[:3], expected[1:4], strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 class Own(nn.Module):

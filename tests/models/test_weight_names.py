@@ -76,7 +76,8 @@ def test_nothing_in_common_is_nothing():
         ("head.fc.bias", True),
         ("backbone.head_dist.weight", True),
         ("classifier.1.weight", True),
-        ("model.24.head.weight", False),  # a row of a detector
+        ("model.0.fc.weight", True),
+        ("model.24.cv3.0.2.weight", False),  # a detector's head
         ("stages.0.fc1.weight", False),
         ("bbox_head.conv.weight", False),
     ],
