@@ -58,20 +58,22 @@ class Line(NamedTuple):
     map50_95: float | None
 
 
+CONFIG_SIZE = 640  # of models without weights, which have no size of their own
+
+
 class Candidate(NamedTuple):
-    """A model to compare: how it is called, and how large it is."""
+    """A model to compare: how it is called, how large it is, and the image size it is measured at."""
 
     name: str
+    imgsz: tuple[int, int]
     run: Callable[[Tensor], Any]
     backend: Backend | None
     trained: Totals | None
     deployed: Totals | None
 
 
-def load_candidate(
-    name: str, options: Any, imgsz: tuple[int, int], device: torch.device
-) -> Candidate:
-    """A weights file, an exported file, or a config (with `--backbone`)."""
+def load_candidate(name: str, options: Any, device: torch.device) -> Candidate:
+    """A weights file, an exported file, or a config (with `--backbone`); weights at their own size unless a flag says another."""
     path = Path(name)
     if path.suffix in (".pt", ".safetensors"):
         if options.backbone:
@@ -81,6 +83,7 @@ def load_candidate(
         allow = options.allow_code
         model = load_weights(path, allow_code=allow).model if path.suffix == ".pt" else None
         backend = load_backend(name, device, allow_code=allow)
+        imgsz = _size(options, backend)
         totals = (
             (measure(model, imgsz), measure(reparameterize_model(model), imgsz))
             if model
@@ -88,10 +91,11 @@ def load_candidate(
         )
         run = path.resolve().parent.parent.name if path.parent.name == "weights" else ""
         shown = f"{run}/{path.name}" if run else path.name
-        return Candidate(shown, backend, backend, *totals)
+        return Candidate(shown, imgsz, backend, backend, *totals)
     if path.exists() and path.suffix not in (".yaml", ".yml"):
         backend = load_backend(name, device)
-        return Candidate(path.name, backend, backend, None, None)
+        return Candidate(path.name, _size(options, backend), backend, backend, None, None)
+    imgsz = parse_imgsz(options.imgsz or CONFIG_SIZE, 32)
     model = build_model(
         name, imgsz=imgsz, backbone=options.backbone, allow_code=options.allow_code
     ).eval()
@@ -99,6 +103,7 @@ def load_candidate(
     shown = f"{name} + {options.backbone[0]}" if options.backbone else name
     return Candidate(
         shown,
+        imgsz,
         lambda x: deployed.decode(deployed(x)),
         None,
         measure(model, imgsz),
@@ -106,15 +111,17 @@ def load_candidate(
     )
 
 
+def _size(options: Any, backend: Backend) -> tuple[int, int]:
+    return parse_imgsz(options.imgsz, backend.stride) if options.imgsz else backend.imgsz
+
+
 @torch.inference_mode()
-def latencies(
-    candidates: Sequence[Candidate], imgsz: tuple[int, int], device: torch.device, runs: int
-) -> list[float]:
+def latencies(candidates: Sequence[Candidate], device: torch.device, runs: int) -> list[float]:
     """Median milliseconds of each candidate for one image; they take turns, so that a busy machine is fair to all."""
-    image = torch.rand(1, 3, *imgsz, device=device)
+    images = [torch.rand(1, 3, *candidate.imgsz, device=device) for candidate in candidates]
     times: list[list[float]] = [[] for _ in candidates]
     for number in range(runs + 2):
-        for candidate, taken in zip(candidates, times, strict=True):
+        for candidate, image, taken in zip(candidates, images, times, strict=True):
             synchronize(device)
             start = time.perf_counter()
             candidate.run(image)
@@ -125,7 +132,7 @@ def latencies(
 
 
 def measure_map(
-    candidate: Candidate, options: Any, imgsz: tuple[int, int], device: torch.device
+    candidate: Candidate, options: Any, device: torch.device
 ) -> tuple[float, float] | None:
     """mAP50 and mAP50-95 on the validation split, for models with weights."""
     backend = candidate.backend
@@ -134,7 +141,7 @@ def measure_map(
     dataset = build_dataset(
         open_data(options, backend.info.white),
         "val",
-        imgsz=imgsz,
+        imgsz=candidate.imgsz,
         batch_size=16,
         stride=backend.stride,
     )
@@ -218,7 +225,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Any:
     )
     parser.add_argument("--allow-code", action="store_true", help="let a YAML's imports run")
     add_data_flag(parser)
-    add_size_flag(parser)
+    add_size_flag(parser, None)
     add_device_flag(parser)
     parser.add_argument("--runs", type=integer(1), default=10, help="timed calls of each model")
     parser.add_argument("--workers", type=integer(0), default=2, help="processes that load images")
@@ -230,12 +237,12 @@ def parse_options(arguments: Sequence[str] | None = None) -> Any:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compare from the command line."""
     options = parse_options(arguments)
-    device, imgsz = select_device(options.device), parse_imgsz(options.imgsz, 32)
-    candidates = [load_candidate(name, options, imgsz, device) for name in options.models]
-    times = latencies(candidates, imgsz, device, options.runs)
+    device = select_device(options.device)
+    candidates = [load_candidate(name, options, device) for name in options.models]
+    times = latencies(candidates, device, options.runs)
     lines = []
     for candidate, latency in zip(candidates, times, strict=True):
-        found = measure_map(candidate, options, imgsz, device) or (None, None)
+        found = measure_map(candidate, options, device) or (None, None)
         params = candidate.trained.params if candidate.trained else None
         deployed = candidate.deployed
         lines.append(Line(
@@ -250,7 +257,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         writer.writerow(Line._fields)
         writer.writerows(lines)
     plot(lines, folder / "compare.png")
-    get_logger().info(f"at {imgsz[0]}x{imgsz[1]} on {device}; table and picture in {folder}")
+    sizes = ", ".join(dict.fromkeys(f"{h}x{w}" for h, w in (c.imgsz for c in candidates)))
+    get_logger().info(f"at {sizes} on {device}; table and picture in {folder}")
 
 
 if __name__ == "__main__":

@@ -52,14 +52,15 @@ class Detector(nn.Module):
             self.to(device)
 
     @torch.inference_mode()
-    def forward(self, images: Any, size: int | Sequence[int] = 640) -> Results:
+    def forward(self, images: Any, size: int | Sequence[int] | None = None) -> Results:
         """Detect objects.
 
         Args:
             images: a path, a PIL image, an array (H, W, 3) in RGB, a list of those, which are read
                 as files are (turned upright, alpha on white, 16 bits as 8), or a tensor (B, 3, H, W)
                 in [0, 1] whose sides are multiples of the stride, which is taken as it is.
-            size: the sides that images are fitted into, one number or (height, width).
+            size: the sides that images are fitted into, one number or (height, width); None: those that the model was
+                trained at.
 
         Raises:
             DatasetError: something that is none of these, or an image that cannot be read.
@@ -72,9 +73,9 @@ class Detector(nn.Module):
             items = list(images) if isinstance(images, (list, tuple)) else [images]
             read = [_read(item, number, self.white) for number, item in enumerate(items)]
             pictures, files = [image for image, _ in read], [name for _, name in read]
-            stacked, boxes = _stack(
-                pictures, parse_imgsz(size, self.model.max_stride), self.model.max_stride
-            )
+            stride = self.model.max_stride
+            imgsz = parse_imgsz(size, stride) if size else self.model.imgsz
+            stacked, boxes = _stack(pictures, imgsz, stride)
             batch = as_float(stacked, parameter.device, parameter.dtype)
         found = postprocess(
             self.model.decode(self.model(batch)),

@@ -74,3 +74,15 @@ def test_a_backbone_goes_under_every_config_and_not_under_weights(
     assert names == ["yolov5n + MobileNetV4ConvSmall", "yolo11n + MobileNetV4ConvSmall"]
     with pytest.raises(ConfigError, match="--backbone: belongs to configs"):
         compare.main(["--models", str(files[1]), *words])
+
+
+def test_weights_are_measured_at_their_own_size_unless_a_flag_says_another(
+    files: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    words = ["--weights", *map(str, files[1:]), "--runs", "1", "--device", "cpu"]
+    compare.main([*words, "--project", str(tmp_path / "out")])
+    assert "at 64x64 on cpu" in capsys.readouterr().err
+    compare.main(
+        [*words[:2], *words[3:], "--project", str(tmp_path / "out"), "--imgsz", "96", "64"]
+    )
+    assert "at 96x64 on cpu" in capsys.readouterr().err

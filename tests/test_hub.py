@@ -180,6 +180,17 @@ def pictures() -> list[np.ndarray]:
     ]
 
 
+def test_pictures_are_fitted_into_the_size_that_the_weights_were_trained_at(
+    detector: Detector,
+) -> None:
+    detector.model.imgsz = (96, 128)
+    own = detector(pictures())
+    for size, is_same in (((96, 128), True), (64, False)):
+        other = detector(pictures(), size=size)
+        pairs = zip(own.pred, other.pred, strict=True)
+        assert all(len(a) == len(b) and torch.equal(a, b) for a, b in pairs) is is_same
+
+
 def test_every_kind_of_picture_gives_the_same_detections(
     detector: Detector, tmp_path: Path
 ) -> None:
