@@ -114,6 +114,47 @@ def test_single_cls_measures_a_model_of_several_classes(
     assert len(list((tmp_path / "exp" / "labels").iterdir())) == 4
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], val.Thresholds(0.001, 0.6, 300, False)),
+        (["--conf-thres", "0.3", "--iou-thres", "0.4", "--max-det", "7", "--agnostic-nms"], val.Thresholds(0.3, 0.4, 7, True)),
+    ],
+)  # fmt: skip
+def test_val_measures_with_the_thresholds_of_its_flags(
+    words: list[str],
+    expected: val.Thresholds,
+    weights: Path,
+    shared_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    seen = []
+    postprocess = val.postprocess
+
+    def look(*args: Any, **kwargs: Any) -> Any:
+        seen.append(
+            val.Thresholds(
+                *(kwargs[name] for name in ("conf_thres", "iou_thres", "max_det", "agnostic"))
+            )
+        )
+        return postprocess(*args, **kwargs)
+
+    monkeypatch.setattr(val, "postprocess", look)
+    given = [
+        "--weights",
+        str(weights),
+        "--data",
+        str(shared_data),
+        "--project",
+        str(tmp_path),
+        "--device",
+        "cpu",
+    ]
+    val.main([*given, "--workers", "0", "--noplots", *words])
+    assert set(seen) == {expected}
+
+
 def test_rect_with_a_fixed_size_is_refused(shared_data: Path):
     options: Namespace = val.parse_options(["--rect", "--data", str(shared_data)])
     options.weights = "fixed.onnx"

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from engine import setup
 from engine.setup import (
     RECIPES,
     automatic_batch_size,
@@ -271,6 +272,34 @@ def test_measuring_the_memory_leaves_the_model_as_it_was(monkeypatch: pytest.Mon
     assert batches == [1, 2, 4, 8]
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("fixed", "share", "expected"),
+    [
+        (0, 0.7, 32),
+        (16, 0.7, 16),
+        (16, 1.0, 32),
+        (0, 0.2, 8),
+    ],  # (64 x share - fixed) MiB for 1 MiB an image
+)
+def test_an_automatic_batch_fits_into_its_share_beside_what_is_there_anyway(
+    fixed: int, share: float, expected: int, monkeypatch: pytest.MonkeyPatch
+):
+    steps = [(batch, (fixed + batch) * 2**20) for batch in (1, 2, 4, 8)]
+    monkeypatch.setattr(setup, "_memory_of_steps", lambda *_: steps)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (64 * 2**20, 0))
+    device: Any = SimpleNamespace(type="cuda")
+    assert automatic_batch_size(small(), (64, 64), device, share) == expected
+
+
+def test_anchors_are_measured_on_objects_at_the_training_size(capsys: pytest.CaptureFixture[str]):
+    """Of images 1280 high and wide, at 64 pixels: objects of 240 x 240 are 12 x 12, near the anchor of 10."""
+    sizes = np.full((4, 2), 240.0), np.full((4, 2), 1280)
+    dataset: Any = SimpleNamespace(box_sizes_wh=lambda: sizes, offsets=np.array([0, 4]))
+    options = SimpleNamespace(noautoanchor=False, resume=False, seed=0)
+    setup.fit_to_objects(small(), dataset, (64, 64), {"anchor_t": 1.5}, options)
+    assert "anchors: 1.00 an object, best possible recall 1.0000" in capsys.readouterr().err
 
 
 def test_anchors_that_are_to_stay_are_measured_all_the_same(tiny_cfg: Path, capsys):

@@ -237,6 +237,10 @@ def test_denoising_queries_answer_for_the_object_they_were_made_from(criterion) 
     assert moved["l1_dn"].item() == pytest.approx(
         5 * 2 * 0.04, rel=1e-3
     )  # two stages, four numbers off by 0.01
+    five = criterion(raw._replace(denoising=Denoising(logits, boxes + 0.01, table, 5)), targets)
+    assert five["l1_dn"].item() == pytest.approx(
+        moved["l1_dn"].item() / 5, rel=1e-6
+    )  # of each group
 
 
 class _Largest(TorchDispatchMode):
