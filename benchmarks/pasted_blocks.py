@@ -54,7 +54,10 @@ FORMATS = ("onnx", "torchscript", "openvino", "pt2")
 FORMATS_HEAD = "yolo11n"
 LIMIT = 1e-4
 CHUNK = 12  # names a child process, whose start takes as long as one of them
-CANNOT: dict[str, str] = {}
+CANNOT = {
+    "NAM pt2": "fake tensor",  # .data in forward
+    **{f"{name} openvino": "no DeformConv" for name in ("DeformBlock", "DyHeadLike", "DCNConv")},
+}
 """`block format` -> a part of the reason why it cannot be written."""
 
 

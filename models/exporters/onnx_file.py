@@ -39,6 +39,7 @@ GENERAL_BATCH = 3
 GENERAL_CELLS = (9, 11)
 """A shape without coincidences; rows and columns of the coarsest map."""
 STANDARD_OUTPUT = 1
+WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 DYNAMO_OPSET = 18
 NEWER_OPSETS = {"torchvision::deform_conv2d": 19}
 """Operators that opset 18 lacks, and the first that has them (onnx.ai/onnx/operators)."""
@@ -89,6 +90,7 @@ def trace_onnx(
         warnings.simplefilter("ignore")  # deprecation of the exporter, constants that were checked
         if options.dynamo:
             return _trace_dynamo(network, outputs, options, "--dynamo")
+        opset = max(options.opset, DYNAMO_OPSET)
         try:
             with _silent_output():
                 torch.onnx.export(
@@ -96,19 +98,37 @@ def trace_onnx(
                     opset_version=options.opset, dynamic_axes=_dynamic_axes(options, outputs),
                     **legacy,
                 )  # fmt: skip
+            proto = onnx.load(str(path))
+            if not _computes_double(proto):
+                return proto
+            why = "onnx: the usual exporter makes float64 of numbers that forward makes"
         except torch.onnx.errors.UnsupportedOperatorError as error:
             found = UNKNOWN_OPERATOR.search(str(error))
             operator = found[1] if found else "an operator"
             why = f"onnx: {operator} is not in opset {options.opset}"
-            opset = max(options.opset, NEWER_OPSETS.get(operator, DYNAMO_OPSET))
-            proto = _trace_dynamo(network, outputs, replace(options, opset=opset), why)
-            get_logger().info(f"{why}; written by torch.export's exporter instead, opset {opset}")
-            return proto
+            opset = max(opset, NEWER_OPSETS.get(operator, 0))
         except (ValueError, RuntimeError) as error:
             if "opset_version" not in str(error) and "ONNX opset" not in str(error):
                 raise
             raise _unknown_opset(options, error) from error
-    return onnx.load(str(path))
+        proto = _trace_dynamo(network, outputs, replace(options, opset=opset), why)
+    get_logger().info(f"{why}; written by torch.export's exporter instead, opset {opset}")
+    return proto
+
+
+def _computes_double(proto: Any) -> bool:
+    """Whether layers with weights work in float64, as behind a torch.linspace without a dtype; few runtimes do."""
+    import onnx
+
+    inferred = onnx.shape_inference.infer_shapes(proto).graph
+    double = {
+        value.name
+        for value in inferred.value_info
+        if value.type.tensor_type.elem_type == onnx.TensorProto.DOUBLE
+    }
+    return any(
+        name in double for n in proto.graph.node if n.op_type in WEIGHTED for name in n.output
+    )
 
 
 def _unknown_opset(options: ExportOptions, error: Exception) -> ConfigError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +16,14 @@ from models.runtimes.openvino_library import import_openvino
 from models.yolo import DetectionModel
 from utils.errors import ConfigError
 
+MISSING = re.compile(r"No conversion rule found for operations: (.+)")
+
 
 def export_openvino(model: DetectionModel, options: ExportOptions, weights: Path) -> Path:
     """Write `<stem>_openvino_model/`, by way of an ONNX file that is not kept.
 
     Raises:
-        ConfigError: the openvino package is missing.
+        ConfigError: the openvino package is missing, or lacks an operator.
     """
     try:
         openvino = import_openvino()
@@ -30,7 +33,10 @@ def export_openvino(model: DetectionModel, options: ExportOptions, weights: Path
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         path = export_onnx(model, replace(options, half=False), Path(temporary) / weights.name)
-        converted = openvino.convert_model(str(path))
+        try:
+            converted = openvino.convert_model(str(path))
+        except openvino.frontend.OpConversionFailure as error:
+            raise ConfigError(_missing(str(error))) from error
     described = metadata(model, options, weights.stem)
     for key, value in described.items():
         converted.set_rt_info(value, ["model_info", key])
@@ -41,3 +47,10 @@ def export_openvino(model: DetectionModel, options: ExportOptions, weights: Path
     text = yaml.safe_dump(described, sort_keys=False, allow_unicode=True)
     (folder / "metadata.yaml").write_text(text, encoding="utf-8")
     return folder
+
+
+def _missing(report: str) -> str:
+    """The line of a report of many that names what OpenVINO does not know."""
+    found = MISSING.search(report)
+    what = found[1] if found else " ".join(report.split())[-200:]
+    return f"--include openvino: OpenVINO has no {what}. Take onnx or torchscript for this model."

@@ -72,9 +72,15 @@ def take_reference(
 
 
 @torch.no_grad()
-def widen_reference(model: DetectionModel, reference: Reference) -> Reference:
-    """The same in float64: what both PyTorch's float32 and an artifact come near to."""
-    return _run(copy.deepcopy(model).double(), reference.images.double())
+def widen_reference(model: DetectionModel, reference: Reference) -> Reference | None:
+    """The same in float64: what both PyTorch's float32 and an artifact come near to.
+
+    None where a user's code makes tensors of its own in float32, which do not mix with others.
+    """
+    try:
+        return _run(copy.deepcopy(model).double(), reference.images.double())
+    except (RuntimeError, TypeError):
+        return None
 
 
 def _run(model: DetectionModel, images: Tensor) -> Reference:
@@ -93,7 +99,7 @@ def _clear_images(
     for number in range(ROUNDS):
         images = blobs(batch, imgsz, seed + 1000 * number).to(device)
         logits = probe(images).encoder_logits
-        exact = precise(images.to(next(precise.parameters()).dtype)).encoder_logits
+        exact = _exact_logits(precise, images, logits)
         needed = (max(CLEAR_LEAD, ROUNDINGS_AHEAD * own) for own in roundings(logits, exact))
         ahead = leads(logits, probe.head.num_queries)
         drawn += [(lead / need, image) for lead, need, image in zip(ahead, needed, images)]
@@ -102,6 +108,14 @@ def _clear_images(
             return torch.stack(clear[:batch])
     drawn.sort(key=lambda pair: pair[0], reverse=True)
     return torch.stack([image for _, image in drawn[:batch]])
+
+
+def _exact_logits(precise: DetectionModel, images: Tensor, logits: Tensor) -> Tensor:
+    """Of the network in float64, or `logits` where a user's code insists on float32."""
+    try:
+        return precise(images.to(next(precise.parameters()).dtype)).encoder_logits
+    except (RuntimeError, TypeError):
+        return logits
 
 
 def leads(logits: Tensor, ranks: int) -> Sequence[float]:

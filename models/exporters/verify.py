@@ -187,6 +187,8 @@ def compare(
     if worst is None or options.half or is_ranking or not has_double:
         return _case(gaps, reference), worst
     exact = widen_reference(model, reference)
+    if exact is None:
+        return _case(gaps, reference), worst
     own = Output(reference.tensors(options.raw), []).gaps(model, exact, options)
     gaps = output.gaps(model, exact, options)
     limits = [_limit(gap.relative) for gap in own] + [gap.limit for gap in output.selection]

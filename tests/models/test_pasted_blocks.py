@@ -140,13 +140,27 @@ def test_a_form_that_cannot_be_written_is_one_line_with_the_reason(tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_a_deformable_convolution_asks_for_the_opset_that_has_it(tmp_path: Path):
+@pytest.mark.parametrize(("name", "opset"), [("DCNConv", 19), ("HostTable", 18), ("SE", 17)])
+def test_what_the_usual_exporter_cannot_do_right_is_written_by_the_other_one(
+    name: str, opset: int, tmp_path: Path
+):
+    """An operator that came with opset 19, and a torch.linspace that would become float64."""
     pytest.importorskip("onnxscript")
-    model = build("DCNConv", [], "tiny")
-    (made,) = export(model, ["onnx"], ExportOptions(imgsz=SIZE), tmp_path / "deformable.pt")
+    model = build(name, [], "tiny")
+    (made,) = export(model, ["onnx"], ExportOptions(imgsz=SIZE), tmp_path / "block.pt")
     opsets = {o.domain: o.version for o in onnx.load(str(made.path)).opset_import}
-    assert opsets[""] == 19
+    assert opsets[""] == opset
     assert max(made.cases[0].relative_boxes, made.cases[0].relative_scores) <= LIMIT
+
+
+@pytest.mark.slow
+def test_openvino_names_the_operator_that_it_lacks(tmp_path: Path):
+    pytest.importorskip("openvino")
+    model = build("DCNConv", [], "tiny")
+    with pytest.raises(
+        ConfigError, match=r"--include openvino: OpenVINO has no DeformConv-19\. Take"
+    ):
+        export(model, ["openvino"], ExportOptions(imgsz=SIZE), tmp_path / "block.pt")
 
 
 @pytest.mark.slow

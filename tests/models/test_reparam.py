@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.fusing import pairs
-from models.reparam import FuseError, FuseReport, fuse, reparameterize_model
+from models.reparam import FuseError, FuseReport, _rounded, fuse, reparameterize_model
 
 SAMPLE = torch.rand(2, 3, 12, 16, generator=torch.Generator().manual_seed(1))
 
@@ -359,3 +359,25 @@ def test_a_layer_scale_is_told_along_the_right_axis_on_a_square_of_its_width(wid
 def test_a_norm_and_a_layer_scale_behind_it_fold_into_one_layer():
     net = chain(nn.Conv2d(3, 5, 3, bias=False), nn.BatchNorm2d(5), LayerScale(5, 1, 1), nn.ReLU())
     assert fold(net).folded == ["0 + 1", "0 + 2"]
+
+
+@pytest.mark.parametrize("gain", [1.0, 2000.0])
+def test_rounding_is_allowed_as_far_as_a_network_amplifies_it_where_float64_cannot_be_asked(
+    gain: float,
+):
+    def run(net: Net, x: Tensor) -> Tensor:
+        x = F.conv2d(x, torch.ones(3, 1, 1, 1), groups=3)  # float32, whatever x is
+        return torch.sin(gain * net.bn(net.conv(x)))
+
+    net = Net(run, conv=nn.Conv2d(3, 4, 3), bn=nn.BatchNorm2d(4)).eval()
+    with torch.no_grad():
+        moved = (net(SAMPLE) - net(_rounded(SAMPLE))).abs().max() / net(SAMPLE).abs().max()
+    report = fuse(net, sample=SAMPLE)
+    assert report.folded and report.difference is not None
+    assert report.difference <= report.tolerance == pytest.approx(max(1e-4, 4 * float(moved)))
+    assert (report.tolerance > 1e-4) is (gain > 1)
+
+
+def test_one_rounding_moves_every_other_column_by_one_step_of_float32():
+    moved = _rounded(torch.ones(1, 1, 1, 4)) - 1
+    assert moved.flatten().tolist() == [-(2.0**-24), 0, -(2.0**-24), 0]

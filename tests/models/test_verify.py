@@ -169,3 +169,26 @@ def test_a_network_that_amplifies_rounding_is_judged_by_the_exact_values():
     assert worst is None and case.relative_scores < 1e-6 and case.limit > TOLERANCE
     far = Decoded(exact.boxes.float(), (exact.scores * 0.9).float())
     assert compare(artifact(model, far), model, reference, OPTIONS)[1] is not None
+
+
+class FixedType(Noisy):
+    """A head that multiplies by a tensor of its own, float32 whatever comes."""
+
+    def forward(self, features: list[Tensor], targets: None = None) -> object:
+        one = torch.nn.Parameter(torch.ones(1, features[0].shape[1], 1, 1))
+        features[0] = torch.nn.functional.conv2d(
+            features[0], one.transpose(0, 1), groups=one.shape[1]
+        )
+        return self.inner(features, targets)
+
+
+@pytest.mark.parametrize("layout", ["channels", "queries"])
+def test_a_network_that_insists_on_float32_is_compared_with_what_it_gives(layout: str):
+    model = tiny_model(layout)
+    model.model[-1] = FixedType(model.model[-1])
+    reference = take_reference(model, 1, IMGSZ, seed=1)
+    assert widen_reference(model, reference) is None
+    boxes, scores = reference.decoded
+    for factor, passes in ((1.0, True), (0.9, False)):
+        found = artifact(model, Decoded(boxes, scores * factor))
+        assert (compare(found, model, reference, OPTIONS)[1] is None) is passes
