@@ -23,7 +23,7 @@ from models.losses.own import settle_own
 from models.yolo import DetectionModel
 from utils.anchors import anchor_fit, fit_anchors
 from utils.channels import white_of
-from utils.config import load_hyp
+from utils.config import check_recipe, load_hyp
 from utils.errors import ConfigError, nearest
 from utils.logger import get_logger
 
@@ -127,9 +127,15 @@ def settle_losses(hyp: Mapping[str, Any], options: Any) -> dict[str, Any]:
     return {**hyp, "box_loss": settle_own(hyp["box_loss"], [*beside, Path()])}
 
 
-def complete(hyp: Mapping[str, Any], family: str) -> dict[str, Any]:
-    """The recipe of an earlier run, with the family's numbers for keys that it did not know yet."""
-    return {**load_hyp(None, RECIPES / f"{family}.yaml"), **hyp}
+def complete(hyp: Mapping[str, Any], family: str, source: str = "resume") -> dict[str, Any]:
+    """The recipe of an earlier run, with the family's numbers for keys that it did not know yet.
+
+    Raises:
+        ConfigError: a value is not what such a recipe has; `source` is the run's file.
+    """
+    default = load_hyp(None, RECIPES / f"{family}.yaml")
+    check_recipe(hyp, default, source)
+    return {**default, **hyp}
 
 
 def freeze(model: DetectionModel, wanted: Sequence[str]) -> list[nn.Module]:

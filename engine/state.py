@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,14 @@ import torch
 
 from engine.run import EpochProgress, Run
 from engine.stopping import name_of
+from engine.training_flags import check_saved
+from models.claimed import claimed
 from models.losses import criterion_state, restore_criterion
 from utils.checkpoint import (
     capture_rng,
     finalize_checkpoint,
     load_checkpoint,
+    require_finite,
     restore_rng,
     save_checkpoint,
 )
@@ -23,6 +27,16 @@ from utils.errors import CheckpointError, ConfigError, StoppedError
 from utils.logger import get_logger
 from utils.optim import load_optimizer_state_by_name, optimizer_state_by_name
 
+MOST_STEPS = 1 << 48
+KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("model", "ema", "config", "hyp", "opt", "optimizer", "scaler", "rng"), dict),
+    **dict.fromkeys(("epoch", "last_step"), int),
+    "names": list,
+}
+GARBLED = (
+    *(LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError),
+    AssertionError,
+)
 NEEDED = ("model", "ema", "config", "names", "hyp", "opt", "epoch", "last_step", "scaler", "rng")
 
 
@@ -145,7 +159,31 @@ def load_resumable(path: Path, epochs: int | None = None) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: has no {', '.join(missing)}, nothing to resume. Start a new run from it with --weights."
         )
-    return checkpoint
+    for key, kind in KINDS.items():
+        value = checkpoint[key]
+        if not isinstance(value, kind) or (kind is int and not -1 <= value <= MOST_STEPS):
+            raise _damaged(path, key, f"got {str(value)[:60]!r}, expected another kind of value")
+    check_saved(checkpoint["opt"], path)
+    with claimed(path, checkpoint["config"], checkpoint["model"], len(checkpoint["names"])):
+        return checkpoint
+
+
+def _damaged(path: str | Path, place: str, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: its {place} is damaged - {reason}. Start a new run from it with --weights."
+    )
+
+
+@contextmanager
+def _reading(path: str | Path, place: str) -> Iterator[None]:
+    """Turn what a garbled value makes fail into one line."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except GARBLED as error:
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        raise _damaged(path, place, f"{type(error).__name__}: {reason}") from error
 
 
 def _count_epochs(checkpoint: Mapping[str, Any]) -> int | str:
@@ -159,30 +197,51 @@ def restore(run: Run, checkpoint: dict[str, Any]) -> None:
     Raises:
         CheckpointError: the data has other classes by now, or the weights do not fit the model.
     """
+    path = run.options.resume
     _check_names(run, checkpoint["names"])
     try:
         run.model.load_state_dict(checkpoint["model"])
         run.ema.load_state_dict(checkpoint["ema"])
-    except RuntimeError as error:
+    except GARBLED as error:
         raise CheckpointError(
-            f"resume: the weights do not fit the run's model - {' '.join(str(error).split())[:300]}"
+            f"{path}: the weights do not fit the run's model - {' '.join(str(error).split())[:300]}"
         ) from error
-    missing = load_optimizer_state_by_name(run.optimizer, checkpoint["optimizer"])
+    for module in (run.model, run.ema.model):
+        require_finite(module.state_dict(), path)
+    with _reading(path, "optimizer"):
+        _restore_optimizer(run, checkpoint)
+    with _reading(path, "criterion"):
+        restore_criterion(run.criterion, checkpoint.get("criterion", {}))
+    with _reading(path, "place in the training"):
+        run.epoch = checkpoint["epoch"] + 1
+        run.last_step = checkpoint["last_step"]
+        run.best_fitness = float(checkpoint["best_fitness"])
+        run.best_epoch = int(checkpoint["best_epoch"])
+        run.improved_epoch = int(checkpoint.get("improved_epoch", run.best_epoch))
+        run.skipped, run.skipped_steps = map(int, checkpoint.get("skipped", (0, 0)))
+        run.progress = _progress(checkpoint.get("progress"), run.world)
+    with _reading(path, "random state"):
+        if run.progress.rng is not None:
+            restore_rng(run.progress.rng)  # once more where the epoch goes on
+        restore_rng(checkpoint["rng"])
+
+
+def _restore_optimizer(run: Run, checkpoint: Mapping[str, Any]) -> None:
+    """The optimiser's state, the loss scaler's, and gradients that wait for their step."""
+    saved = checkpoint["optimizer"]
+    for name, slots in saved["state"].items():
+        tensors = {f"{name}.{slot}": value for slot, value in slots.items()}
+        require_finite(
+            {k: v for k, v in tensors.items() if isinstance(v, torch.Tensor)}, "optimizer"
+        )
+    missing = load_optimizer_state_by_name(run.optimizer, saved)
     if missing and run.hyp["optimizer"] == "SGD" and checkpoint["last_step"] >= 0:
         get_logger().info(f"resume: {len(missing)} parameters have no optimiser state yet")
     parameters = dict(run.model.named_parameters())
     if checkpoint["scaler"]:
         run.scaler.load_state_dict(checkpoint["scaler"])
-    for name, gradient in checkpoint["optimizer"]["pending"].items():
+    for name, gradient in saved["pending"].items():
         parameters[name].grad = gradient.to(parameters[name]) * run.scaler.get_scale()
-    restore_criterion(run.criterion, checkpoint.get("criterion", {}))
-    run.epoch = checkpoint["epoch"] + 1
-    run.last_step = checkpoint["last_step"]
-    run.best_fitness, run.best_epoch = checkpoint["best_fitness"], checkpoint["best_epoch"]
-    run.improved_epoch = checkpoint.get("improved_epoch", run.best_epoch)
-    run.skipped, run.skipped_steps = checkpoint.get("skipped", (0, 0))
-    run.progress = _progress(checkpoint.get("progress"), run.world)
-    restore_rng(checkpoint["rng"])
 
 
 def _progress(states: Sequence[Mapping[str, Any]] | None, world: World) -> EpochProgress:
@@ -190,6 +249,10 @@ def _progress(states: Sequence[Mapping[str, Any]] | None, world: World) -> Epoch
     if not states:
         return EpochProgress()
     state = EpochProgress(**states[min(world.rank, len(states) - 1)])
+    if not 0 <= state.used <= state.step <= MOST_STEPS or state.rng is None:
+        raise ValueError(f"step {state.step}, {state.used} used")
+    sums = {str(name): float(value) for name, value in state.sums.items()}
+    state = state._replace(sums=sums)
     if len(states) != world.size:
         get_logger().info(
             f"resume: {world.size} processes, not the {len(states)} that were stopped: the rest of the epoch is "
@@ -204,7 +267,8 @@ def _check_names(run: Run, names: Sequence[str]) -> None:
         return
     told = ", ".join(map(str, names))
     raise CheckpointError(
-        f"{run.options.data}: got the classes {', '.join(now)}, expected those that the run was started with: {told}. "
+        f"{run.options.resume}: {run.options.data} has the classes {', '.join(now)}, expected those that the run was "
+        f"started with: {told}. "
         "Restore them, or start a new run with --weights."
     )
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentTypeError, Namespace
-from collections.abc import Sequence
+from argparse import Action, ArgumentTypeError, Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from engine.flags import (
     add_data_flag,
@@ -18,7 +20,7 @@ from models.losses.box import name_problem
 from models.losses.classification import CLASS_LOSSES
 from utils.config import ArgumentParser, integer, number
 from utils.device import AMP_CHOICES
-from utils.errors import ConfigError
+from utils.errors import CheckpointError, ConfigError
 from utils.logger import get_logger
 
 EPOCHS = 100
@@ -70,6 +72,38 @@ def check_pairs(options: Namespace) -> None:
     for told, is_so in needless.items():
         if is_so:
             get_logger().info(told)
+
+
+def check_saved(own: Mapping[str, Any], path: Path) -> None:
+    """Make sure that flags which a checkpoint kept are such as the command line takes.
+
+    Raises:
+        CheckpointError: the first that is not.
+    """
+    for action in _parser().flags():
+        value = own.get(action.dest, action.default)
+        is_plain = isinstance(value, (bool, int, float, str, list, type(None)))
+        if is_plain and (value == action.default or value is None):
+            continue
+        items = value if action.nargs in ("*", "+") and isinstance(value, list) else [value]
+        if not all(_is_taken(action, item) for item in items):
+            raise CheckpointError(
+                f"{path}: its flag {action.option_strings[0]} - got {str(value)[:60]!r}, expected what the flag takes."
+            )
+
+
+def _is_taken(action: Action, item: object) -> bool:
+    """Whether a flag would give `item` for its own text."""
+    if action.nargs == 0:
+        return isinstance(item, bool)
+    if not isinstance(item, (str, int, float)) or isinstance(item, bool):
+        return action.const is not None and item == action.const
+    try:
+        read = action.type(str(item)) if callable(action.type) else str(item)
+    except (ValueError, TypeError, ArgumentTypeError):
+        return False
+    is_chosen = action.choices is None or item in action.choices
+    return is_chosen and (read == item if callable(action.type) else isinstance(item, str))
 
 
 def given_flags(arguments: Sequence[str] | None = None) -> frozenset[str]:

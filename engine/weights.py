@@ -10,7 +10,7 @@ from models.weights import load_backbone_weights, read_weights
 from models.yolo import DetectionModel, build_model
 from utils.checkpoint import require_finite
 from utils.config import parse_imgsz
-from utils.errors import CheckpointError
+from utils.errors import CheckpointError, ConfigError
 from utils.logger import get_logger
 
 DEFAULT_CFG = "yolov5n.yaml"
@@ -35,11 +35,13 @@ def build_from_flags(options: Any, names: tuple[str, ...]) -> DetectionModel:
             )
         cfg = weights.config
     is_resumed = options.config is not None
-    model = build_model(
-        cfg or DEFAULT_CFG, num_classes=len(names), names=names, scale=None if is_resumed else options.scale,
-        imgsz=parse_imgsz(options.imgsz, 32, tell=False), backbone=None if is_resumed else options.backbone,
-        allow_code=options.allow_code, fresh=isinstance(cfg, Mapping),
-    )  # fmt: skip
+    try:
+        model = _build(options, cfg, names, is_resumed)
+    except ConfigError as error:
+        if not is_resumed:
+            raise
+        first = str(error).partition("\n")[0]
+        raise ConfigError(f"{options.resume}: its own model cannot be built - {first}") from error
     if weights is not None:
         report = transfer(
             model, weights.state, num_anchors=getattr(model.head, "num_anchors", None),
@@ -53,3 +55,11 @@ def build_from_flags(options: Any, names: tuple[str, ...]) -> DetectionModel:
     if not is_resumed:
         require_finite(model.state_dict(), options.weights or options.backbone_weights or cfg)
     return model
+
+
+def _build(options: Any, cfg: Any, names: tuple[str, ...], is_resumed: bool) -> DetectionModel:
+    return build_model(
+        cfg or DEFAULT_CFG, num_classes=len(names), names=names, scale=None if is_resumed else options.scale,
+        imgsz=parse_imgsz(options.imgsz, 32, tell=False), backbone=None if is_resumed else options.backbone,
+        allow_code=options.allow_code, fresh=isinstance(cfg, Mapping),
+    )  # fmt: skip

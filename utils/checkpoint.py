@@ -11,11 +11,13 @@ carries `format: "yoke"` and `version`. The keys that this module itself knows:
 from __future__ import annotations
 
 import os
+import pickletools
 import random
 import re
 import shutil
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -42,7 +44,14 @@ UNREADABLE = (
     OSError,
     struct.error,
     zipfile.BadZipFile,
+    zlib.error,
+    RecursionError,
+    MemoryError,
+    OverflowError,
+    NotImplementedError,
 )
+LARGEST_NUMBER = 1 << 60
+MOST_OPCODES = 3_000_000  # a checkpoint with 2,000 tensors, its average and optimiser: 0.5 million
 TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 TRAINING_ONLY = ("ema", "optimizer", "scaler", "criterion", "rng")
 
@@ -105,7 +114,7 @@ def _not_written(path: Path, refusal: OSError, content: Mapping[str, Any]) -> Ch
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, (Mapping, list)):
+    elif isinstance(value, (Mapping, list, tuple)):
         for item in value.values() if isinstance(value, Mapping) else value:
             yield from _tensors(item)
 
@@ -130,9 +139,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file. Give the path of a .pt checkpoint.")
     try:
-        if not zipfile.is_zipfile(path):
-            raise UnpicklingError("no complete zip archive")
+        _refuse_hostile(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
+        _refuse_unreal(content)
     except UNREADABLE as error:
         reason = _first_sentence(error)
         raise ForeignCheckpointError(
@@ -231,6 +240,45 @@ def _refuse_non_finite(value: Any, where: str) -> None:
             f"{where}: weights are not finite, not written. "
             "Lower the learning rate, or train with --amp off."
         )
+
+
+def _refuse_hostile(path: Path) -> None:
+    """Refuse a file that would take far more memory or time to read than its size justifies.
+
+    Raises:
+        UnpicklingError: its parts are compressed or overlap, which torch.save never does, or its pickle has numbers
+            that can be chosen to make keys of a dictionary collide.
+    """
+    if not zipfile.is_zipfile(path):
+        raise UnpicklingError("no complete zip archive")
+    with zipfile.ZipFile(path) as archive:
+        parts = archive.infolist()
+        if any(part.compress_type or part.file_size != part.compress_size for part in parts):
+            raise UnpicklingError("it has compressed parts")
+        if sum(part.file_size for part in parts) > path.stat().st_size:
+            raise UnpicklingError("its parts claim more bytes than it has")
+        for part in parts:
+            if part.filename.endswith(".pkl"):
+                _refuse_colliding(archive.read(part))
+
+
+def _refuse_colliding(pickled: bytes) -> None:
+    """Equal hashes are whole numbers 2**61 - 1 apart; no counter or setting of a training is that large."""
+    for number, (_, value, _) in enumerate(pickletools.genops(pickled)):
+        if isinstance(value, int) and abs(value) >= LARGEST_NUMBER:
+            raise UnpicklingError("it has numbers beyond 2**60")
+        if number > MOST_OPCODES:
+            raise UnpicklingError(f"its pickle has more than {MOST_OPCODES} steps")
+
+
+def _refuse_unreal(content: Any) -> None:
+    """Refuse tensors of more numbers than are stored for them: copying one would fill the memory."""
+    for tensor in _tensors(content):
+        is_plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if not is_plain or tensor.is_quantized:
+            raise UnpicklingError(f"it has a tensor of {tensor.layout} on {tensor.device}")
+        if tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise UnpicklingError(f"it has a tensor {tuple(tensor.shape)} that is not stored whole")
 
 
 def require_finite(state: Mapping[str, Tensor], source: str | Path) -> None:

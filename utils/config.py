@@ -17,6 +17,7 @@ from utils.yaml_file import YamlFile, load_yaml, parse_value, parse_yaml, read_y
 __all__ = [
     "ArgumentParser",
     "YamlFile",
+    "check_recipe",
     "increment_path",
     "integer",
     "load_hyp",
@@ -97,6 +98,22 @@ def load_hyp(
     return MappingProxyType(merged)
 
 
+def check_recipe(recipe: Mapping[str, Any], default: Mapping[str, Any], source: str) -> None:
+    """Make sure that what a file holds as a recipe has the types and ranges of the family's.
+
+    Raises:
+        ConfigError: with every problem.
+    """
+    problems = [
+        f"{source}: its recipe {key} - {problem}."
+        for key, value in recipe.items()
+        if key in default
+        and (problem := _type_problem(default[key], value) or _range_problem(str(key), value))
+    ]
+    if problems:
+        raise ConfigError(*problems)
+
+
 def _recipe_entries(file: YamlFile, family: str) -> Iterator[tuple[str, Any, int]]:
     """Key, value and line of what a recipe says for all families, then for `family`."""
     for key, value in file.data.items():
@@ -153,6 +170,10 @@ class ArgumentParser(argparse.ArgumentParser):
             told = [f"{word!r}.{nearest(word.split('=')[0], flags)}" for word in unknown]
             self.error("unknown argument " + " ".join(told))
         return options
+
+    def flags(self) -> list[argparse.Action]:
+        """What stands for each flag, one that has several names once."""
+        return list(dict.fromkeys(self._option_string_actions.values()))
 
     def error(self, message: str) -> NoReturn:
         """Exit with one line."""

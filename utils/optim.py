@@ -142,7 +142,9 @@ def load_optimizer_state_by_name(optimizer: Optimizer, saved: Mapping[str, Any])
     }
     complete = optimizer.state_dict()
     for group in complete["param_groups"]:
-        group.update(_restored(saved["groups"].get(group["role"], {})))
+        restored = _restored(saved["groups"].get(group["role"], {}))
+        _check_options(group, restored)
+        group.update(restored)
     complete["state"] = {}
     for index, (name, parameter) in enumerate(named.items()):
         if name in saved["state"]:
@@ -273,11 +275,30 @@ def _restored(options: Mapping[str, Any]) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
 
 
+def _check_options(group: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    for key, value in saved.items():
+        own = group.get(key)
+        numbers = value if isinstance(value, tuple) else (value,)
+        is_number = all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers)
+        is_like = is_number and isinstance(value, tuple) == isinstance(own, tuple)
+        is_switch = own is None or (isinstance(own, bool) and value is None)
+        if not is_like and not is_switch:
+            raise CheckpointError(
+                f"optimizer {group['role']}: {key} - got {str(value)[:60]!r}, expected a value such as {own!r}."
+            )
+
+
 def _check_shapes(name: str, parameter: Tensor, slots: Mapping[str, Any]) -> None:
     for slot, value in slots.items():
-        is_scalar = not isinstance(value, Tensor) or value.ndim == 0
-        if not is_scalar and value.shape != parameter.shape:
+        if value is None or (slot == "step" and isinstance(value, (int, float))):
+            continue
+        if not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"optimizer[{name}].{slot}: got {str(value)[:60]!r}, expected a tensor."
+            )
+        expected = torch.Size() if slot == "step" else parameter.shape
+        if value.shape != expected:
             raise CheckpointError(
                 f"optimizer[{name}].{slot}: got shape {tuple(value.shape)}, expected "
-                f"{tuple(parameter.shape)}. The checkpoint belongs to another model."
+                f"{tuple(expected)}. The checkpoint belongs to another model."
             )

@@ -136,14 +136,14 @@ def test_data_with_other_classes_is_refused_before_the_weights(run: Run, last: P
     with pytest.raises(CheckpointError) as caught:
         restore(run, load_resumable(last))
     assert str(caught.value).startswith(
-        f"{run.options.data}: got the classes square, disc, expected those that the run was started "
+        f"{run.options.resume}: {run.options.data} has the classes square, disc, expected those that the run was started "
         "with: square, disc, ring."
     )
 
 
 def test_weights_that_are_not_the_models_are_refused(run: Run, last: Path):
     change(last, model={"model.0.conv.weight": run.model.model[0].conv.weight[:1]})
-    with pytest.raises(CheckpointError, match="resume: the weights do not fit"):
+    with pytest.raises(CheckpointError, match="the weights do not fit the run's model"):
         restore(run, load_resumable(last))
 
 

@@ -1,7 +1,10 @@
 """Checkpoints: atomic, plain, safe to read."""
 
+import os
 import random
 import resource
+import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -186,3 +189,58 @@ def test_generators_go_on_where_they_were_saved(tmp_path: Path) -> None:
     assert draw() != first
     restore_rng(load_checkpoint(tmp_path / "a.pt")["rng"])
     assert draw() == first
+
+
+def put(path: Path, pickled: bytes, compression: int = zipfile.ZIP_STORED) -> Path:
+    """A file as torch.save would write it around a pickle."""
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        archive.writestr("archive/byteorder", "little")
+        archive.writestr("archive/version", "3\n")
+    return path
+
+
+def colliding(count: int, behind: bytes = b"") -> bytes:
+    """A dictionary whose keys all have the hash 0; `behind` each key may make a tuple of it."""
+    prime = (1 << 61) - 1
+    keys = ((k * prime).to_bytes(10, "little") for k in range(count))
+    items = (b"\x8a" + bytes([len(key)]) + key + behind + b"K\x00" for key in keys)
+    return b"\x80\x02}q\x00(" + b"".join(items) + b"u."
+
+
+@pytest.mark.parametrize("behind", [b"", b"\x85"])
+def test_keys_that_collide_cost_no_time(behind: bytes, tmp_path: Path) -> None:
+    path = put(tmp_path / "a.pt", colliding(100_000, behind))  # a minute and more where it is read
+    start = time.process_time()
+    with pytest.raises(ForeignCheckpointError, match="it has numbers beyond 2"):
+        load_checkpoint(path)
+    assert time.process_time() - start < 5
+
+
+def test_parts_that_grow_are_refused_unread(tmp_path: Path) -> None:
+    bomb = put(tmp_path / "a.pt", b"N0" * (1 << 24) + b"N.", zipfile.ZIP_DEFLATED)
+    assert bomb.stat().st_size < 100_000
+    with pytest.raises(ForeignCheckpointError, match="it has compressed parts"):
+        load_checkpoint(bomb)
+    with pytest.raises(ForeignCheckpointError, match="more than 3000000 steps"):
+        load_checkpoint(put(tmp_path / "b.pt", b"\x80\x02" + b"N0" * 1_600_000 + b"N."))
+
+
+def test_a_tensor_without_its_numbers_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    for tensor, told in (
+        (
+            torch.zeros(1).expand(10**6, 10**6),
+            r"a tensor \(1000000, 1000000\) that is not stored whole",
+        ),
+        (torch.empty(10**9, device="meta"), "on meta"),
+    ):
+        torch.save({"format": "yoke", "version": 1, "model": [(tensor,)]}, path)
+        with pytest.raises(ForeignCheckpointError, match=told):
+            load_checkpoint(path)
+
+
+def test_a_pipe_is_no_checkpoint(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "last.pt")
+    with pytest.raises(CheckpointError, match=r"last.pt: got a named pipe, expected a .pt file"):
+        load_checkpoint(tmp_path / "last.pt")
