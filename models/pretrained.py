@@ -70,6 +70,11 @@ def load_weights(
     model = _build_for(path, weights, cfg, num_classes, backbone, allow_code)
     anchors = getattr(model.head, "num_anchors", None)
     report = transfer(model, weights.state, num_anchors=anchors, source=str(path))
+    if report.backbone_only:
+        raise CheckpointError(
+            f"{path}: has weights for the backbone only, expected those of a whole detector. Train one from it: "
+            f"train.py --weights {path}."
+        )
     require_finite(model.state_dict(), path)
     return Loaded(model.eval(), report)
 
@@ -80,11 +85,6 @@ def require_whole(path: str | Path, report: TransferReport) -> None:
     Raises:
         CheckpointError: it is so little that the model's boxes would mean nothing.
     """
-    if report.backbone_only:
-        raise CheckpointError(
-            f"{path}: has weights for the backbone only, expected those of a whole detector. Train one from it: "
-            f"train.py --weights {path}."
-        )
     given, wanted = report.parameters
     if given < WHOLE * wanted:
         raise CheckpointError(

@@ -15,6 +15,7 @@ from engine.weights import build_from_flags
 from models.backends import load_backend
 from models.modules.mobilenetv4 import MobileNetV4ConvSmall
 from models.modules.timm_backbone import TimmBackbone
+from models.pretrained import load_weights
 from models.timm_features import create, quiet, statistics_of
 from models.weight_files.fitting import with_channels
 from models.weights import load_backbone_weights, read_weights, transfer
@@ -140,6 +141,8 @@ def test_weights_of_a_backbone_are_no_detector(full: nn.Module, tmp_path: Path):
     ) as e:
         load_backend(tmp_path / "w.pt", cfg=cfg)
     assert "\n" not in str(e.value)
+    with pytest.raises(CheckpointError, match="for the backbone only"):
+        load_weights(tmp_path / "w.pt", cfg=cfg)
 
 
 @pytest.mark.parametrize(
