@@ -249,7 +249,8 @@ def _progress(states: Sequence[Mapping[str, Any]] | None, world: World) -> Epoch
     if not states:
         return EpochProgress()
     state = EpochProgress(**states[min(world.rank, len(states) - 1)])
-    if not 0 <= state.used <= state.step <= MOST_STEPS or state.rng is None:
+    counts = (state.step, state.used, state.objects)
+    if any(type(n) is not int for n in counts) or not 0 <= state.used <= state.step <= MOST_STEPS:
         raise ValueError(f"step {state.step}, {state.used} used")
     sums = {str(name): float(value) for name, value in state.sums.items()}
     state = state._replace(sums=sums)

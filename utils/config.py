@@ -50,7 +50,8 @@ HYP_RANGES = {
     **dict.fromkeys(("nwd_constant", "wiou_delta"), (0.001, math.inf)), "inner_ratio": (0.1, 10.0),
     "scale": (0.0, 0.99), "degrees": (0.0, 180.0), "shear": (0.0, 89.0), "perspective": (0.0, 0.01),
 }  # fmt: skip
-"""Smallest and largest value of a recipe's number; of those that are not here, 0 and no limit."""
+"""Smallest and largest value of a recipe's number; of those that are not here, 0 and what is plainly too much."""
+LARGEST_NUMBER = 1e9
 
 FAMILIES = ("yolov5", "yolov9", "yolo11", "rtdetr")
 """A recipe may have a section of each name, with what is meant for that family alone."""
@@ -237,7 +238,7 @@ def _type_problem(default: Any, value: Any) -> str:
 
 def _range_problem(key: str, value: Any) -> str:
     """What is wrong with a number of a recipe; empty if nothing, or if it is none."""
-    low, high = HYP_RANGES.get(key, (0.0, math.inf))
+    low, high = HYP_RANGES.get(key, (0.0, LARGEST_NUMBER))
     if type(value) not in (int, float) or low <= value <= high:
         return ""
     expected = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"

@@ -14,6 +14,7 @@ from utils.files import refuse_special
 
 YamlPath = tuple[str | int, ...]
 MOST_BYTES = 4 << 20
+MOST_DIGITS = 18  # of a whole number, so that all of them are of 64 bits
 # What aliases may stand for: so many values, or times those of the file.
 LEAST_EXPANDED, MOST_EXPANDED = 100_000, 10
 
@@ -45,10 +46,18 @@ for _tag, _pattern, _first in (
     ("merge", r"^<<$", "<"),
 ):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
-_Loader.add_constructor(
-    "tag:yaml.org,2002:int",
-    lambda loader, node: int(loader.construct_scalar(cast(yaml.ScalarNode, node)), 10),
-)
+
+
+def _whole_number(loader: yaml.SafeLoader, node: yaml.Node) -> int:
+    text = str(loader.construct_scalar(cast(yaml.ScalarNode, node)))
+    if len(text) > MOST_DIGITS:
+        raise yaml.constructor.ConstructorError(
+            None, None, f"a number of {len(text)} digits", node.start_mark
+        )
+    return int(text, 10)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -71,7 +80,7 @@ def parse_value(text: str) -> Any:
         ValueError: it is no YAML.
     """
     try:
-        loader = _Loader(text)
+        loader = _loader(text, "value")
         try:
             node = loader.get_single_node()
             if node is None:
@@ -116,7 +125,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
 
 def parse_yaml(text: str, source: str) -> YamlFile:
     """Parse YAML text; `source` names it in errors. See `read_yaml`."""
-    loader = _Loader(text)
+    loader = _loader(text, source)
     try:
         root = loader.get_single_node()
         if root is None:
@@ -139,6 +148,16 @@ def parse_yaml(text: str, source: str) -> YamlFile:
         raise ConfigError(f"{source}: not valid YAML - {str(error).splitlines()[0]}.") from error
     finally:
         loader.dispose()
+
+
+def _loader(text: str, source: str) -> _Loader:
+    try:
+        return _Loader(text)
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ConfigError(
+            f"{source}:{line}: not valid YAML - the character {chr(error.character)!r}. Remove it."
+        ) from error
 
 
 def save_yaml(path: str | Path, data: Mapping[str, Any]) -> None:

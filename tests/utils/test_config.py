@@ -292,3 +292,29 @@ def test_what_has_no_end_is_no_yaml_file(tmp_path: Path) -> None:
         with pytest.raises(ConfigError) as caught:
             read_yaml(tmp_path / name)
         assert str(caught.value).startswith(f"{tmp_path / name}: {told}")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("a: 1\nb: \x00\n", r"x.yaml:2: not valid YAML - the character '\x00'. Remove it."),
+        (f"a: {'9' * 19}\n", "x.yaml:1: not valid YAML - a number of 19 digits."),
+        (f"a: {'9' * 5000}\n", "x.yaml:1: not valid YAML - a number of 5000 digits."),
+    ],
+)
+def test_what_no_value_can_be_is_told_with_its_line(text: str, told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_yaml(text, "x.yaml")
+    assert str(caught.value) == told
+    with pytest.raises(ValueError, match="not valid YAML"):
+        parse_value(text)
+
+
+def test_a_recipe_has_no_number_beyond_reason(tmp_path: Path) -> None:
+    (tmp_path / "family.yaml").write_text("warmup_bias_lr: 0.1\nlr0: 0.01\n")
+    (tmp_path / "hyp.yaml").write_text(f"warmup_bias_lr: 1e300\nlr0: '{'x' * 100_000}'\n")
+    with pytest.raises(ConfigError) as caught:
+        load_hyp(tmp_path / "hyp.yaml", tmp_path / "family.yaml")
+    told = str(caught.value).splitlines()
+    assert told[0].endswith("hyp.yaml:1: warmup_bias_lr - got 1e+300, expected 0 to 1e+09.")
+    assert len(told) == 2 and len(told[1]) < 1300
