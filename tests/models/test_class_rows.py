@@ -78,7 +78,7 @@ def split(layout: str, key: str, value: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("layout", HEADS)
-@pytest.mark.parametrize("names", [("dog", "cow", "Cat"), ("dog", "cat", "it's"), ("bus", "dog")])
+@pytest.mark.parametrize("names", [("dog", "cat", "it's"), ("bus", "Dog")])
 def test_every_family_keeps_the_rows_of_classes_that_it_knows(layout: str, names: tuple[str, ...]):
     source, target = tiny_model(layout), fresh(layout, names)
     before = {key: value.clone() for key, value in target.state_dict().items()}
@@ -121,7 +121,7 @@ def test_no_known_class_leaves_the_rows_fresh_and_says_so():
 
 @pytest.mark.parametrize("names", [None, ("class0", "class1", "class2")])
 def test_rows_of_classes_without_names_stay_as_they_stand(names: Any):
-    source, target = tiny_model("queries"), fresh("queries", ("x", "y", "z"))
+    source, target = tiny_model("channels"), fresh("channels", ("x", "y", "z"))
     report = transfer(target, source.state_dict(), names=(names, ("x", "y", "z")))
     assert not report.classes and len(report.transferred) == len(target.state_dict())
 
