@@ -18,6 +18,7 @@ from utils.errors import ConfigError, nearest
 
 SECTIONS = ("backbone", "head")
 LITERALS = {"None": None, "True": True, "False": False, "none": None, "true": True, "false": False}
+MOST_REPEATS, LARGEST_ARGUMENT, LARGEST_FACTOR = 1000, 1_000_000, 100
 DETECT_FOLDER = Path(__file__).parents[1] / "detect"
 
 
@@ -239,8 +240,11 @@ def _factors(
         else:
             values[: len(factors)] = factors
     for label, value in zip(("depth", "width", "max_channels"), values, strict=True):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-            problems.append(f"{file} {label}: got {value!r}, expected a number above 0.")
+        most = math.inf if label == "max_channels" else LARGEST_FACTOR
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not 0 < value <= most:
+            expected = "a number above 0" + ("" if most == math.inf else f", up to {most}")
+            problems.append(f"{file} {label}: got {value!r}, expected {expected}.")
             return 1.0, 1.0, math.inf, size
     return float(values[0]), float(values[1]), float(values[2]), size
 
@@ -259,8 +263,11 @@ def _read_row(
         isinstance(item, (int, str)) and not isinstance(item, bool) for item in items
     ):
         raise ConfigError(f"got from {source!r}, expected an index, a name or a list of them.")
-    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
-        raise ConfigError(f"got repeats {repeats!r}, expected a whole number, 1 or more.")
+    is_count = isinstance(repeats, int) and not isinstance(repeats, bool)
+    if not is_count or not 1 <= repeats <= MOST_REPEATS:
+        raise ConfigError(
+            f"got repeats {repeats!r}, expected a whole number, 1 or more, up to {MOST_REPEATS}."
+        )
     if not isinstance(module, str):
         raise ConfigError(f"got module {module!r}, expected the name of a layer.")
     if name is not None and not isinstance(name, str):
@@ -273,11 +280,21 @@ def _read_row(
     keywords = dict(args) if isinstance(args, dict) else {}
     if positional and isinstance(positional[-1], dict):
         keywords = positional.pop()
+    meant = [resolve(value, config) for value in positional]
+    named = {str(key): resolve(value, config) for key, value in keywords.items()}
+    _refuse_huge([*meant, *named.values()])
     return RowSpec(
-        section, number, line, source, repeats, module.removeprefix("torch."),
-        [resolve(value, config) for value in positional],
-        {str(key): resolve(value, config) for key, value in keywords.items()}, name,
-    )  # fmt: skip
+        section, number, line, source, repeats, module.removeprefix("torch."), meant, named, name
+    )
+
+
+def _refuse_huge(values: list[Any]) -> None:
+    """A layer of a billion channels, or of as many parts, fills the memory before anything is said."""
+    for value in values:
+        if isinstance(value, list):
+            _refuse_huge(value)
+        elif isinstance(value, (int, float)) and LARGEST_ARGUMENT < abs(value) < math.inf:
+            raise ConfigError(f"got argument {value:g}, expected {LARGEST_ARGUMENT} at most.")
 
 
 def resolve(value: Any, config: Mapping[str, Any]) -> Any:

@@ -130,7 +130,7 @@ def test_repeats_are_scaled_but_a_single_one_stays(depth: float, count: int, exp
         ({"anchors": [[10, 13], [5, 5, 6, 6]]}, "my.yaml anchors"),  # unequal numbers a level
         ({"anchors": [["a", "b"]]}, "my.yaml anchors"),
         ({"imports": 5}, "my.yaml imports: got 5, expected a Python file"),
-        ({"depth_multiple": 0}, "my.yaml depth: got 0, expected a number above 0."),
+        ({"depth_multiple": 0}, "my.yaml depth: got 0, expected a number above 0, up to 100."),
         ({"width_multiple": "x"}, "my.yaml width: got 'x'"),
         ({"scales": {"n": [1, 1]}, "scale": "z"}, "got size 'z', expected one of n."),
         ({"scales": {"n": [1]}, "scale": "n"}, "scales n: got [1], expected [depth, width"),
@@ -144,6 +144,15 @@ def test_repeats_are_scaled_but_a_single_one_stays(depth: float, count: int, exp
         ({"backbone": [[True, 1, "Conv", [8]]]}, "got from True"),
         ({"backbone": [[[], 1, "Conv", [8]]]}, "got from []"),
         ({"backbone": [[-1, 0, "Conv", [8]]]}, "got repeats 0, expected a whole number, 1 or more"),
+        (
+            {"backbone": [[-1, 10**9, "Conv", [8]]]},
+            "got repeats 1000000000, expected a whole number, 1 or more, up to 1000",
+        ),
+        ({"backbone": [[-1, 1, "Conv", [10**9]]]}, "got argument 1e+09, expected 1000000 at most"),
+        (
+            {"backbone": [[-1, 1, "Conv", [8, [3, -1e300]]]]},
+            "got argument -1e+300, expected 1000000 at most",
+        ),
         ({"backbone": [[-1, "nc", "Conv", [8]]]}, "got repeats 'nc'"),
         ({"backbone": [[-1, 1, 5, [8]]]}, "got module 5, expected the name of a layer"),
         ({"backbone": [[-1, 1, "Conv", 8]]}, "got arguments 8, expected a list or a mapping"),
