@@ -167,6 +167,7 @@ class Table:
     """A file to which rows are written as they come: a stream has no end, and its end may be a signal."""
 
     def __init__(self, path: Path, encoding: str) -> None:
+        self.path = path
         # File names that are no UTF-8 stand in the table byte for byte.
         self.file = path.open("w", newline="", encoding=encoding, errors="surrogateescape")
 
@@ -175,8 +176,11 @@ class Table:
         raise NotImplementedError
 
     def close(self) -> None:
-        """Finish the file."""
-        self.file.close()
+        """Finish the file; a full disk is told here at the latest, by the system without a name."""
+        try:
+            self.file.close()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
 
 class CsvTable(Table):

@@ -34,3 +34,22 @@ def refuse_special(path: str | Path) -> None:
     kind = special_kind(path)
     if kind and not (kind == "a named pipe" and str(path).startswith(SHELL)):
         raise OSError(errno.EINVAL, f"{kind}, not a file", str(path))
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that a reader finds the old one or the new one, never half of one.
+
+    Raises:
+        OSError: the system refuses, as a full disk does; what was there stays.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ import inspect
 import os
 import re
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from models.exporters.network import (
 from models.runtimes.layouts import ANCHOR_AXES
 from models.yolo import DetectionModel
 from utils.errors import ConfigError
+from utils.files import write_whole
 from utils.logger import get_logger
 
 INPUT = "images"
@@ -59,7 +61,7 @@ def export_onnx(model: DetectionModel, options: ExportOptions, weights: Path) ->
     path = beside(weights, options, ".onnx")
     network = build_network(model, options)
     sizes = _output_sizes(network, options)
-    proto = trace_onnx(network, options, list(sizes), path)
+    proto = trace_onnx(network, options, list(sizes))
     if options.simplify:
         proto = _simplify(proto)
     if options.half:
@@ -72,15 +74,13 @@ def export_onnx(model: DetectionModel, options: ExportOptions, weights: Path) ->
     _name_axes(proto, options, model, sizes)
     del proto.metadata_props[:]
     onnx.helper.set_model_props(proto, metadata(model, options, weights.stem))
-    onnx.save(proto, str(path))
+    write_whole(path, proto.SerializeToString())
     onnx.checker.check_model(str(path), full_check=True)
     return path
 
 
-def trace_onnx(
-    network: ExportNetwork, options: ExportOptions, outputs: list[str], path: Path
-) -> Any:
-    """The ONNX model of `network`, written to `path` on the way."""
+def trace_onnx(network: ExportNetwork, options: ExportOptions, outputs: list[str]) -> Any:
+    """The ONNX model of `network`."""
     import onnx
 
     images = example(options)
@@ -92,13 +92,14 @@ def trace_onnx(
             return _trace_dynamo(network, outputs, options, "--dynamo")
         opset = max(options.opset, DYNAMO_OPSET)
         try:
-            with _silent_output():
+            with _silent_output(), tempfile.TemporaryDirectory() as folder:
+                path = os.path.join(folder, "traced.onnx")
                 torch.onnx.export(
-                    network, (images,), str(path), input_names=[INPUT], output_names=outputs,
+                    network, (images,), path, input_names=[INPUT], output_names=outputs,
                     opset_version=options.opset, dynamic_axes=_dynamic_axes(options, outputs),
                     **legacy,
                 )  # fmt: skip
-            proto = onnx.load(str(path))
+                proto = onnx.load(path)
             if not _computes_double(proto):
                 return proto
             why = "onnx: the usual exporter makes float64 of numbers that forward makes"

@@ -15,6 +15,7 @@ from models.runtimes.artifact import OPENVINO_FOLDER
 from models.runtimes.openvino_library import import_openvino
 from models.yolo import DetectionModel
 from utils.errors import ConfigError
+from utils.files import write_whole
 
 MISSING = re.compile(r"No conversion rule found for operations: (.+)")
 
@@ -30,22 +31,24 @@ def export_openvino(model: DetectionModel, options: ExportOptions, weights: Path
     except ImportError as error:
         raise ConfigError("--include openvino needs openvino. pip install openvino") from error
     folder = weights.with_name(f"{weights.stem}{options.suffix()}{OPENVINO_FOLDER}")
-    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         path = export_onnx(model, replace(options, half=False), Path(temporary) / weights.name)
         try:
             converted = openvino.convert_model(str(path))
         except openvino.frontend.OpConversionFailure as error:
             raise ConfigError(_missing(str(error))) from error
-    described = metadata(model, options, weights.stem)
-    for key, value in described.items():
-        converted.set_rt_info(value, ["model_info", key])
+        described = metadata(model, options, weights.stem)
+        for key, value in described.items():
+            converted.set_rt_info(value, ["model_info", key])
+        file = Path(temporary) / f"{weights.stem}.xml"
+        openvino.save_model(converted, str(file), compress_to_fp16=options.half)
+        parts = {part.name: part.read_bytes() for part in (file.with_suffix(".bin"), file)}
+    parts["metadata.yaml"] = yaml.safe_dump(described, sort_keys=False, allow_unicode=True).encode()
+    folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.xml"):
         old.unlink()
-    file = folder / f"{weights.stem}.xml"
-    openvino.save_model(converted, str(file), compress_to_fp16=options.half)
-    text = yaml.safe_dump(described, sort_keys=False, allow_unicode=True)
-    (folder / "metadata.yaml").write_text(text, encoding="utf-8")
+    for name, data in parts.items():
+        write_whole(folder / name, data)
     return folder
 
 

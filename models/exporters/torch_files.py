@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import warnings
 from pathlib import Path
@@ -14,6 +15,7 @@ from models.runtimes.artifact import METADATA_FILE
 from models.yolo import DetectionModel
 from utils.checkpoint import save_checkpoint
 from utils.errors import ConfigError
+from utils.files import write_whole
 
 
 def export_torchscript(model: DetectionModel, options: ExportOptions, weights: Path) -> Path:
@@ -26,7 +28,11 @@ def export_torchscript(model: DetectionModel, options: ExportOptions, weights: P
         traced = torch.jit.trace(network, example(options), check_trace=False)
         traced = torch.jit.freeze(traced.eval())
     text = json.dumps(metadata(model, options, weights.stem))
-    traced.save(str(path), _extra_files={METADATA_FILE: text.encode()})
+    buffer = io.BytesIO()  # torch ends the whole process where a disk is full
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(traced, buffer, _extra_files={METADATA_FILE: text.encode()})
+    write_whole(path, buffer.getvalue())
     return path
 
 
@@ -41,14 +47,16 @@ def export_pt2(model: DetectionModel, options: ExportOptions, weights: Path) -> 
             dynamic_shapes=dynamic_shapes(options, model.max_stride),
         )  # fmt: skip
     text = json.dumps(metadata(model, options, weights.stem))
-    torch.export.save(program, str(path), extra_files={METADATA_FILE: text})
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer, extra_files={METADATA_FILE: text})
+    write_whole(path, buffer.getvalue())
     return path
 
 
 def export_safetensors(model: DetectionModel, options: ExportOptions, weights: Path) -> Path:
     """Write `<stem>.safetensors`: weights, with the model's config as metadata."""
     try:
-        from safetensors.torch import save_file
+        from safetensors.torch import save
     except ImportError as error:
         raise ConfigError(
             "--include safetensors needs safetensors. pip install safetensors"
@@ -61,7 +69,7 @@ def export_safetensors(model: DetectionModel, options: ExportOptions, weights: P
         state = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
     described = metadata(model, options, weights.stem) | {"layout": "weights", "dynamic": "all"}
     described["config"] = json.dumps(model.config)
-    save_file(state, str(path), metadata=described)
+    write_whole(path, save(state, metadata=described))
     return path
 
 

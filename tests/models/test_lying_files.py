@@ -173,7 +173,7 @@ def ours(tmp_path: Path) -> dict[str, Any]:
         ({"config": {"nc": 1e300}}, "its config asks for 1e+300 classes"),
         ({"config": 7}, "got config of the type int, expected a mapping"),
         ({"config": {}}, "its own model cannot be built - "),
-        ({"config": {"width_multiple": 1e5}}, "its model asks for tensors of "),
+        ({"config": {"width_multiple": 90.0}}, "its model asks for tensors of "),
         ({"model": [1]}, "got weights of the type list, expected a mapping"),
         ({"model": {"a": 1}}, "its weights 'a' are no tensor"),
         ({"names": "abc"}, "its names are 'abc', expected a list of words"),

@@ -21,6 +21,7 @@ from utils.checkpoint import (
     save_checkpoint,
 )
 from utils.errors import CheckpointError
+from utils.files import write_whole
 
 
 def weights(value: float = 1.0) -> dict[str, torch.Tensor]:
@@ -244,3 +245,17 @@ def test_a_pipe_is_no_checkpoint(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "last.pt")
     with pytest.raises(CheckpointError, match=r"last.pt: got a named pipe, expected a .pt file"):
         load_checkpoint(tmp_path / "last.pt")
+
+
+def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "best.onnx"
+    write_whole(path, b"old")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            write_whole(path, bytes(5000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert caught.value.filename == str(path) and path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["best.onnx"]
