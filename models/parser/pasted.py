@@ -21,10 +21,17 @@ from torch.nn.parameter import is_lazy
 from models import modules
 from models.meta import run_for_real, run_on_meta
 from models.parser.advice import advice_for
-from models.parser.readings import Inputs, Reading, RowArguments, as_written, readings
-from models.parser.signature import Constructor, read_constructor, shown, usage
+from models.parser.readings import (
+    Inputs,
+    Reading,
+    RowArguments,
+    as_row_number,
+    as_written,
+    readings,
+)
+from models.parser.signature import Constructor, Role, read_constructor, shown, usage
 from models.parser.slots import brief, shapes_of, told
-from models.registry import Layer, LayerError
+from models.registry import Layer, LayerError, Scaling
 from utils.errors import ForeignError, foreign_code, nearest
 
 MOST_NUMBERS = 2**28  # a GiB of weights: larger ones are tried on the meta device alone
@@ -85,7 +92,7 @@ def settle(
     for run in (run_on_meta, run_for_real):
         fitting = _try_all(layer, candidates, values, is_list, is_image, run, failures)
         if fitting:
-            return _choose(layer, fitting, inputs)
+            return _choose(layer, row.scaling, fitting, inputs)
     raise _unfit(layer, constructor, row, failures, values)
 
 
@@ -253,7 +260,7 @@ def _is_loose(settled: Settled, inputs: Inputs) -> bool:
     return not {reading.width, reading.written} & widths
 
 
-def _choose(layer: Layer, fitting: Sequence[Settled], inputs: Inputs) -> Settled:
+def _choose(layer: Layer, scaling: Scaling, fitting: Sequence[Settled], inputs: Inputs) -> Settled:
     """The first that uses the row's width as one; a warning where another means something else."""
     sound = [s for s in fitting if not _is_loose(s, inputs)]
     chosen, *others = sound or fitting[:1]
@@ -263,18 +270,30 @@ def _choose(layer: Layer, fitting: Sequence[Settled], inputs: Inputs) -> Settled
             f"{shapes_of(chosen.output)[0][0]} channels and is not used. Leave it out, or name the argument that is meant."
         )
     if others:
+        first, second = (
+            _difference(layer, scaling, *pair)
+            for pair in ((chosen, others[0]), (others[0], chosen))
+        )
         return chosen._replace(
-            note=f"read as {chosen.text}, but {others[0].text} fits the row too. Write "
-            f"{_difference(layer, chosen, others[0])} for the first, {_difference(layer, others[0], chosen)} for the second."
+            note=f"read as {chosen.text}, but {others[0].text} fits the row too. Write {first} for the first, {second} for "
+            "the second."
         )
     return chosen
 
 
-def _difference(layer: Layer, this: Settled, other: Settled) -> str:
-    """`{reduction: 16}`: what to write so that `this` and not `other` is meant."""
+def _difference(layer: Layer, scaling: Scaling, this: Settled, other: Settled) -> str:
+    """`{reduction: 16}`: the whole of what a row says by name so that `this` and not `other` is meant."""
     own, others = (_bound(layer.build, s.reading) or {} for s in (this, other))
-    differing = {k: v for k, v in own.items() if k not in others or others[k] != v}
-    return f"{{{', '.join(f'{k}: {_value(v)}' for k, v in differing.items())}}}"
+    arguments = {a.name: a for a in read_constructor(layer.build).arguments}
+    differing = {k: v for k, v in own.items() if k in arguments and others.get(k, _bound) != v}
+    wanted = {k: v for k, v in differing.items() if v != arguments[k].default} or differing
+    if this.reading.width is not None:
+        outputs = {
+            k: v for k, v in own.items() if k in arguments and arguments[k].role is Role.OUTPUT
+        }
+        wanted = {**outputs, **wanted}
+    numbers = {k: as_row_number(arguments[k], v, scaling) for k, v in wanted.items()}
+    return f"{{{', '.join(f'{k}: {_value(v)}' for k, v in numbers.items())}}}"
 
 
 def call_text(layer: Layer, reading: Reading) -> str:

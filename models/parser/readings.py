@@ -74,7 +74,7 @@ def readings(constructor: Constructor, row: RowArguments, inputs: Inputs) -> lis
     for reading in (*by_words, *by_position):
         if not any(r[:2] == reading[:2] for r in found):
             found.append(reading)
-    return found
+    return sorted(found, key=lambda r: r.is_guess)
 
 
 def as_written(row: RowArguments) -> Reading:
@@ -138,6 +138,14 @@ def _is_known_input(value: Any, scaling: Scaling, inputs: Inputs) -> bool:
     return wanted in ([*values], [scaling.channels(v) for v in values])
 
 
+def as_row_number(argument: Argument, value: Any, scaling: Scaling) -> Any:
+    """What a row says by name so that `argument` gets `value`: widths are written in full."""
+    if argument.word not in (*CHANNEL_ROLES, Role.INNER) or not _is_width(value):
+        return value
+    full = value if isinstance(value, (list, tuple)) else round(value / scaling.width)
+    return full if scaled(full, scaling) == value else value
+
+
 def scaled(value: Any, scaling: Scaling) -> Any:
     """A width, or a list of them, times the model's factor."""
     if isinstance(value, (list, tuple)):
@@ -158,12 +166,21 @@ class _Case(NamedTuple):
 def _by_words(constructor: Constructor, row: RowArguments, inputs: Inputs) -> Iterator[Reading]:
     named = {a.name: a for a in constructor.arguments}
     own = {k: _keyword(named.get(k), v, row.scaling, inputs) for k, v in row.kwargs.items()}
-    free = [a for a in constructor.arguments if a.name not in own]
+    free = _with_input([a for a in constructor.arguments if a.name not in own])
     case = _Case(constructor, row, inputs, own, free)
     heads = product(_heads(constructor, row, inputs), (True, False))
     for group, (head, repeats_inside) in enumerate(heads):
         for reading in _filled(case, head, repeats_inside):
             yield reading._replace(group=group, is_guess=head.is_guess, is_doubt=head.is_doubt)
+
+
+def _with_input(free: list[Argument]) -> list[Argument]:
+    """`free` with the next channel word as the input's, where the row has given the first by name."""
+    words = (Role.INPUT, Role.WIDTH)
+    if any(a.role in words for a in free):
+        return free
+    place = next((i for i, a in enumerate(free) if a.word in words), None)
+    return [a._replace(role=a.word) if i == place else a for i, a in enumerate(free)]
 
 
 def _keyword(argument: Argument | None, value: Any, scaling: Scaling, inputs: Inputs) -> Any:
@@ -207,24 +224,31 @@ def _given(
 ) -> tuple[dict[str, Any], tuple[Any, ...]] | None:
     """The row's other numbers, in the order of the arguments that nothing else fills, and what is left for `*args`.
 
-    Where they do not suit, the row may write the size of the map among them, which is measured. None where nothing suits.
+    Where they do not suit, the row may write the size of the map among them, which is measured, or the output's width in the
+    constructor's own order. None where nothing suits.
     """
-    for sizes in ((), SIZES):
-        left = [a for a in case.free if (a.role in sizes or a.name not in known) and a.by_position]
+    for also in ((), SIZES, (Role.OUTPUT,)):
+        left = [a for a in case.free if (a.role in also or a.name not in known) and a.by_position]
         pairs = list(zip(left, head.rest))
         farthest = DOUBTFUL if head.is_doubt else FARTHEST
         if len(head.rest) > len(left) and not case.constructor.takes_more:
             continue
+        if Role.OUTPUT in also and (
+            head.width is not None or not all(_is_width(v) for a, v in pairs if a.role in also)
+        ):
+            continue
         if all(argument.suits(value, farthest) for argument, value in pairs):
             given = {
-                a.name: _inner(a, v, case.row.scaling) for a, v in pairs if a.role not in sizes
+                a.name: _inner(a, v, case.row.scaling)
+                for a, v in pairs
+                if a.role not in SIZES or a.role not in also
             }
             return given, tuple(head.rest[len(pairs) :])
     return None
 
 
 def _inner(argument: Argument, value: Any, scaling: Scaling) -> Any:
-    is_width = argument.role is Role.INNER and _is_width(value)
+    is_width = argument.role in (Role.INNER, Role.OUTPUT) and _is_width(value)
     return scaled(value, scaling) if is_width else value
 
 
@@ -286,6 +310,8 @@ def _by_position(constructor: Constructor, row: RowArguments, inputs: Inputs) ->
     if takes_input and args and _is_known_input(args[0], row.scaling, inputs):
         return  # the words have a place for it, and no other is meant
     several = len(inputs.channels) > 1
+    if several and _is_known_input(list(args[: len(inputs.channels)]), row.scaling, inputs):
+        args = args[len(inputs.channels) :]  # the channels of each map, written out
     fronts: list[tuple[Any, ...]] = [inputs.channels] if several else []
     fronts += [(list(inputs.channels),), (sum(inputs.channels),)] if several else []
     fronts.append((inputs.channels[0],))

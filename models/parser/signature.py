@@ -71,12 +71,14 @@ class Argument(NamedTuple):
         name: as its author wrote it.
         role: what it is for.
         default: `Parameter.empty` where it must be given.
+        word: what its name alone says; another argument may have the role.
         wants_list: its name, type or default says that it takes several numbers.
         by_position: it may be given by position.
     """
 
     name: str
     role: Role
+    word: Role
     default: Any
     wants_list: bool
     by_position: bool
@@ -129,7 +131,7 @@ def read_constructor(build: Callable[..., Any]) -> Constructor:
         return Constructor((), True, True)
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     arguments = [
-        Argument(p.name, _role(p), p.default, _wants_list(p), p.kind in NEW_PARAMETER)
+        Argument(p.name, _role(p), _role(p), p.default, _wants_list(p), p.kind in NEW_PARAMETER)
         for p in named
     ]
     kinds = {p.kind for p in parameters}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
 import torch
+import yaml
 from pasted_classes import block, settled
 from torch import Tensor, nn
 
@@ -119,6 +121,25 @@ def test_two_meanings_are_told_with_what_to_write_for_each():
     assert read(KEPT, [], 64, reduction=64) == "Block(c1=64, reduction=64)"
 
 
+@pytest.mark.parametrize(
+    ("build", "args", "channels"),
+    [
+        (KEPT, [64], 64),
+        (block("in_c, out_c, mid_c=None", "in_c", "out_c"), [256], 256),
+        (block("c1, c2, hidden_channels=32", "c1", "c2"), [64], 64),
+        (block("c1, c2, n=1, k=3", "c1", "c2"), [512, 5], 256),
+    ],
+)
+def test_what_a_warning_says_to_write_gives_that_reading_and_no_warning(build, args, channels):
+    found = settled(build, args, channels)
+    written = re.findall(r"\{(.*?)\} for the (?:first|second)", found.note)
+    texts = re.findall(r"Block\(.*?\)", found.note)
+    for text, words in zip(texts, written):
+        again = settled(build, [], channels, **yaml.safe_load(f"{{{words}}}"))
+        assert (again.text, again.note) == (text.replace("None", "None"), "")
+    assert len(texts) == len(written) and len(texts) in (0, 2)
+
+
 def test_a_width_that_nobody_would_take_for_a_reduction_is_not_questioned():
     assert settled(KEPT, [1024]).note == "" == settled(KEPT, [256]).note
 
@@ -174,10 +195,23 @@ def test_a_row_that_writes_the_size_of_the_map_gets_the_measured_one(row: list, 
     assert read(block("n_dims, width=14, height=14, heads=4", "n_dims", "n_dims"), row) == expected
 
 
+def test_a_row_in_the_constructors_own_order_is_read_too():
+    build = block("kernel_size, in_channels, out_channels", "in_channels", "out_channels")
+    for row in ([3, 512], [512, 3]):
+        assert read(build, row) == "Block(kernel_size=3, in_channels=256, out_channels=128)"
+
+
+def test_the_channel_word_that_a_row_leaves_out_is_the_inputs():
+    build = block("dim, depth, channel", "channel", "channel")
+    assert read(build, [], dim=96, depth=2) == "Block(dim=24, depth=2, channel=256)"
+
+
 def test_inner_widths_behind_an_output_are_not_taken_for_it():
     build = block("c1, c2, c3, c4, c5=1", "c1", "c2")
     assert read(build, [256, 128, 64, 1]) == "Block(c1=256, c2=64, c3=128, c4=64, c5=1)"
     assert settled(build, [256, 128, 64, 1]).note == ""
+    elan = block("c1, c2, c3, c4, n=1", "c1", "c2")
+    assert read(elan, [1024, 256, 128, 1]) == "Block(c1=256, c2=256, c3=256, c4=128, n=1)"
 
 
 def test_a_kernel_that_would_fill_the_memory_is_never_built():
@@ -233,6 +267,7 @@ class Added(nn.Module):
         (Summed, [512], (64, 64), "Block(c1=128, c2=128)", "list"),
         (Added, [512], (128, 128), "Block(dim=128)", "spread"),
         (Gate, [128], (64, 32), "Block(F_g=64, F_l=32, F_int=32)", "spread"),
+        (Gate, [256, 128, 128], (64, 32), "Block(F_g=64, F_l=32, F_int=32)", "spread"),
     ],
 )
 def test_a_fusion_of_several_maps(build, args, channels, text, style):
