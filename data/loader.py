@@ -6,8 +6,10 @@ through all epochs know which epoch a sample is for.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -165,6 +167,7 @@ def build_loader(
         world_size: number of processes that train together.
         drop_last: leave out a last batch that is not full.
     """
+    _end_workers_at_exit()
     if dataset.rect and batch_size != dataset.batch_size:
         raise ValueError(f"rect batches: got {batch_size} images, expected {dataset.batch_size}")
     sampler = EpochSampler(
@@ -248,6 +251,13 @@ def available_cores() -> int:
 
 def _shared_memory() -> int | None:
     return shutil.disk_usage(SHARED_MEMORY).free if os.path.isdir(SHARED_MEMORY) else None
+
+
+@cache
+def _end_workers_at_exit() -> None:
+    """Leave no worker that the end of this process would wait for: a program that ends by an error sends them one SIGTERM or
+    two, and two that arrive together count as one."""
+    atexit.register(lambda: [child.kill() for child in multiprocessing.active_children()])
 
 
 @contextmanager

@@ -255,3 +255,30 @@ def test_the_memory_of_a_worker_does_not_grow_over_epochs(tiny, config_of, sever
         sizes = [line.split()[1] for line in text.splitlines() if line.startswith("Private_")]
         private.append(sum(map(int, sizes)) / 1024)
     assert max(private[3:]) - private[2] < 2, f"MB after each epoch: {private}"
+
+
+DEAF = """
+import signal, sys
+sys.path.insert(0, {root!r})
+from data.config import load_data_config
+from data.dataset import DetectionDataset, build_dataset
+from data.loader import build_loader
+
+get = DetectionDataset.__getitem__
+
+def deaf(self, key):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return get(self, key)
+
+DetectionDataset.__getitem__ = deaf
+dataset = build_dataset(load_data_config({data!r}), "train", imgsz=(64, 64), batch_size=2)
+sys.kept = iter(build_loader(dataset, 2, workers=1))  # a traceback keeps its loader in this way
+next(sys.kept)
+raise SystemExit(3)
+"""
+
+
+def test_a_worker_that_takes_no_signal_does_not_hold_the_end_of_the_program(small_data: Path):
+    script = DEAF.format(root=str(Path(__file__).resolve().parents[2]), data=str(small_data))
+    ended = subprocess.run([sys.executable, "-c", script], timeout=120, check=False)
+    assert ended.returncode == 3
