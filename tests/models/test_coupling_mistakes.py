@@ -168,7 +168,8 @@ MAPS = "expected a list of feature maps (B, C, H, W); a layer with one output re
         ("self.nothing()", "maps", "cannot be built as Mine() - "
      "AttributeError: 'Mine' object has no attribute 'nothing' (mine.py line 8)"),
         ("import no_such_library", "maps", "cannot be built as Mine() - "
-     "ModuleNotFoundError: No module named 'no_such_library' (mine.py line 8)"),
+     "ModuleNotFoundError: No module named 'no_such_library' (mine.py line 8). Install no_such_library, "
+     "put no_such_library.py beside the file, or leave the import out."),
         ("pass", "self.nothing(x)", "does not fit its input of shape 3x128x128 - "
      "AttributeError: 'Mine' object has no attribute 'nothing' (mine.py line 12)"),
     ],
