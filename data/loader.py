@@ -257,7 +257,12 @@ def _shared_memory() -> int | None:
 def _end_workers_at_exit() -> None:
     """Leave no worker that the end of this process would wait for: a program that ends by an error sends them one SIGTERM or
     two, and two that arrive together count as one."""
-    atexit.register(lambda: [child.kill() for child in multiprocessing.active_children()])
+    atexit.register(_end_workers)
+
+
+def _end_workers() -> None:
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 @contextmanager

@@ -241,7 +241,9 @@ def _range_problem(key: str, value: Any) -> str:
     low, high = HYP_RANGES.get(key, (0.0, LARGEST_NUMBER))
     if type(value) not in (int, float) or low <= value <= high:
         return ""
-    expected = f"{low:g} or more" if high >= LARGEST_NUMBER and value < low else f"{low:g} to {high:g}"
+    expected = (
+        f"{low:g} or more" if high >= LARGEST_NUMBER and value < low else f"{low:g} to {high:g}"
+    )
     return f"got {value:g}, expected {expected}"
 
 

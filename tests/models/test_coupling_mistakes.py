@@ -181,7 +181,10 @@ def test_a_users_module_does_not_do_what_it_says(says, gives, message, told):
 
 def test_a_thing_that_is_no_module_is_told(told):
     found = told(["[-1, 1, Mine, []]"], HEAD, "class Mine:\n    pass\n")
-    assert found == "backbone[0] (line 4) Mine: cannot be built as Mine() - is a Mine, expected a torch.nn.Module."
+    assert (
+        found
+        == "backbone[0] (line 4) Mine: cannot be built as Mine() - is a Mine, expected a torch.nn.Module."
+    )
 
 
 @pytest.mark.parametrize("says", ["strides = 8", "channels = 64", "channels = len"])
