@@ -214,6 +214,12 @@ def names_in_file(name: str) -> list[str]:
     return sorted(key for module in files for key in vars(module) if layer_of(module, key))
 
 
+def private_place(name: str) -> str:
+    """`mine.py` where a user's file defines `_name`; "" where none does."""
+    files = [m for m in _unregistered_files() if inspect.isclass(vars(m).get(f"_{name}"))]
+    return f"{_stem(files[0])}.py" if files else ""
+
+
 def public_names() -> list[str]:
     """Names of the classes and functions that the files of this folder define."""
     return sorted(

@@ -138,6 +138,10 @@ def _unknown(name: str) -> LayerError:
     if inside:
         ways = " or ".join(f"{name}.{own}" for own in inside)
         return LayerError(f"is the name of a file, expected that of a class in it. Write {ways}.")
+    if place := modules.private_place(name):
+        return LayerError(
+            f"is private in {place}, _{name}, expected a public class. Rename it to {name}."
+        )
     broken = "".join(
         f" {file} could not be imported ({why})." for file, why in modules.broken_files().items()
     )

@@ -99,6 +99,15 @@ def test_what_a_file_keeps_to_itself_cannot_be_named(drop_in):
     assert "unknown layer '_Private'" in error_of([[-1, 1, "_Private", []]])
 
 
+def test_a_private_class_is_told_under_its_public_name(drop_in):
+    drop_in(private_one=PASTED.format(name="_Hidden"))
+    message = error_of([[-1, 1, "Hidden", []]])
+    assert (
+        "is private in private_one.py, _Hidden, expected a public class. Rename it to Hidden."
+        in message
+    )
+
+
 def test_a_file_that_does_not_import_hinders_nothing_and_is_named(drop_in):
     drop_in(broken_net="from nowhere import something\n", whole_net=PASTED.format(name="WholeNet"))
     assert build([[-1, 1, "WholeNet", []]], [[["P3"], 1, "Detect", ["nc"]]]).strides == (8,)
