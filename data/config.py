@@ -25,7 +25,7 @@ import logging
 import os
 import reprlib
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,10 @@ def _build(document: Mapping[str, Any], file: Path) -> DataConfig:
     _tell_unknown(document, file)
     problems: list[str] = []
     folder = file if file.is_dir() else file.parent
-    path = _data_folder(document.get("path"), folder, problems)
+    bases = (
+        (folder,) if document.get("builtin") else (folder, Path.cwd(), ROOT)
+    )  # drawn where it says
+    path = _data_folder(document.get("path"), bases, problems)
     splits, detected = _read_splits(document, path, problems)
     form = document.get("format", detected)
     if form not in FORMATS:
@@ -203,14 +206,15 @@ def _is_keypoint_shape(value: Any) -> bool:
     return is_pair and value[0] >= 1 and value[1] in (2, 3)
 
 
-def _data_folder(value: Any, folder: Path, problems: list[str]) -> Path:
+def _data_folder(value: Any, bases: Sequence[Path], problems: list[str]) -> Path:
+    """The folder that `path:` means: the first that exists under one of `bases`, else under the first of them."""
     if value is not None and not _is_path(value):
         problems.append(f"path - got {_shown(value)}, expected a folder. Put a number in quotes")
-        return folder
+        return bases[0]
     path = Path(os.path.expanduser(value or "."))
     if path.is_absolute():
         return path
-    places = [Path(os.path.normpath(base / path)) for base in (folder, Path.cwd(), ROOT)]
+    places = [Path(os.path.normpath(base / path)) for base in bases]
     return next((place for place in places if place.is_dir()), places[0])
 
 

@@ -108,3 +108,16 @@ def test_it_runs_as_a_script_and_as_a_module(tmp_path, command):
         check=True,
     )
     assert "already there" in result.stdout
+
+
+def test_the_set_is_drawn_beside_its_yaml_whatever_lies_beside_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "project" / "data").mkdir(parents=True)
+    (tmp_path / "datasets" / "shapes" / "images").mkdir(parents=True)  # of another project
+    monkeypatch.chdir(tmp_path / "project")
+    monkeypatch.setattr("data.config.draw_if_absent", lambda folder: False)
+    text = "builtin: shapes\npath: ../datasets/shapes\ntrain: images/train\nval: images/val\nnames: [a]\n"
+    (tmp_path / "project" / "data" / "shapes.yaml").write_text(text)
+    config = load_data_config("data/shapes.yaml")
+    assert config.path.resolve() == tmp_path / "project" / "datasets" / "shapes"
