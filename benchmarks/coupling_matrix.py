@@ -34,7 +34,6 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from torch import nn
 
 from benchmarks.children import read_results, run_open
 from benchmarks.settling import settle
@@ -115,7 +114,7 @@ def check_cell(
     torch.manual_seed(0)
     try:
         model = build(backbone, head, size)
-        result.update(params=count_params(model), any_size=takes_any_size(model))
+        result.update(params=count_params(model), any_size=model.any_size)
         _check_steps(model, folder, size, result)
         result["status"] = "works"
     except FAILURES as error:
@@ -135,11 +134,6 @@ def build(backbone: Backbone, head: str, size: tuple[int, int]) -> DetectionMode
     at = next(i for i, row in enumerate(rows) if row[2] == "resnet18")
     config["backbone"] = [*rows[:at], *map(list, backbone.rows), *rows[at + 1 :]]
     return build_model(config, num_classes=CLASSES, imgsz=size)
-
-
-def takes_any_size(model: nn.Module) -> bool:
-    """Whether no module inside is made for one image size."""
-    return all(getattr(module, "any_size", True) for module in model.modules())
 
 
 def _check_steps(
