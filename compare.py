@@ -18,20 +18,20 @@ from torch import Tensor
 
 from data.dataset import build_dataset
 from data.loader import build_loader
+from deploy.backends import Backend, load_backend
+from engine.evaluation import evaluate
 from engine.flags import add_data_flag, add_device_flag, add_run_flags, add_size_flag
 from engine.outputs import tell_other_score
-from engine.setup import open_data
-from models.backends import Backend, load_backend
-from models.pretrained import load_weights
+from engine.setup import check_classes, open_data
 from models.reparam import reparameterize_model
 from models.table import Totals, measure
+from models.weights.load import load_weights
 from models.yolo import build_model
 from utils.config import ArgumentParser, increment_path, integer, parse_imgsz
 from utils.device import select_device, synchronize
 from utils.errors import ConfigError, run_cli
 from utils.logger import get_logger
 from utils.metrics import CocoEvaluator
-from val import check_classes, evaluate
 
 
 class Line(NamedTuple):

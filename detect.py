@@ -16,6 +16,8 @@ import torch
 
 from data.sources import Frame, open_source
 from data.transforms import letterbox
+from deploy.backends import Backend, load_backend
+from deploy.ensemble import as_one
 from engine.detections import DetectionWriter
 from engine.flags import (
     add_device_flag,
@@ -26,8 +28,6 @@ from engine.flags import (
     add_threshold_flags,
     say_ignored,
 )  # fmt: skip
-from models.backends import Backend, load_backend
-from models.ensemble import as_one
 from models.postprocess import keep_best, postprocess
 from utils.config import ArgumentParser, increment_path, integer, parse_imgsz
 from utils.device import select_device

@@ -18,30 +18,32 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.config import load_data_config
-from engine.calibration import calibration_images, load_split, measure
-from engine.flags import add_ignored_flags, add_model_flags, add_size_flag, say_ignored
-from models import table
-from models.backends import load_backend, model_backend
-from models.exporters.network import ExportOptions
-from models.exporters.onnx_file import export_onnx
-from models.exporters.openvino_folder import export_openvino
-from models.exporters.torch_files import (
+from data.dataset import DetectionDataset
+from deploy.backends import Backend, load_backend, model_backend
+from deploy.exporters.network import ExportOptions
+from deploy.exporters.onnx_file import export_onnx
+from deploy.exporters.openvino_folder import export_openvino
+from deploy.exporters.torch_files import (
     export_pt,
     export_pt2,
     export_safetensors,
     export_torchscript,
 )
-from models.exporters.verify import Case, verify
+from deploy.exporters.verify import Case, verify
+from engine.calibration import calibration_images, load_split, measure
+from engine.flags import add_ignored_flags, add_model_flags, add_size_flag, say_ignored
+from models import table
 from models.modules import USER_CODE
-from models.pretrained import load_single, load_weights, require_whole
 from models.reparam import fuse
 from models.transformer import SAMPLINGS, DeformableAttention, set_sampling
+from models.weights.load import load_single, load_weights, require_whole
 from models.yolo import DetectionModel, build_model
 from utils.channels import white_of
 from utils.config import ArgumentParser, integer, number, parse_imgsz
 from utils.device import select_device
 from utils.errors import ConfigError, ForeignError, UserError, foreign_code, nearest, run_cli
 from utils.logger import get_logger
+from utils.metrics import Metrics
 
 IGNORED = {
     "inplace": False, "keras": False, "optimize": False, "per_tensor": False, "cache": "",
@@ -341,13 +343,17 @@ def report_loss(
 ) -> None:
     """Say what integers cost: mAP of the network and of each artifact on the validation split."""
     dataset = load_split(data, "val", options.imgsz, model.names, white_of(model.config))
-    before = measure(model_backend(copy.deepcopy(model), options.device), dataset)
+    before = _measure(model_backend(copy.deepcopy(model), options.device), dataset)
     for artifact in artifacts:
-        after = measure(load_backend(artifact.path, options.device), dataset)
+        after = _measure(load_backend(artifact.path, options.device), dataset)
         get_logger().info(
             f"{artifact.path}: mAP50-95 {before.map50_95:.4f} -> {after.map50_95:.4f}, "
             f"mAP50 {before.map50:.4f} -> {after.map50:.4f}"
         )
+
+
+def _measure(backend: Backend, dataset: DetectionDataset) -> Metrics:
+    return measure(backend, backend.postprocess_kind, dataset, backend.device)
 
 
 def main() -> None:

@@ -83,7 +83,7 @@ def custom(
         allow_code: let Python files run that the model's YAML imports.
     """
     with _own_packages():
-        loaded = importlib.import_module("models.pretrained").load_weights(
+        loaded = importlib.import_module("models.weights.load").load_weights(
             path, cfg=cfg, allow_code=allow_code
         )
         if _verbose and loaded.report is not None:
@@ -104,7 +104,7 @@ def _create(
     if pretrained:
         path = pretrained if isinstance(pretrained, str) else f"{name}.pt"
         with _own_packages():
-            pretrained_models = importlib.import_module("models.pretrained")
+            pretrained_models = importlib.import_module("models.weights.load")
             loaded = pretrained_models.load_weights(path, cfg=name, num_classes=classes)
             pretrained_models.require_whole(path, loaded.report)
             return _finish(loaded.model, autoshape, device)
@@ -120,7 +120,7 @@ def _create(
 
 def _finish(model: Any, autoshape: bool, device: str | None) -> Any:
     if autoshape:
-        return importlib.import_module("engine.hub").Detector(model, device)
+        return importlib.import_module("deploy.hub").Detector(model, device)
     return model.to(device) if device else model
 
 

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deploy.backends import load_backend
+from engine.evaluation import Evaluation, Thresholds, evaluate
 from engine.evolve import evolve
 from engine.finite import use_batch, use_gradients
 from engine.multi_scale import resize_randomly
@@ -41,7 +43,6 @@ from engine.training_flags import (
     given_flags,
     parse_options,
 )
-from models.backends import load_backend
 from models.losses import total_loss
 from utils.checkpoint import clear_temporary, load_checkpoint, restore_rng
 from utils.config import increment_path
@@ -62,7 +63,6 @@ from utils.optim import set_learning_rates
 from utils.progress import Progress, train_status
 from utils.seed import seed_everything
 from utils.structures import Decoded, Targets, as_float
-from val import Evaluation, Thresholds, evaluate
 
 
 def train(

@@ -38,10 +38,10 @@ import torch
 from benchmarks.children import read_results, run_open
 from benchmarks.settling import settle
 from benchmarks.tables import aligned
+from deploy.exporters.network import ExportOptions, blobs
+from deploy.exporters.onnx_file import export_onnx
+from deploy.exporters.verify import Case, verify
 from engine.setup import recipe
-from models.exporters.network import ExportOptions, blobs
-from models.exporters.onnx_file import export_onnx
-from models.exporters.verify import Case, verify
 from models.losses import build_criterion, total_loss
 from models.reparam import FuseError, fuse
 from models.table import count_params

@@ -27,11 +27,11 @@ from torch import Tensor
 
 from data.images import IMAGE_SUFFIXES, read_image
 from data.transforms import letterbox
+from deploy.backends import Backend, load_backend, model_backend
+from deploy.exporters.network import ExportOptions
 from export import export
-from models.backends import Backend, load_backend, model_backend
-from models.exporters.network import ExportOptions
 from models.postprocess import postprocess
-from models.pretrained import load_weights
+from models.weights.load import load_weights
 from utils.config import integer, number, parse_imgsz
 from utils.structures import Decoded, Detections, as_float
 

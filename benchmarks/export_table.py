@@ -35,11 +35,11 @@ import torch
 from benchmarks.children import read_results, run_open
 from benchmarks.settling import settle
 from benchmarks.tables import aligned
+from deploy.backends import load_backend
+from deploy.exporters.network import ExportOptions
+from deploy.exporters.reference import Reference, take_reference
+from deploy.exporters.verify import predict
 from export import EXPORTERS
-from models.backends import load_backend
-from models.exporters.network import ExportOptions
-from models.exporters.reference import Reference, take_reference
-from models.exporters.verify import predict
 from models.parser.rows import read_model_config
 from models.reparam import FuseError, fuse
 from models.table import count_params

@@ -33,11 +33,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from benchmarks.fuzz_weights import TooSlowError, mutate
-from models.backends import load_backend
-from models.exporters.network import ExportOptions
-from models.exporters.onnx_file import export_onnx
-from models.exporters.openvino_folder import export_openvino
-from models.exporters.torch_files import export_pt2, export_safetensors, export_torchscript
+from deploy.backends import load_backend
+from deploy.exporters.network import ExportOptions
+from deploy.exporters.onnx_file import export_onnx
+from deploy.exporters.openvino_folder import export_openvino
+from deploy.exporters.torch_files import export_pt2, export_safetensors, export_torchscript
 from models.yolo import build_model
 from utils.errors import UserError
 from utils.logger import get_logger

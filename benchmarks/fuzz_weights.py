@@ -32,7 +32,7 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from models.weights import read_weights
+from models.weights.read import read_weights
 from utils.errors import CheckpointError
 
 INTERESTING = (

@@ -34,12 +34,12 @@ from torch import Tensor
 
 from benchmarks.settling import settle
 from benchmarks.tables import aligned
-from models.backends import load_backend, model_backend
-from models.exporters.network import ExportOptions, blobs
-from models.exporters.onnx_file import export_onnx
-from models.exporters.openvino_folder import export_openvino
-from models.pretrained import load_weights
+from deploy.backends import load_backend, model_backend
+from deploy.exporters.network import ExportOptions, blobs
+from deploy.exporters.onnx_file import export_onnx
+from deploy.exporters.openvino_folder import export_openvino
 from models.reparam import FuseReport, fuse
+from models.weights.load import load_weights
 from models.yolo import DetectionModel, build_model
 from utils.config import integer, parse_imgsz
 

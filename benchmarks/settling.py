@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from models.exporters.network import blobs
+from deploy.exporters.network import blobs
 from models.yolo import DetectionModel
 
 BATCHES = 2

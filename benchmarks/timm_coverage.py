@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.children import read_results, run_open
 from models.reparam import FuseError, fuse
 from models.table import count_params
-from models.timm_features import REFUSALS, create, known_names
+from models.timm.features import REFUSALS, create, known_names
 from models.yolo import DetectionModel, build_model
 from utils.errors import UserError
 

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 
+import torch
 from torch import Tensor
 
 from data.config import load_data_config
 from data.dataset import DetectionDataset, build_dataset
 from data.loader import build_loader
+from engine.evaluation import evaluate
 from engine.setup import with_white
-from models.backends import Backend
-from models.postprocess import postprocess
 from utils.errors import ConfigError
 from utils.metrics import CocoEvaluator, Metrics
-from utils.structures import Decoded, as_float
+from utils.structures import Decoded, Detections, as_float
 
 CALIBRATION_IMAGES = 128
 
@@ -52,18 +52,24 @@ def calibration_images(dataset: DetectionDataset, batch: int) -> Iterator[Tensor
         yield as_float(sample.images, "cpu")
 
 
-def measure(backend: Backend, dataset: DetectionDataset, batch: int = 8) -> Metrics:
-    """COCO metrics of an artifact, at the thresholds that val.py uses."""
+def measure(
+    predict: Callable[[Tensor], Decoded | list[Detections]],
+    kind: str,
+    dataset: DetectionDataset,
+    device: torch.device,
+    batch: int = 8,
+) -> Metrics:
+    """COCO metrics of a model or an artifact, at the thresholds that val.py uses.
+
+    Args:
+        predict: images (B, 3, H, W) in [0, 1] -> decoded predictions, or detections.
+        kind: "nms" or "topk", what the family needs.
+        dataset: a split.
+        device: where the images go.
+        batch: images at a time.
+    """
     evaluator = CocoEvaluator(dataset.coco_ground_truth(), dataset.category_ids, dataset.names)
-    evaluator.reset()
-    for sample in build_loader(dataset, batch, workers=0):
-        output = backend(as_float(sample.images, backend.device))
-        if isinstance(output, Decoded):
-            output = postprocess(
-                output, backend.postprocess_kind, conf_thres=0.001, iou_thres=0.6, max_det=300,
-                multi_label=len(dataset.names) > 1,
-            )  # fmt: skip
-        boxes = [box.restore(d.boxes) for d, box in zip(output, sample.letterboxes)]
-        found = [d._replace(boxes=b) for d, b in zip(output, boxes)]
-        evaluator.process(sample.image_ids, found)
-    return evaluator.evaluate()
+    loader = build_loader(dataset, batch, workers=0)
+    return evaluate(
+        lambda images, _: predict(images), kind, loader, evaluator, device=device
+    ).metrics

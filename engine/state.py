@@ -12,8 +12,8 @@ import torch
 from engine.run import EpochProgress, Run
 from engine.stopping import name_of
 from engine.training_flags import check_saved
-from models.claimed import claimed
 from models.losses import criterion_state, restore_criterion
+from models.weights.claimed import claimed
 from utils.checkpoint import (
     capture_rng,
     finalize_checkpoint,

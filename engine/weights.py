@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from models.weight_files.transfer import transfer
-from models.weights import load_backbone_weights, read_weights
+from models.weights.read import load_backbone_weights, read_weights
+from models.weights.transfer import transfer
 from models.yolo import DetectionModel, build_model
 from utils.checkpoint import require_finite
 from utils.config import parse_imgsz

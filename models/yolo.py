@@ -27,6 +27,7 @@ from models.parser.wiring import Row
 from models.registry import LayerError
 from models.reparam import reparameterize_model
 from models.table import format_table, measure, row_records
+from models.timm import backbone as timm_backbone  # noqa: F401  (the fallback for names)
 from utils.channels import as_channels
 from utils.config import ArgumentParser, integer, parse_imgsz, parse_value
 from utils.errors import CheckpointError, ConfigError, ForeignError, foreign_code, nearest, run_cli

@@ -12,7 +12,7 @@ from torch import nn
 
 from benchmarks import box_losses, export_table, latency
 from benchmarks.settling import classifiers, settle
-from models.exporters.network import blobs
+from deploy.exporters.network import blobs
 from models.yolo import build_model
 
 onnx = pytest.importorskip("onnx")

@@ -10,8 +10,8 @@ import torch
 from shell import TINY_MODEL
 
 import compare
-from models.exporters.network import ExportOptions
-from models.exporters.onnx_file import export_onnx
+from deploy.exporters.network import ExportOptions
+from deploy.exporters.onnx_file import export_onnx
 from models.table import count_params
 from models.yolo import build_model
 from utils.checkpoint import save_checkpoint

@@ -15,12 +15,12 @@ from shell import TINY_MODEL
 
 import detect
 import val
-from engine import outputs
-from models.backends import load_backend
-from models.exporters.network import ExportOptions
-from models.exporters.onnx_file import export_onnx
+from deploy.backends import load_backend
+from deploy.exporters.network import ExportOptions
+from deploy.exporters.onnx_file import export_onnx
+from engine import evaluation, outputs
 from models.postprocess import keep_best
-from models.pretrained import load_weights
+from models.weights.load import load_weights
 from models.yolo import build_model
 from utils.checkpoint import save_checkpoint
 from utils.config import parse_yaml
@@ -117,30 +117,33 @@ def test_single_cls_measures_a_model_of_several_classes(
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ([], val.Thresholds(0.001, 0.6, 300, False)),
-        (["--conf-thres", "0.3", "--iou-thres", "0.4", "--max-det", "7", "--agnostic-nms"], val.Thresholds(0.3, 0.4, 7, True)),
+        ([], evaluation.Thresholds(0.001, 0.6, 300, False)),
+        (
+            ["--conf-thres", "0.3", "--iou-thres", "0.4", "--max-det", "7", "--agnostic-nms"],
+            evaluation.Thresholds(0.3, 0.4, 7, True),
+        ),
     ],
-)  # fmt: skip
+)
 def test_val_measures_with_the_thresholds_of_its_flags(
     words: list[str],
-    expected: val.Thresholds,
+    expected: evaluation.Thresholds,
     weights: Path,
     shared_data: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
     seen = []
-    postprocess = val.postprocess
+    postprocess = evaluation.postprocess
 
     def look(*args: Any, **kwargs: Any) -> Any:
         seen.append(
-            val.Thresholds(
+            evaluation.Thresholds(
                 *(kwargs[name] for name in ("conf_thres", "iou_thres", "max_det", "agnostic"))
             )
         )
         return postprocess(*args, **kwargs)
 
-    monkeypatch.setattr(val, "postprocess", look)
+    monkeypatch.setattr(evaluation, "postprocess", look)
     given = [
         "--weights",
         str(weights),
@@ -183,7 +186,7 @@ def test_finished_detections_are_cut_by_the_flags():
     scores = torch.tensor([0.9, 0.6, 0.5, 0.2])
     found = Detections(torch.arange(16.0).view(4, 4), scores, torch.tensor([0, 1, 0, 1]))
     for conf, most, left in ((0.0, 300, 4), (0.5, 300, 2), (0.0, 1, 1), (0.95, 300, 0)):
-        (kept,) = val._detections([found], "nms", val.Thresholds(conf, 0.6, most))
+        (kept,) = evaluation._detections([found], "nms", evaluation.Thresholds(conf, 0.6, most))
         assert torch.equal(kept.scores, scores[:left]) and torch.equal(
             kept.boxes, found.boxes[:left]
         )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from models.fusing.folding import Affine
-from models.timm_features import statistics_of
+from models.timm.features import statistics_of
 
 
 class InputNorm(nn.Module):

@@ -30,7 +30,7 @@ from models.blocks.mobilenetv4_tables import (
     Variant,
 )
 from models.registry import LayerError, backbone, register
-from models.weights import read_weights, transfer
+from models.weights.read import read_weights, transfer
 from utils.errors import CheckpointError
 from utils.logger import get_logger
 

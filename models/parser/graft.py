@@ -18,7 +18,7 @@ from models.parser.rows import resolve
 from models.parser.wiring import Row
 from models.registry import LayerError, by_signature, find
 from models.registry import backbone as backbone_rule
-from models.timm_features import is_known
+from models.timm.features import is_known
 from utils.errors import ConfigError
 
 CONTEXT_MODULES = ("SPP", "SPPF", "SPPELAN", "C2PSA", "PSA", "AIFI")

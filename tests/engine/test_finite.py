@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 import train
+from deploy.backends import load_backend
 from engine.outputs import RunRecorder
 from engine.run import Run, prepare, single_values
 from engine.training_flags import parse_options
-from models.backends import load_backend
-from models.pretrained import load_weights
+from models.weights.load import load_weights
 from models.yolo import build_model
 from utils.distributed import World
 from utils.errors import CheckpointError, UserError

@@ -15,7 +15,7 @@ from other_device import OTHER, other_device, send_model
 from torch import Tensor
 
 import train
-import val
+from engine.evaluation import evaluate
 from engine.outputs import RunRecorder
 from engine.run import Run, prepare
 from engine.state import save
@@ -329,7 +329,7 @@ def test_the_loop_stays_on_its_device(run: Run, monkeypatch: pytest.MonkeyPatch)
     run.device, run.accumulate, run.warmup = OTHER, 1, type(run.warmup)(0, 0.1, 0.8)
     run.optimizer = build_optimizer(run.model, "SGD", 0.01, 0.9, 0.0)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
-    monkeypatch.setattr(train, "evaluate", torch.no_grad()(val.evaluate.__wrapped__))
+    monkeypatch.setattr(train, "evaluate", torch.no_grad()(evaluate.__wrapped__))
     with other_device():
         run.criterion = build_criterion(run.model.head, run.hyp, run.imgsz)
         run.val_criterion = build_criterion(run.ema.model.head, run.hyp, run.imgsz)

@@ -15,14 +15,14 @@ from tiny_models import tiny_model
 from data.config import load_data_config
 from data.dataset import build_dataset
 from data.sources import open_source
-from engine.hub import Detector
+from deploy.backends import load_backend
+from deploy.exporters.network import ExportOptions
+from deploy.exporters.onnx_file import export_onnx
+from deploy.exporters.torch_files import export_pt, export_safetensors, export_torchscript
+from deploy.hub import Detector
+from deploy.runtimes.metadata import parse_metadata
 from engine.setup import open_data
 from engine.state import save
-from models.backends import load_backend
-from models.exporters.network import ExportOptions
-from models.exporters.onnx_file import export_onnx
-from models.exporters.torch_files import export_pt, export_safetensors, export_torchscript
-from models.runtimes.metadata import parse_metadata
 from utils.errors import CheckpointError
 
 

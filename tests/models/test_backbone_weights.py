@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from deploy.backends import load_backend
 from engine.training_flags import parse_options
 from engine.weights import build_from_flags
-from models.backends import load_backend
 from models.modules.mobilenetv4 import MobileNetV4ConvSmall
-from models.modules.timm_backbone import TimmBackbone
-from models.pretrained import load_weights
-from models.timm_features import create, quiet, statistics_of
-from models.weight_files.fitting import with_channels
-from models.weights import load_backbone_weights, read_weights, transfer
+from models.timm.backbone import TimmBackbone
+from models.timm.features import create, quiet, statistics_of
+from models.weights.fitting import with_channels
+from models.weights.load import load_weights
+from models.weights.read import load_backbone_weights, read_weights, transfer
 from models.yolo import DetectionModel, build_model
 from utils.errors import CheckpointError
 

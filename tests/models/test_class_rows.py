@@ -12,8 +12,8 @@ from torch import Tensor
 
 from engine.training_flags import parse_options
 from engine.weights import build_from_flags
-from models.weight_files.classes import copy_class_rows, match_classes
-from models.weight_files.transfer import transfer
+from models.weights.classes import copy_class_rows, match_classes
+from models.weights.transfer import transfer
 from models.yolo import DetectionModel, build_model
 from utils.checkpoint import save_checkpoint
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.weight_files.unpickle import shown
-from models.weights import read_weights
+from models.weights.read import read_weights
 from utils.errors import CheckpointError
+from utils.weight_files.unpickle import shown
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOAT = b"ctorch\nFloatStorage\n"
@@ -275,7 +275,7 @@ MEMORY = 512 << 20
 READ_ALL = f"""
 import json, os, resource, sys, time
 sys.path.insert(0, sys.argv[1])
-from models.weights import read_weights
+from models.weights.read import read_weights
 from utils.errors import CheckpointError
 pages = int(open("/proc/self/statm").read().split()[0])
 limit = pages * resource.getpagesize() + {MEMORY}

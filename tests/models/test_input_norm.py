@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.backends import load_backend
+from deploy.backends import load_backend
+from deploy.exporters.network import ExportOptions
+from deploy.exporters.onnx_file import export_onnx
 from models.blocks.input_norm import InputNorm, Subtract
-from models.exporters.network import ExportOptions
-from models.exporters.onnx_file import export_onnx
-from models.modules.timm_backbone import TimmBackbone
 from models.registry import LayerError
 from models.reparam import fuse
-from models.weights import transfer
+from models.timm.backbone import TimmBackbone
+from models.weights.read import transfer
 from models.yolo import DetectionModel, build_model, model_from_checkpoint
 
 timm = pytest.importorskip("timm")

@@ -10,13 +10,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from deploy.backends import load_backend
+from deploy.exporters.network import ExportOptions
+from deploy.exporters.torch_files import export_safetensors
 from models import modules
-from models.backends import load_backend
-from models.exporters.network import ExportOptions
-from models.exporters.torch_files import export_safetensors
 from models.parser.graft import forget_weights
 from models.parser.rows import DETECT_FOLDER
-from models.pretrained import load_weights
+from models.weights.load import load_weights
 from models.yolo import DetectionModel, build_model, model_from_checkpoint
 from utils.checkpoint import save_checkpoint
 from utils.errors import CheckpointError, ConfigError

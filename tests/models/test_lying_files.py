@@ -11,13 +11,13 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
-from models.backends import load_backend
-from models.exporters.network import ExportOptions, metadata
-from models.exporters.torch_files import export_torchscript
-from models.runtimes.artifact import ArtifactInfo, Backend
-from models.runtimes.graphs import _torch_backend
-from models.runtimes.inputs import GraphInput, check_inputs
-from models.runtimes.metadata import parse_metadata
+from deploy.backends import load_backend
+from deploy.exporters.network import ExportOptions, metadata
+from deploy.exporters.torch_files import export_torchscript
+from deploy.runtimes.artifact import ArtifactInfo, Backend
+from deploy.runtimes.graphs import _torch_backend
+from deploy.runtimes.inputs import GraphInput, check_inputs
+from deploy.runtimes.metadata import parse_metadata
 from utils.errors import CheckpointError, UserError
 
 INFO = ArtifactInfo(("a", "b"), 32, (64, 96), 2, False, "yolo11", "nms", "channels")

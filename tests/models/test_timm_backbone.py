@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models import timm_hub
-from models.modules.timm_backbone import (
+from models.registry import LayerError, find_anywhere
+from models.timm import hub as timm_hub
+from models.timm.backbone import (
     PyramidLevel,
     TimmBackbone,
     find_timm_layer,
     is_timm_model,
     timm_names,
 )
-from models.registry import LayerError, find_anywhere
-from models.timm_features import power_of_two
+from models.timm.features import power_of_two
 from models.yolo import build_model
 from utils.errors import CheckpointError, ConfigError
 
@@ -252,7 +252,7 @@ def test_pretrained_offline_says_what_to_do_at_once(monkeypatch):
 
     monkeypatch.setattr(timm_hub, "cached_weights", lambda name: None)
     monkeypatch.setattr(timm_hub, "getproxies", dict)
-    monkeypatch.setattr("models.modules.timm_backbone.cached_weights", lambda name: None)
+    monkeypatch.setattr("models.timm.backbone.cached_weights", lambda name: None)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     with pytest.raises(
         CheckpointError, match="not in the cache, and the hub cannot be reached.*weights: path"
@@ -264,9 +264,9 @@ def test_pretrained_comes_from_the_cache_without_asking_the_network(monkeypatch,
     full = timm.create_model("test_resnet")
     path = tmp_path / "cached.pth"
     torch.save(full.state_dict(), path)
-    monkeypatch.setattr("models.modules.timm_backbone.cached_weights", lambda name: str(path))
+    monkeypatch.setattr("models.timm.backbone.cached_weights", lambda name: str(path))
     monkeypatch.setattr(
-        "models.modules.timm_backbone.hub_is_reachable", lambda: pytest.fail("asked the network")
+        "models.timm.backbone.hub_is_reachable", lambda: pytest.fail("asked the network")
     )
     model = TimmBackbone("test_resnet", (64, 64), pretrained=True)
     ours: dict[str, Tensor] = model.net.state_dict()

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.weight_files.backbones import classifier_keys, fits
-from models.weight_files.fitting import kind_of_change, made_to_fit, with_channels
-from models.weight_files.suffixes import match_suffixes, nearest_key
+from models.weights.backbones import classifier_keys, fits
+from models.weights.fitting import kind_of_change, made_to_fit, with_channels
+from models.weights.suffixes import match_suffixes, nearest_key
 
 pytest.importorskip("timm")
 

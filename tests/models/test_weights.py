@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from models.pretrained import dual_to_single, load_single, load_weights
-from models.weight_files.transfer import align, match_keys, transfer
-from models.weights import load_backbone_weights, read_weights
+from models.weights.load import dual_to_single, load_single, load_weights
+from models.weights.read import load_backbone_weights, read_weights
+from models.weights.transfer import align, match_keys, transfer
 from models.yolo import build_model
 from utils.checkpoint import save_checkpoint
 from utils.errors import CheckpointError, ConfigError

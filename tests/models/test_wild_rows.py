@@ -11,12 +11,12 @@ from small_configs import SIZE, build, config, error_of
 
 from benchmarks.coupling_matrix import CLASSES, train_step
 from benchmarks.settling import settle
+from deploy.exporters.network import ExportOptions
+from deploy.exporters.onnx_file import export_onnx
+from deploy.exporters.verify import verify
 from models import modules, registry
 from models.blocks.cbam import CBAM
 from models.blocks.yolov10 import RepVGGDW
-from models.exporters.network import ExportOptions
-from models.exporters.onnx_file import export_onnx
-from models.exporters.verify import verify
 from models.registry import Plan, Scaling, keeping_width
 from models.reparam import fuse
 from models.yolo import build_model

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from models.meta import evaluating, run_on_meta
-from models.pretrained import load_weights
 from models.table import count_params, format_table, measure
+from models.weights.load import load_weights
 from models.yolo import (
     build_model,
     describe,

@@ -1,0 +1,160 @@
+"""One call for every artifact: checkpoint, ONNX, TorchScript, OpenVINO, torch.export, safetensors.
+
+backend = load_backend("best.onnx")
+decoded = backend(images)            # images (B, 3, H, W), RGB in [0, 1]
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from deploy.runtimes.artifact import ArtifactInfo, Backend, damaged, missing_library
+from deploy.runtimes.graphs import open_artifact
+from deploy.runtimes.metadata import parse_metadata
+from models.reparam import fuse as fuse_model
+from models.weights.claimed import claimed
+from models.weights.load import load_weights, require_whole
+from models.yolo import DetectionModel, build_model
+from utils.channels import white_of
+from utils.checkpoint import require_finite
+from utils.errors import CheckpointError, ConfigError
+from utils.files import special_kind
+from utils.structures import Decoded
+
+__all__ = ["Backend", "load_backend", "model_backend", "model_info"]
+
+
+def load_backend(
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    *,
+    providers: Sequence[str] | None = None,
+    threads: int | None = None,
+    half: bool = False,
+    fuse: bool = True,
+    cfg: str = "",
+    backbone: Sequence[str] | None = None,
+    allow_code: bool = False,
+) -> Backend:
+    """Load an artifact by what its name ends in.
+
+    Args:
+        path: a `.pt`, `.onnx`, `.torchscript`, `.pt2` or `.safetensors` file, or a folder
+            `*_openvino_model`.
+        device: where to run; OpenVINO runs on the CPU.
+        providers: ONNX Runtime's execution providers, best first; by default CUDA on a CUDA device.
+        threads: of one operation on the CPU (ONNX Runtime and OpenVINO); by default the library's
+            choice.
+        half: run a `.pt` or `.safetensors` model in float16 (CUDA only).
+        fuse: bring a `.pt` or `.safetensors` model into its deployed form.
+        cfg: model YAML of a `.pt` that carries none that is known here.
+        backbone: what `cfg` was trained with instead of its own, as for `build_model`.
+        allow_code: whether Python files that the model's YAML imports may run.
+
+    Raises:
+        CheckpointError: the file is missing, of another kind, or damaged.
+        ConfigError: the library that runs it is not installed.
+    """
+    path, device = Path(path), torch.device(device)
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file. Give the path of a model.")
+    if kind := special_kind(path):
+        raise CheckpointError(f"{path}: got {kind}, expected the file of a model.")
+    if backbone and not (cfg and path.suffix == ".pt"):
+        raise ConfigError(
+            f"--backbone: belongs to --cfg and a .pt file that carries no model; {path} says what it is. Leave it out."
+        )
+    if path.suffix == ".safetensors":
+        return model_backend(_read_safetensors(path, allow_code), device, half=half, fuse=fuse)
+    if path.suffix == ".pt":
+        loaded = load_weights(path, cfg=cfg or None, backbone=backbone, allow_code=allow_code)
+        if loaded.report is not None:
+            require_whole(path, loaded.report)
+        return model_backend(loaded.model, device, half=half, fuse=fuse)
+    backend = open_artifact(path, device, providers=providers, threads=threads)
+    if backend.info.layout == "raw":
+        raise ConfigError(
+            f"{path}: was exported with --raw and gives no boxes. Export it again without --raw."
+        )
+    return backend
+
+
+def model_info(model: DetectionModel) -> ArtifactInfo:
+    """What a model in memory would say about itself."""
+    any_size = model.any_size
+    return ArtifactInfo(
+        model.names, model.max_stride, model.imgsz, None, any_size, model.head.family,
+        model.head.postprocess, "decoded", model.channels, white=white_of(model.config),
+    )  # fmt: skip
+
+
+class _ModelBackend(Backend):
+    """A network in memory: it decodes itself."""
+
+    model: DetectionModel
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Decoded:
+        """Boxes and scores of every anchor point; see `Backend`."""
+        dtype = next(self.model.parameters()).dtype
+        images = self._fit(images.to(self.device, dtype))
+        decoded = self.model.decode(self.model(images))
+        return Decoded(decoded.boxes.float(), decoded.scores.float())
+
+
+def model_backend(
+    model: DetectionModel,
+    device: torch.device | str = "cpu",
+    *,
+    half: bool = False,
+    fuse: bool = True,
+) -> Backend:
+    """The same call around a network in memory, which is moved to `device` and fused in place."""
+    device = torch.device(device)
+    model = model.eval()
+    if fuse:
+        fuse_model(
+            model.cpu(), check=False
+        )  # in float64, which some devices lack and others are slow in
+    model = model.to(device)
+    if half and device.type == "cuda":
+        model = model.half()
+    backend = _ModelBackend(model_info(model), lambda images: (), device)
+    backend.model = model
+    return backend
+
+
+def _read_safetensors(path: Path, allow_code: bool) -> DetectionModel:
+    """The network of a `.safetensors` file; its config is the file's metadata."""
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise missing_library("safetensors", path) from error
+    try:
+        with safe_open(str(path), "pt") as file:
+            metadata = file.metadata() or {}
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
+        raise damaged(path, error) from error
+    if "config" not in metadata:
+        raise CheckpointError(f"{path}: has no model config, expected a file written by export.py.")
+    info = parse_metadata(metadata, str(path))
+    try:
+        config = json.loads(metadata["config"])
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, error) from error
+    with claimed(path, config, state, len(info.names)):
+        model = build_model(
+            config, names=info.names, imgsz=info.imgsz, allow_code=allow_code, fresh=True
+        )
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise damaged(path, error) from error
+    require_finite(model.state_dict(), path)
+    return model.float().eval()

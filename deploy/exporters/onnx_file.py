@@ -1,0 +1,319 @@
+"""ONNX: one graph, checked, with the metadata and the names that existing runners look for."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deploy.exporters.end2end import TAPS, append_postprocess
+from deploy.exporters.int8 import quantise
+from deploy.exporters.network import (
+    ExportNetwork,
+    ExportOptions,
+    beside,
+    build_network,
+    example,
+    metadata,
+)
+from deploy.runtimes.layouts import ANCHOR_AXES
+from models.yolo import DetectionModel
+from utils.errors import ConfigError
+from utils.files import write_whole
+from utils.logger import get_logger
+
+INPUT = "images"
+AXIS_NAMES = {0: "batch", 2: "height", 3: "width"}
+FLOAT32_OPERATORS = ("Softmax", "LayerNormalization", "ReduceMean", "GridSample", "Pow", "Sqrt")
+"""Operators that overflow or round badly in float16 and stay float32 with `--half`."""
+DECODE_SCOPE = "/decode/"
+GENERAL_BATCH = 3
+GENERAL_CELLS = (9, 11)
+"""A shape without coincidences; rows and columns of the coarsest map."""
+STANDARD_OUTPUT = 1
+WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+DYNAMO_OPSET = 18
+NEWER_OPSETS = {"torchvision::deform_conv2d": 19}
+"""Operators that opset 18 lacks, and the first that has them (onnx.ai/onnx/operators)."""
+UNKNOWN_OPERATOR = re.compile(r"(?:operator '|unrecognized namespace )([\w:]+)")
+
+
+def export_onnx(model: DetectionModel, options: ExportOptions, weights: Path) -> Path:
+    """Write `<stem>.onnx`.
+
+    Raises:
+        ConfigError: the onnx package, or one that an option needs, is missing.
+    """
+    try:
+        import onnx
+    except ImportError as error:
+        raise ConfigError("--include onnx needs onnx. pip install onnx onnxruntime") from error
+    path = beside(weights, options, ".onnx")
+    network = build_network(model, options)
+    sizes = _output_sizes(network, options)
+    proto = trace_onnx(network, options, list(sizes))
+    if options.simplify:
+        proto = _simplify(proto)
+    if options.half:
+        proto = _to_half(proto)
+    if options.int8:
+        proto = quantise(proto, options, len(model.model) - 1)
+    if options.end2end:
+        opset = next(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx"))
+        proto = append_postprocess(proto, model.head.postprocess, options, opset)
+    _name_axes(proto, options, model, sizes)
+    del proto.metadata_props[:]
+    onnx.helper.set_model_props(proto, metadata(model, options, weights.stem))
+    write_whole(path, proto.SerializeToString())
+    onnx.checker.check_model(str(path), full_check=True)
+    return path
+
+
+def trace_onnx(network: ExportNetwork, options: ExportOptions, outputs: list[str]) -> Any:
+    """The ONNX model of `network`."""
+    import onnx
+
+    images = example(options)
+    chooses = "dynamo" in inspect.signature(torch.onnx.export).parameters
+    legacy: dict[str, Any] = {"dynamo": False} if chooses else {}
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecation of the exporter, constants that were checked
+        if options.dynamo:
+            return _trace_dynamo(network, outputs, options, "--dynamo")
+        opset = max(options.opset, DYNAMO_OPSET)
+        try:
+            with _silent_output(), tempfile.TemporaryDirectory() as folder:
+                path = os.path.join(folder, "traced.onnx")
+                torch.onnx.export(
+                    network, (images,), path, input_names=[INPUT], output_names=outputs,
+                    opset_version=options.opset, dynamic_axes=_dynamic_axes(options, outputs),
+                    **legacy,
+                )  # fmt: skip
+                proto = onnx.load(path)
+            if not _computes_double(proto):
+                return proto
+            why = "onnx: the usual exporter makes float64 of numbers that forward makes"
+        except torch.onnx.errors.UnsupportedOperatorError as error:
+            found = UNKNOWN_OPERATOR.search(str(error))
+            operator = found[1] if found else "an operator"
+            why = f"onnx: {operator} is not in opset {options.opset}"
+            opset = max(opset, NEWER_OPSETS.get(operator, 0))
+        except (ValueError, RuntimeError) as error:
+            if "opset_version" not in str(error) and "ONNX opset" not in str(error):
+                raise
+            raise _unknown_opset(options, error) from error
+        proto = _trace_dynamo(network, outputs, replace(options, opset=opset), why)
+    get_logger().info(f"{why}; written by torch.export's exporter instead, opset {opset}")
+    return proto
+
+
+def _computes_double(proto: Any) -> bool:
+    """Whether layers with weights work in float64, as behind a torch.linspace without a dtype; few runtimes do."""
+    import onnx
+
+    inferred = onnx.shape_inference.infer_shapes(proto).graph
+    double = {
+        value.name
+        for value in inferred.value_info
+        if value.type.tensor_type.elem_type == onnx.TensorProto.DOUBLE
+    }
+    return any(
+        name in double for n in proto.graph.node if n.op_type in WEIGHTED for name in n.output
+    )
+
+
+def _unknown_opset(options: ExportOptions, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"--opset: got {options.opset} - {' '.join(str(error).split())[:150]}. Take 17."
+    )
+
+
+@contextmanager
+def _silent_output() -> Iterator[None]:
+    """Throw away what is written to standard output: on a failure torch prints the whole graph there."""
+    sys.stdout.flush()
+    kept = os.dup(STANDARD_OUTPUT)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, STANDARD_OUTPUT)
+    try:
+        yield
+    finally:
+        os.dup2(kept, STANDARD_OUTPUT)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def _trace_dynamo(
+    network: ExportNetwork, outputs: list[str], options: ExportOptions, why: str
+) -> Any:
+    """The same by torch.export's exporter; `why` says what asks for it."""
+    if "dynamo" not in inspect.signature(torch.onnx.export).parameters:
+        raise ConfigError(
+            f"{why}: torch {torch.__version__} has no exporter for it - expected 2.5 or newer. "
+            "Install it, or export torchscript."
+        )
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"{why}: torch.export's exporter needs onnxscript. pip install onnxscript, or export "
+            "torchscript."
+        ) from error
+    program = torch.onnx.export(
+        network, (dynamic_example(options, network.network.max_stride),), input_names=[INPUT], output_names=outputs,
+        opset_version=max(options.opset, DYNAMO_OPSET), dynamic_shapes=dynamic_shapes(options,
+    network.network.max_stride), dynamo=True, verbose=False, )  # fmt: skip
+    assert program is not None
+    return program.model_proto
+
+
+def dynamic_example(options: ExportOptions, stride: int) -> torch.Tensor:
+    """Images for torch.export: of a general shape where shapes are dynamic.
+
+    It builds into a program what happens to be equal or 1 in the example, such as a batch of 1 or
+    the one window of 7 x 7 that attention needs for a small map.
+    """
+    if not options.dynamic:
+        return example(options)
+    imgsz = options.imgsz
+    if options.dynamic == "all":
+        imgsz = (GENERAL_CELLS[0] * stride, GENERAL_CELLS[1] * stride)
+    return example(replace(options, imgsz=imgsz), GENERAL_BATCH)
+
+
+def dynamic_shapes(options: ExportOptions, stride: int) -> Any:
+    """What torch.export is told of the images' shape."""
+    if not options.dynamic:
+        return None
+    shape: dict[int, Any] = {0: torch.export.Dim("batch", min=1, max=4096)}
+    if options.dynamic == "all":
+        shape[2] = stride * torch.export.Dim("rows", min=1, max=512)
+        shape[3] = stride * torch.export.Dim("columns", min=1, max=512)
+    return (shape,)
+
+
+def _output_sizes(network: ExportNetwork, options: ExportOptions) -> dict[str, tuple[int, ...]]:
+    """Names of the outputs, and their shapes for the traced input."""
+    with torch.no_grad():
+        result = network(example(options))
+    tensors = [result] if isinstance(result, torch.Tensor) else list(result)
+    names = [f"output{i}" for i in range(len(tensors))]
+    if network.form == "decoded":
+        names = list(TAPS)
+    return {name: tuple(t.shape) for name, t in zip(names, tensors)}
+
+
+def _dynamic_axes(options: ExportOptions, outputs: list[str]) -> dict[str, dict[int, str]]:
+    if not options.dynamic:
+        return {}
+    axes = dict(AXIS_NAMES) if options.dynamic == "all" else {0: AXIS_NAMES[0]}
+    return {INPUT: axes} | {name: {0: AXIS_NAMES[0]} for name in outputs}
+
+
+def _name_axes(
+    proto: Any, options: ExportOptions, model: DetectionModel, sizes: dict[str, tuple[int, ...]]
+) -> None:
+    """Give the axes of input and outputs the names that runners look for, or their `sizes`."""
+    image = proto.graph.input[0].type.tensor_type.shape.dim
+    for axis, size in ((0, options.batch), (2, options.imgsz[0]), (3, options.imgsz[1])):
+        if options.dynamic == "all" or (options.dynamic and axis == 0):
+            image[axis].dim_param = AXIS_NAMES[axis]
+        else:
+            image[axis].dim_value = size
+    layout = options.layout(model)
+    for output in proto.graph.output:
+        shape = output.type.tensor_type.shape.dim
+        if options.dynamic:
+            shape[0].dim_param = AXIS_NAMES[0]
+        if layout == "raw" or output.name not in sizes:
+            continue
+        for axis, size in enumerate(sizes[output.name]):
+            if axis == ANCHOR_AXES.get(layout) and options.dynamic == "all":
+                shape[axis].dim_param = "anchors"
+            elif axis or not options.dynamic:
+                shape[axis].dim_value = size
+
+
+def _simplify(proto: Any) -> Any:
+    try:
+        import onnxslim
+    except ImportError as error:
+        raise ConfigError(
+            "--simplify needs onnxslim. pip install onnxslim, or leave it out."
+        ) from error
+    before = len(proto.graph.node)
+    slim = onnxslim.slim(proto)
+    get_logger().info(f"simplified: {before} -> {len(slim.graph.node)} nodes")
+    return slim
+
+
+def _to_half(proto: Any) -> Any:
+    """float16 weights and arithmetic; input, output, decoding and softmax stay float32."""
+    try:
+        from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+    except ImportError as error:
+        raise ConfigError("--half needs onnxruntime. pip install onnxruntime") from error
+    converted = convert_float_to_float16(
+        proto, keep_io_types=True, op_block_list=[*DEFAULT_OP_BLOCK_LIST, *FLOAT32_OPERATORS],
+        node_block_list=[node.name for node in proto.graph.node if is_decoding(node)],
+    )  # fmt: skip
+    _drop_round_trips(converted.graph)
+    _sort_nodes(converted.graph)
+    return converted
+
+
+def _drop_round_trips(graph: Any) -> None:
+    """Connect float32 nodes directly where the conversion sends values between them through float16."""
+    import onnx
+
+    casts = {n.output[0]: n for n in graph.node if n.op_type == "Cast"}
+    types = {name: node.attribute[0].i for name, node in casts.items()}
+    shorter: dict[str, str] = {}
+    for name, node in casts.items():
+        inner = node.input[0]
+        made = casts.get(inner)
+        is_trip = made is not None and types[name] == onnx.TensorProto.FLOAT
+        if made is not None and is_trip and made.name.endswith("_cast_to_fp16_node"):
+            shorter[name] = made.input[0]
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            node.input[place] = shorter.get(name, name)
+    outputs = {value.name for value in graph.output}
+    kept = [n for n in graph.node if n.output[0] not in shorter or n.output[0] in outputs]
+    read = {name for node in kept for name in node.input} | outputs
+    kept = [n for n in kept if n.op_type != "Cast" or n.output[0] in read]
+    del graph.node[:]
+    graph.node.extend(kept)
+
+
+def _sort_nodes(graph: Any) -> None:
+    """Put every node behind those that make its inputs."""
+    made_by = {name: i for i, node in enumerate(graph.node) for name in node.output}
+    order: dict[int, None] = {}
+    for start in range(len(graph.node)):
+        stack = [start]
+        while stack:
+            index = stack[-1]
+            needs = {made_by[name] for name in graph.node[index].input if name in made_by}
+            open_needs = [i for i in needs if i not in order]
+            if not open_needs:
+                order.setdefault(stack.pop())
+            stack.extend(open_needs)
+    nodes = [graph.node[i] for i in order]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def is_decoding(node: Any) -> bool:
+    """Whether a node belongs to the decoding, by its scope."""
+    return DECODE_SCOPE in node.name or node.name.startswith("/postprocess/")

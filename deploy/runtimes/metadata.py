@@ -1,0 +1,127 @@
+"""What a file says about itself, believed no further than a detector of that kind can be.
+
+The text of a file's metadata is anybody's; sizes decide how much memory its first batch takes.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from deploy.runtimes.artifact import ArtifactInfo
+from deploy.runtimes.layouts import FAMILY_LAYOUTS, LAYOUTS
+from utils.channels import white_of
+from utils.errors import CheckpointError, ConfigError
+
+T = TypeVar("T")
+LONGEST_TEXT = 1 << 21  # twenty thousand class names of a hundred characters
+MOST_CLASSES = 100_000
+MOST_CHANNELS = 64
+LARGEST_STRIDE = 1024
+LARGEST_SIDE = 1 << 14
+LARGEST_BATCH = 4096
+MOST_PIXELS = 1 << 27  # of a batch; a batch of 64 has 105 million at 1280
+DYNAMIC = ("", "batch", "all")
+
+
+def parse_metadata(metadata: Mapping[str, str], source: str) -> ArtifactInfo:
+    """Read the metadata that `export.py` writes.
+
+    Raises:
+        CheckpointError: a key is missing, or has what no exported detector has.
+    """
+
+    def read(key: str, convert: Callable[[str], T], expected: str) -> T:
+        if key not in metadata:
+            raise _wrong(source, key, "nothing", expected)
+        text = metadata[key]
+        try:
+            return convert(text)
+        except (ValueError, SyntaxError, TypeError, LookupError, ConfigError, ArithmeticError):
+            raise _wrong(source, key, repr(text[:60]), expected) from None
+        except (RecursionError, MemoryError):
+            raise _wrong(source, key, "nested brackets", expected) from None
+
+    dynamic = read("dynamic", _one_of(DYNAMIC), "nothing, batch or all")
+    white = thresholds = None
+    if "white" in metadata:
+        white = read("white", lambda text: white_of({"white": float(text)}), "a number above 0")
+    if "thresholds" in metadata:
+        thresholds = read("thresholds", _thresholds, "[score, overlap, detections]")
+    info = ArtifactInfo(
+        names=read("names", _names, "class names by index"),
+        stride=read("stride", _whole(LARGEST_STRIDE), f"1 to {LARGEST_STRIDE}"),
+        imgsz=read("imgsz", _imgsz, f"[height, width] from 1 to {LARGEST_SIDE}"),
+        batch=read("batch", _whole(LARGEST_BATCH), f"1 to {LARGEST_BATCH}"),
+        dynamic=dynamic == "all",
+        family=read("family", _one_of(FAMILY_LAYOUTS), f"one of {', '.join(FAMILY_LAYOUTS)}"),
+        postprocess_kind=read("postprocess", _one_of(("nms", "topk")), "nms or topk"),
+        layout=read("layout", _one_of(LAYOUTS), f"one of {', '.join(LAYOUTS)}"),
+        channels=read("channels", _whole(MOST_CHANNELS), f"1 to {MOST_CHANNELS}"),
+        half=read("half", _one_of(("True", "False")), "True or False") == "True",
+        white=white,
+        thresholds=thresholds,
+    )
+    if not dynamic and math.prod((info.batch or 1, *info.imgsz)) > MOST_PIXELS:
+        got = f"{info.batch} of {info.imgsz[0]}x{info.imgsz[1]}"
+        raise _wrong(source, "batch and imgsz", got, f"{MOST_PIXELS} pixels at most")
+    return replace(info, batch=None) if dynamic else info
+
+
+def _wrong(source: str, key: str, got: str, expected: str) -> CheckpointError:
+    return CheckpointError(
+        f"{source}: its metadata {key} - got {got}, expected {expected}, as export.py writes it."
+    )
+
+
+def _whole(highest: int) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,9}", text) or not 1 <= int(text) <= highest:
+            raise ValueError
+        return int(text)
+
+    return convert
+
+
+def _one_of(known: Iterable[str]) -> Callable[[str], str]:
+    def convert(text: str) -> str:
+        if text not in known:
+            raise ValueError
+        return text
+
+    return convert
+
+
+def _literal(text: str) -> Any:
+    if len(text) > LONGEST_TEXT:
+        raise ValueError
+    return ast.literal_eval(text)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = _literal(text)
+    is_table = isinstance(names, dict) and 1 <= len(names) <= MOST_CLASSES
+    if not is_table or sorted(names) != list(range(len(names))):
+        raise ValueError
+    if not all(isinstance(name, (str, int, float)) for name in names.values()):
+        raise ValueError
+    return tuple(str(names[key]) for key in range(len(names)))
+
+
+def _imgsz(text: str) -> tuple[int, int]:
+    height, width = _literal(text)
+    sides = (height, width)
+    if not all(type(side) is int and 1 <= side <= LARGEST_SIDE for side in sides):
+        raise ValueError
+    return sides
+
+
+def _thresholds(text: str) -> tuple[float, float, int]:
+    conf, iou, max_det = _literal(text)
+    if not (0 <= conf <= 1 and 0 <= iou <= 1 and type(max_det) is int and max_det >= 1):
+        raise ValueError
+    return float(conf), float(iou), max_det

@@ -1,0 +1,1 @@
+"""The models of timm as backbones."""

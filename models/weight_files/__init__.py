@@ -1,1 +1,0 @@
-"""Files of weights that other projects wrote: read as plain data, handed over by name and shape."""

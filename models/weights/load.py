@@ -1,0 +1,208 @@
+"""A model from a weights file: architecture from the file or a YAML, numbers from the file.
+
+`load_weights` takes our own checkpoints and everybody else's; `dual_to_single` turns the weights of
+a YOLOv9 with an auxiliary branch into those of the network without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from models.weights.claimed import claimed, model_of
+from models.weights.read import ForeignWeights, read_weights
+from models.weights.transfer import ROW, TransferReport, match_keys, transfer
+from models.yolo import DetectionModel, build_model
+from utils.checkpoint import ForeignCheckpointError, load_checkpoint, require_finite
+from utils.errors import CheckpointError, ConfigError
+from utils.logger import get_logger
+
+# The main branch of a dual head, under the names that it has in the single head.
+SINGLE_TOLERANCE = 1e-4  # pixels, and scores
+MAIN_BRANCH = {"cv4": "cv2", "cv5": "cv3", "dfl2": "dfl"}
+
+
+WHOLE = 0.95  # of a model's numbers
+
+
+class Loaded(NamedTuple):
+    """A model with the numbers of a file; no `report` where the file was ours and fits exactly."""
+
+    model: DetectionModel
+    report: TransferReport | None
+
+
+def load_weights(
+    path: str | Path,
+    *,
+    cfg: str | Path | Mapping[str, Any] | None = None,
+    num_classes: int | None = None,
+    backbone: Sequence[str] | None = None,
+    allow_code: bool = False,
+) -> Loaded:
+    """Build the model that a weights file belongs to, in eval mode on the CPU.
+
+    Args:
+        path: our checkpoint, another project's, or safetensors.
+        cfg: architecture; None takes the model YAML that the file carries.
+        num_classes: None takes what the file says.
+        backbone: stands in for that of `cfg`, as for `build_model`.
+        allow_code: whether Python files that the model YAML imports may run.
+
+    Raises:
+        CheckpointError: the file cannot be read, carries no YAML we can build and `cfg` is None, is not finite, or
+            nothing in it fits.
+        ConfigError: `cfg` is wrong.
+    """
+    if cfg is None and num_classes is None:
+        try:
+            model = model_of(path, load_checkpoint(path), allow_code)
+            require_finite(model.state_dict(), path)
+            return Loaded(model.float().eval(), None)
+        except ForeignCheckpointError:
+            pass  # another project's file, or none: the reader below says
+    weights = read_weights(path)
+    model = _build_for(path, weights, cfg, num_classes, backbone, allow_code)
+    anchors = getattr(model.head, "num_anchors", None)
+    report = transfer(model, weights.state, num_anchors=anchors, source=str(path))
+    if report.backbone_only:
+        raise CheckpointError(
+            f"{path}: has weights for the backbone only, expected those of a whole detector. Train one from it: "
+            f"train.py --weights {path}."
+        )
+    require_finite(model.state_dict(), path)
+    return Loaded(model.eval(), report)
+
+
+def require_whole(path: str | Path, report: TransferReport) -> None:
+    """Log what a model got from a file.
+
+    Raises:
+        CheckpointError: it is so little that the model's boxes would mean nothing.
+    """
+    given, wanted = report.parameters
+    if given < WHOLE * wanted:
+        raise CheckpointError(
+            f"{path}: fills only {100 * given / wanted:.1f}% of the model, expected all of it. Give the --cfg that it "
+            "was trained with."
+        )
+    is_partial = report.partial or report.missing or report.mismatched
+    log = get_logger().warning if is_partial else get_logger().info
+    log(f"{path}: {report.summary()}")
+
+
+def _build_for(
+    path: str | Path,
+    weights: ForeignWeights,
+    cfg: str | Path | Mapping[str, Any] | None,
+    num_classes: int | None,
+    backbone: Sequence[str] | None,
+    allow_code: bool,
+) -> DetectionModel:
+    """The network for `weights`, with their class names where the counts agree."""
+    if cfg is None and weights.config is None:
+        raise CheckpointError(f"{path}: carries no model YAML. Say which one it is for with --cfg.")
+    config: Any = cfg if cfg is not None else weights.config
+    classes = num_classes or (len(weights.names) if weights.names and cfg is not None else None)
+    try:
+        with claimed(path, config, weights.state) if cfg is None else nullcontext():
+            model = build_model(
+                config,
+                num_classes=classes,
+                imgsz=weights.imgsz or (640, 640),
+                backbone=backbone,
+                allow_code=allow_code,
+                fresh=cfg is None,
+            )
+    except ConfigError as error:
+        if cfg is not None:
+            raise
+        raise CheckpointError(f"{error} Give --cfg.") from error
+    if weights.names and len(weights.names) == model.head.num_classes:
+        model.names = weights.names
+    return model
+
+
+def dual_to_single(state: Mapping[str, Tensor], single: nn.Module) -> dict[str, Tensor]:
+    """The main branch of a dual YOLOv9 as the state dict of the network without the auxiliary one.
+
+    Rows are found by their place in the graph: the rows of `single` appear in the dual network in
+    the same order with the same shapes, the auxiliary ones between or behind them.
+
+    Args:
+        state: weights of the dual network (`yolov9-c`).
+        single: the network of the same size without auxiliary branch (`gelan-c`); not changed.
+
+    Raises:
+        CheckpointError: `state` is not that of a dual head, or a tensor of `single` has no
+            counterpart.
+    """
+    heads = _dual_heads(state)
+    if not heads:
+        raise CheckpointError(
+            "weights: have no auxiliary branch - expected a dual head with cv2 to cv5."
+        )
+    main = {}
+    for key, value in state.items():
+        row, part = _row_and_part(key)
+        if row not in heads:
+            main[key] = value
+        elif part in MAIN_BRANCH:
+            main[key.replace(f".{part}.", f".{MAIN_BRANCH[part]}.", 1)] = value
+    target = {key: tuple(value.shape) for key, value in single.state_dict().items()}
+    sources, _ = match_keys({key: tuple(value.shape) for key, value in main.items()}, target)
+    unmatched = [
+        k for k, shape in target.items() if k not in sources or main[sources[k]].shape != shape
+    ]
+    if unmatched:
+        raise CheckpointError(
+            f"weights: {len(unmatched)} tensors of the single form have no counterpart, "
+            f"first {unmatched[0]} {list(target[unmatched[0]])}. "
+            "Take the gelan of the same size and number of classes."
+        )
+    return {key: main[source] for key, source in sources.items()}
+
+
+def load_single(path: str | Path, cfg: str | Path | Mapping[str, Any]) -> DetectionModel:
+    """The single form of a dual YOLOv9's weights file, checked against the dual one on a random image.
+
+    Args:
+        path: weights of the dual network, with its model YAML inside.
+        cfg: the network of the same size without auxiliary branch, such as `gelan-c`.
+
+    Raises:
+        CheckpointError: the file is not that of a dual head, does not fit `cfg`, or the two forms differ.
+    """
+    dual = load_weights(path).model
+    single = build_model(cfg, num_classes=dual.head.num_classes, names=dual.names, imgsz=dual.imgsz)
+    single.load_state_dict(dual_to_single(dual.state_dict(), single))
+    image = torch.rand(1, 3, 128, 160, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected, found = dual.eval().decode(dual(image)), single.eval().decode(single(image))
+    difference = max(float((a - b).abs().max()) for a, b in zip(expected, found, strict=True))
+    if not difference <= SINGLE_TOLERANCE:
+        raise CheckpointError(
+            f"{path}: its single form differs - got max |difference| {difference:.1e}, expected at most "
+            f"{SINGLE_TOLERANCE:.0e}. Is {cfg} of the same size?"
+        )
+    return single
+
+
+def _row_and_part(key: str) -> tuple[str, str]:
+    """`("38", "cv4")` of `model.38.cv4.0.conv.weight`."""
+    match = ROW.match(key)
+    return (match[1], match[2].partition(".")[0]) if match else ("", "")
+
+
+def _dual_heads(state: Mapping[str, Tensor]) -> set[str]:
+    """Numbers of the rows that have a main and an auxiliary branch."""
+    parts: dict[str, set[str]] = {}
+    for key in state:
+        row, part = _row_and_part(key)
+        parts.setdefault(row, set()).add(part)
+    return {row for row, found in parts.items() if {"cv2", "cv3", *MAIN_BRANCH} <= found}
