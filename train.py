@@ -43,7 +43,7 @@ from engine.training_flags import (
     given_flags,
     parse_options,
 )
-from models.losses import total_loss
+from models.family import total_loss
 from utils.checkpoint import clear_temporary, load_checkpoint, restore_rng
 from utils.config import increment_path
 from utils.device import autocast, describe_device, memory_used, select_device

@@ -42,7 +42,7 @@ from deploy.exporters.network import ExportOptions, blobs
 from deploy.exporters.onnx_file import export_onnx
 from deploy.exporters.verify import Case, verify
 from engine.setup import recipe
-from models.losses import build_criterion, total_loss
+from models.family import build_criterion, total_loss
 from models.reparam import FuseError, fuse
 from models.table import count_params
 from models.yolo import DetectionModel, build_model

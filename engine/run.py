@@ -30,7 +30,7 @@ from engine.setup import (
 )
 from engine.stopping import StopRequest
 from engine.weights import build_from_flags
-from models.losses import build_criterion
+from models.family import build_criterion
 from models.yolo import DetectionModel
 from utils.config import parse_imgsz
 from utils.device import autocast_dtype
@@ -174,7 +174,7 @@ def prepare(
     )
     hyp = settle_losses(hyp, options)
     criterion = build_criterion(model.head, hyp, imgsz, allow_code=options.allow_code)
-    _set_recipe_attributes(model.head, hyp)
+    model.head.take_recipe(hyp)
     model.to(device, memory_format=memory_format_for(model, device))
     batch_size = options.batch_size = _batch_size(options.batch_size, model, imgsz, device, world)
     model = _shared_norms(model, world) if options.sync_bn else model
@@ -229,13 +229,6 @@ def _shared_norms(model: DetectionModel, world: World) -> Any:
         return with_shared_norms(model)
     get_logger().info("--sync-bn: without effect, there is one process")
     return model
-
-
-def _set_recipe_attributes(head: Any, hyp: Mapping[str, Any]) -> None:
-    """Give the head the numbers it takes from the recipe; what its YAML switched off with a 0 stays off."""
-    for key in getattr(head, "recipe_attributes", ()):
-        if getattr(head, key) != 0:
-            setattr(head, key, hyp[key])
 
 
 def _recipe(options: Any, model: DetectionModel) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from torch import nn
 from data.config import DataConfig, load_data_config
 from data.dataset import DetectionDataset
 from data.download import fetch
+from models.family import recipe_file
+from models.heads.anchor import AnchorDetect
 from models.losses.box import name_problem
 from models.losses.classification import class_loss_problem
 from models.losses.own import settle_own
@@ -27,7 +29,6 @@ from utils.config import check_recipe, load_hyp
 from utils.errors import ConfigError, nearest
 from utils.logger import get_logger
 
-RECIPES = Path(__file__).resolve().parent.parent / "data" / "hyps"
 RECIPE_CHECKS = {"box_loss": name_problem, "cls_loss": class_loss_problem}
 GOOD_RECALL = 0.99  # AP is sampled at recalls 0.01 apart: what is missed beyond costs a whole step
 
@@ -102,7 +103,7 @@ def recipe(family: str, hyp: str | None, overrides: Mapping[str, Any]) -> dict[s
     Raises:
         ConfigError: unknown keys or wrong types in the user's file.
     """
-    default = RECIPES / f"{family}.yaml"
+    default = recipe_file(family)
     merged = dict(load_hyp(hyp, default, RECIPE_CHECKS))
     if hyp:
         get_logger().info(f"recipe: {hyp} over data/hyps/{family}.yaml")
@@ -133,7 +134,7 @@ def complete(hyp: Mapping[str, Any], family: str, source: str = "resume") -> dic
     Raises:
         ConfigError: a value is not what such a recipe has; `source` is the run's file.
     """
-    default = load_hyp(None, RECIPES / f"{family}.yaml")
+    default = load_hyp(None, recipe_file(family))
     check_recipe(hyp, default, source)
     return {**default, **hyp}
 
@@ -237,8 +238,8 @@ def fit_to_objects(
 ) -> None:
     """Measure, and where it has anchors fit, the head on the objects of the training split."""
     sizes = _sizes_at(train_set, imgsz)
-    tell_limits(model.head, sizes, np.diff(train_set.offsets))
-    if model.head.loss == "anchor":
+    model.head.tell_limits(sizes, np.diff(train_set.offsets))
+    if isinstance(model.head, AnchorDetect):
         refit = not (options.noautoanchor or options.resume)
         check_anchors(model, sizes, hyp["anchor_t"], options.seed, refit=refit)
 
@@ -250,30 +251,6 @@ def _sizes_at(dataset: DetectionDataset, imgsz: tuple[int, int]) -> np.ndarray:
         return np.zeros((0, 2))
     scale = np.minimum(imgsz[0] / image_sizes[:, 0], imgsz[1] / image_sizes[:, 1])
     return np.asarray(sizes * scale[:, None], dtype=np.float64)
-
-
-def tell_limits(head: Any, sizes: np.ndarray, per_image: np.ndarray) -> None:
-    """Say how many objects the head cannot learn, or only sometimes; of anchors `check_anchors` does.
-
-    Args:
-        head: of the model.
-        sizes: object widths and heights at the training size, in pixels, (N, 2).
-        per_image: number of objects of every image, (n,).
-    """
-    log, finest = get_logger(), min(head.strides)
-    if head.loss == "hungarian":
-        beyond = int(np.maximum(per_image - head.num_queries, 0).sum())
-        if beyond:
-            log.warning(
-                f"objects beyond the head's {head.num_queries} queries an image, not learned: {beyond} of {len(sizes)}"
-            )
-    elif head.loss != "anchor" and (
-        thin := int((sizes.min(axis=1, initial=np.inf) < finest).sum())
-    ):
-        log.info(
-            f"objects thinner than the finest stride of {finest}, learned only where a point of its grid lies in them: "
-            f"{thin} of {len(sizes)}"
-        )
 
 
 def check_anchors(
@@ -289,6 +266,7 @@ def check_anchors(
         refit: False keeps them and only tells.
     """
     log, head = get_logger(), model.head
+    assert isinstance(head, AnchorDetect)
     strides = head.anchors.new_tensor(head.strides).view(-1, 1, 1)
     current = (head.anchors * strides).reshape(-1, 2).cpu().double().numpy()
     if len(sizes) == 0:

@@ -12,7 +12,7 @@ import torch
 from engine.run import EpochProgress, Run
 from engine.stopping import name_of
 from engine.training_flags import check_saved
-from models.losses import criterion_state, restore_criterion
+from models.family import criterion_state, restore_criterion
 from models.weights.claimed import claimed
 from utils.checkpoint import (
     capture_rng,

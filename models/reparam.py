@@ -230,7 +230,7 @@ def _drop_rows(model: Any) -> list[str]:
     """Keep the main head and the rows it is fed by, found by walking back from it."""
     rows: Any = getattr(model, "rows", None)
     head: Any = getattr(model, "head", None)
-    if not rows or not hasattr(head, "main_head"):
+    if not rows or head.main_head() is head:
         return []
     last = rows[-1]._replace(inputs=tuple(rows[-1].inputs[head.main_inputs]))
     modules = [*model.model[:-1], head.main_head()]

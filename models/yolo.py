@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from models import common, modules, transformer  # noqa: F401  (they register layers)
 from models.blocks import cbam, csp, gelan, ghost, hg, partial, resnet, sampling, vit, yolov10  # noqa: F401
+from models.head import Head
 from models.heads import ddetect, detect, rtdetr  # noqa: F401
 from models.parser.build import apply_activation, build_rows, require_backbone
 from models.parser.graft import forget_weights, replace_backbone, row_slots
@@ -64,9 +65,11 @@ class DetectionModel(nn.Module):
         self.imgsz = imgsz
 
     @property
-    def head(self) -> Any:
+    def head(self) -> Head[Any]:
         """The last row's module."""
-        return self.model[-1]
+        head = self.model[-1]
+        assert isinstance(head, Head)
+        return head
 
     @property
     def channels(self) -> int:
@@ -259,8 +262,8 @@ def parse_model(
 ) -> DetectionModel:
     """Build the rows of `spec` and tell the head its strides."""
     built, rows = build_rows(spec, imgsz)
-    head: Any = built[-1]
-    if not hasattr(head, "decode"):
+    head = built[-1]
+    if not isinstance(head, Head):
         raise ConfigError(
             f"{spec.file} {rows[-1].place} {rows[-1].module}: is the last row, expected a head such as Detect."
         )
@@ -268,7 +271,7 @@ def parse_model(
     for row in rows:
         filled = sorted(slot for slot in row.map_slots or () if slot is not None)
         strides.update(zip(filled, row.strides))
-    _check_head(spec, rows[-1], head, names)
+    _check_head(spec, rows[-1], head.num_classes, names)
     read = [strides[slot] for slot in rows[-1].inputs]
     try:
         with foreign_code(users=modules.USER_CODE):
@@ -283,9 +286,8 @@ def parse_model(
     return DetectionModel(built, rows, spec.config, names, imgsz)
 
 
-def _check_head(spec: ModelSpec, row: Row, head: Any, names: Sequence[str] | None) -> None:
+def _check_head(spec: ModelSpec, row: Row, count: int, names: Sequence[str] | None) -> None:
     """Refuse a head that was given another number of classes than the file, or the data, says."""
-    count = getattr(head, "num_classes", spec.num_classes)
     if count != spec.num_classes and "nc" in spec.config:
         raise ConfigError(
             f"{spec.file} {row.place} {row.module}: got {count} classes, expected the {spec.num_classes} of nc. Write nc "

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from deploy.runtimes.layouts import layout_of
 from models.yolo import DetectionModel
 from utils.channels import white_of
 
@@ -66,7 +65,7 @@ class ExportOptions:
 
     def layout(self, model: DetectionModel) -> str:
         """Form of the output, see `deploy.runtimes.layouts`."""
-        return "end2end" if self.end2end else "raw" if self.raw else layout_of(model.head)
+        return "end2end" if self.end2end else "raw" if self.raw else model.head.layout
 
     def suffix(self) -> str:
         """What is put behind the file's stem."""

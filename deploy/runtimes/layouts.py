@@ -12,29 +12,16 @@ Letters: B batch, A anchor points (or queries), C classes, K detections an image
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from utils.boxes import cxcywh_to_xyxy
 from utils.structures import Decoded, Detections
 
-FAMILY_LAYOUTS = {
-    "yolov5": "anchors",
-    "yolov9": "channels",
-    "yolo11": "channels",
-    "rtdetr": "queries",
-}
 LAYOUTS = ("anchors", "channels", "queries", "end2end", "raw", "weights")
 """All of them; "weights" is a file without a graph."""
 ANCHOR_AXES = {"anchors": 1, "channels": 2}
 """Where the number of anchor points stands, which changes with the image size."""
-
-
-def layout_of(head: Any) -> str:
-    """The layout that `head.export_layout` writes: its own `layout`, or that of its family."""
-    return str(getattr(head, "layout", None) or FAMILY_LAYOUTS[head.family])
 
 
 def read_layout(output: Tensor, layout: str, imgsz: tuple[int, int]) -> Decoded:

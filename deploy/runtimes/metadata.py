@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from deploy.runtimes.artifact import ArtifactInfo
-from deploy.runtimes.layouts import FAMILY_LAYOUTS, LAYOUTS
+from deploy.runtimes.layouts import LAYOUTS
 from utils.channels import white_of
 from utils.errors import CheckpointError, ConfigError
 
@@ -58,7 +58,7 @@ def parse_metadata(metadata: Mapping[str, str], source: str) -> ArtifactInfo:
         imgsz=read("imgsz", _imgsz, f"[height, width] from 1 to {LARGEST_SIDE}"),
         batch=read("batch", _whole(LARGEST_BATCH), f"1 to {LARGEST_BATCH}"),
         dynamic=dynamic == "all",
-        family=read("family", _one_of(FAMILY_LAYOUTS), f"one of {', '.join(FAMILY_LAYOUTS)}"),
+        family=read("family", _family, "the name of a family"),
         postprocess_kind=read("postprocess", _one_of(("nms", "topk")), "nms or topk"),
         layout=read("layout", _one_of(LAYOUTS), f"one of {', '.join(LAYOUTS)}"),
         channels=read("channels", _whole(MOST_CHANNELS), f"1 to {MOST_CHANNELS}"),
@@ -94,6 +94,12 @@ def _one_of(known: Iterable[str]) -> Callable[[str], str]:
         return text
 
     return convert
+
+
+def _family(text: str) -> str:
+    if not re.fullmatch(r"[a-z][a-z0-9_-]{0,31}", text):
+        raise ValueError
+    return text
 
 
 def _literal(text: str) -> Any:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from models.head import Head
 from models.registry import LayerError, Plan, Scaling, single
 from models.transformer import widen
 from utils.structures import Decoded, Targets
@@ -57,35 +58,34 @@ def _default_anchors(count: int, stride: int) -> list[float]:
     return [round(size, 1) for size in sizes for _ in range(2)]
 
 
-class AnchorDetect(nn.Module):
+class AnchorDetect(Head[AnchorRaw]):
     """Anchor head: a 1x1 convolution a level.
 
     Attributes:
-        anchors: widths and heights in strides of their level, (levels, K, 2).
+        anchors: widths and heights in strides of their level, (levels, K, 2); 0 until `initialize`.
     """
 
     family = "yolov5"
-    loss = "anchor"
     postprocess = "nms"
+    layout = "anchors"
     class_outputs = ("m.*",)
     anchors: Tensor
 
     def __init__(
         self, num_classes: int, anchors: Sequence[Sequence[float]], channels: Sequence[int]
     ) -> None:
-        super().__init__()
-        self.num_classes = num_classes
-        self.strides: tuple[int, ...] = ()
-        pixels = torch.tensor(anchors, dtype=torch.float32).view(len(anchors), -1, 2)
-        self.register_buffer("anchors", pixels)
-        self.num_anchors = pixels.shape[1]
+        super().__init__(num_classes, len(channels))
+        self.anchor_pixels = anchors
+        self.num_anchors = len(anchors[0]) // 2
+        self.register_buffer("anchors", torch.zeros(len(anchors), self.num_anchors, 2))
         outputs = self.num_anchors * (5 + num_classes)
         self.m = nn.ModuleList(nn.Conv2d(width, outputs, 1) for width in channels)
 
     def initialize(self, strides: Sequence[int]) -> None:
-        """Bring anchors to strides and set the biases: objectness starts at its share of cells, all classes alike."""
+        """Set the anchors, and the biases: objectness starts at its share of cells, all classes alike."""
         self.strides = tuple(strides)
-        self.anchors /= self.anchors.new_tensor(self.strides).view(-1, 1, 1)
+        pixels = self.anchors.new_tensor(self.anchor_pixels).view_as(self.anchors)
+        self.anchors.copy_(pixels / self.anchors.new_tensor(self.strides).view(-1, 1, 1))
         for convolution, stride in zip(self.m, self.strides, strict=True):
             bias: Tensor = convolution.bias.detach().view(self.num_anchors, -1)  # type: ignore[operator, union-attr]
             share = OBJECTS_PER_IMAGE * (stride / 640) ** 2

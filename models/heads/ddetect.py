@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from models.common import Conv
+from models.head import Head
 from models.heads.dfl import (
     DFL,
     DFLRaw,
@@ -22,6 +24,7 @@ from models.heads.dfl import (
     decode_raw,
     predict,
     set_biases,
+    tell_thin_objects,
 )
 from models.registry import LayerError, detection_head, register
 from utils.structures import Decoded, Targets
@@ -31,7 +34,7 @@ GROUPS = 4
 
 
 @register(detection_head)
-class DDetect(nn.Module):
+class DDetect(Head[DFLRaw]):
     """YOLOv9's head.
 
     Args:
@@ -40,16 +43,14 @@ class DDetect(nn.Module):
     """
 
     family = "yolov9"
-    loss = "task_aligned"
     postprocess = "nms"
+    layout = "channels"
     class_outputs = ("cv3.*.2.*",)
 
     def __init__(self, num_classes: int, channels: Sequence[int]) -> None:
-        super().__init__()
+        super().__init__(num_classes, len(channels))
         check_levels(channels, REG_MAX)
-        self.num_classes = num_classes
         self.reg_max = REG_MAX
-        self.strides = (1,) * len(channels)  # until `initialize`
         self.cv2 = _box_towers(channels)
         self.cv3 = _class_towers(channels, num_classes)
         self.dfl = DFL(REG_MAX)
@@ -59,7 +60,7 @@ class DDetect(nn.Module):
         self.strides = tuple(strides)
         set_biases(self.cv2, self.cv3, self.strides)
 
-    def forward(self, features: list[Tensor], targets: Targets | None = None) -> DFLRaw:
+    def forward(self, features: Sequence[Tensor], targets: Targets | None = None) -> DFLRaw:
         """Raw predictions for one feature map (B, *, H, W) a level."""
         return predict(features, self.cv2, self.cv3, self.strides)
 
@@ -70,6 +71,10 @@ class DDetect(nn.Module):
     def export_layout(self, raw: DFLRaw) -> Tensor:
         """(B, 4 + C, A): cxcywh in pixels, then class probabilities."""
         return channels_first_layout(self.decode(raw))
+
+    def tell_limits(self, sizes: np.ndarray, per_image: np.ndarray) -> None:
+        """Objects between the anchor points."""
+        tell_thin_objects(sizes, self.strides)
 
 
 class DualRaw(NamedTuple):
@@ -85,7 +90,7 @@ class DualRaw(NamedTuple):
 
 
 @register(detection_head)
-class DualDDetect(nn.Module):
+class DualDDetect(Head[DualRaw]):
     """Two YOLOv9 heads: the first half of the inputs feeds the auxiliary one, the rest the main.
 
     Args:
@@ -94,21 +99,21 @@ class DualDDetect(nn.Module):
     """
 
     family = "yolov9"
-    loss = "dual_task_aligned"
     postprocess = "nms"
+    layout = "channels"
     class_outputs = ("cv3.*.2.*", "cv5.*.2.*")
 
     def __init__(self, num_classes: int, channels: Sequence[int]) -> None:
-        super().__init__()
+        super().__init__(num_classes, len(channels) // 2)
         check_levels(channels, REG_MAX)
         if len(channels) % 2:
             raise LayerError(
                 f"got {len(channels)} feature maps, expected an even number: auxiliary, then main"
             )
-        self.num_classes = num_classes
         self.reg_max = REG_MAX
         self.num_levels = len(channels) // 2
-        self.strides = self.aux_strides = (1,) * self.num_levels  # until `initialize`
+        self.main_inputs = slice(self.num_levels, None)
+        self.aux_strides = self.strides
         aux, main = channels[: self.num_levels], channels[self.num_levels :]
         self.cv2 = _box_towers(aux)
         self.cv3 = _class_towers(aux, num_classes)
@@ -116,11 +121,6 @@ class DualDDetect(nn.Module):
         self.cv5 = _class_towers(main, num_classes)
         self.dfl = DFL(REG_MAX)
         self.dfl2 = DFL(REG_MAX)
-
-    @property
-    def main_inputs(self) -> slice:
-        """Which of the inputs feed the main head."""
-        return slice(self.num_levels, None)
 
     def main_head(self) -> DDetect:
         """The main branch as a head of its own, sharing its modules with this one."""
@@ -137,7 +137,7 @@ class DualDDetect(nn.Module):
         set_biases(self.cv2, self.cv3, self.aux_strides)
         set_biases(self.cv4, self.cv5, self.strides)
 
-    def forward(self, features: list[Tensor], targets: Targets | None = None) -> DualRaw:
+    def forward(self, features: Sequence[Tensor], targets: Targets | None = None) -> DualRaw:
         """Raw predictions of both branches for their feature maps (B, *, H, W)."""
         aux = predict(features[: self.num_levels], self.cv2, self.cv3, self.aux_strides)
         main = predict(features[self.main_inputs], self.cv4, self.cv5, self.strides)
@@ -150,6 +150,10 @@ class DualDDetect(nn.Module):
     def export_layout(self, raw: DualRaw) -> Tensor:
         """(B, 4 + C, A): cxcywh in pixels, then class probabilities, of the main branch."""
         return channels_first_layout(self.decode(raw))
+
+    def tell_limits(self, sizes: np.ndarray, per_image: np.ndarray) -> None:
+        """Objects between the anchor points."""
+        tell_thin_objects(sizes, self.strides)
 
 
 def _box_towers(channels: Sequence[int]) -> nn.ModuleList:

@@ -13,13 +13,16 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from models.common import Conv, DWConv
+from models.head import Head
 from models.registry import LayerError
 from models.transformer import widen
 from utils.boxes import xyxy_to_cxcywh
+from utils.logger import get_logger
 from utils.structures import Decoded, Targets
 
 OBJECTS_PER_IMAGE = 5  # prior behind the class biases: so many objects in an image of 640 x 640
@@ -132,6 +135,16 @@ def _last_layer(tower: nn.Module) -> nn.Conv2d:
     return layer
 
 
+def tell_thin_objects(sizes: np.ndarray, strides: Sequence[int]) -> None:
+    """Log how many of `sizes` (N, 2) are thinner than the grid of anchor points."""
+    thin = int((sizes.min(axis=1, initial=np.inf) < min(strides)).sum())
+    if thin:
+        get_logger().info(
+            f"objects thinner than the finest stride of {min(strides)}, learned only where a point of its grid lies in "
+            f"them: {thin} of {len(sizes)}"
+        )
+
+
 def check_levels(channels: Sequence[int], reg_max: int) -> None:
     """Refuse a head without inputs or without distances to choose from."""
     if not channels:
@@ -140,7 +153,7 @@ def check_levels(channels: Sequence[int], reg_max: int) -> None:
         raise LayerError(f"got reg_max {reg_max}, expected 2 or more bins of distance")
 
 
-class DFLDetect(nn.Module):
+class DFLDetect(Head[DFLRaw]):
     """YOLO11's decoupled head: plain convolutions for distances, depthwise ones for classes.
 
     Args:
@@ -151,8 +164,8 @@ class DFLDetect(nn.Module):
     """
 
     family = "yolo11"
-    loss = "task_aligned"
     postprocess = "nms"
+    layout = "channels"
     class_outputs = ("cv3.*.2.*",)
 
     def __init__(
@@ -162,13 +175,11 @@ class DFLDetect(nn.Module):
         end2end: bool | None = None,
         channels: Sequence[int] = (),
     ) -> None:
-        super().__init__()
+        super().__init__(num_classes, len(channels))
         check_levels(channels, reg_max)
         if end2end:
             raise LayerError(f"got end2end {end2end}, expected None; this head needs NMS")
-        self.num_classes = num_classes
         self.reg_max = reg_max
-        self.strides = (1,) * len(channels)  # until `initialize`
         box_width = max(16, channels[0] // 4, 4 * reg_max)
         class_width = max(channels[0], min(num_classes, 100))
         self.cv2 = nn.ModuleList(_box_tower(c, box_width, 4 * reg_max) for c in channels)
@@ -180,7 +191,7 @@ class DFLDetect(nn.Module):
         self.strides = tuple(strides)
         set_biases(self.cv2, self.cv3, self.strides)
 
-    def forward(self, features: list[Tensor], targets: Targets | None = None) -> DFLRaw:
+    def forward(self, features: Sequence[Tensor], targets: Targets | None = None) -> DFLRaw:
         """Raw predictions for one feature map (B, *, H, W) a level."""
         return predict(features, self.cv2, self.cv3, self.strides)
 
@@ -191,6 +202,10 @@ class DFLDetect(nn.Module):
     def export_layout(self, raw: DFLRaw) -> Tensor:
         """(B, 4 + C, A): cxcywh in pixels, then class probabilities."""
         return channels_first_layout(self.decode(raw))
+
+    def tell_limits(self, sizes: np.ndarray, per_image: np.ndarray) -> None:
+        """Objects between the anchor points."""
+        tell_thin_objects(sizes, self.strides)
 
 
 def _box_tower(in_channels: int, width: int, outputs: int) -> nn.Sequential:

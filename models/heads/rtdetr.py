@@ -1,23 +1,26 @@
 """RT-DETR's head: the best encoder tokens become queries, decoder layers refine them into a set.
 
-Sources: RT-DETR (arXiv 2304.08069); from DINO (arXiv 2203.03605, sections 3.3 and 3.5) contrastive
-denoising and "look forward twice": the gradient of a box reaches the layer before it.
+Sources: RT-DETR (arXiv 2304.08069); from DINO (arXiv 2203.03605, section 3.5) "look
+forward twice": the gradient of a box reaches the layer before it.
 
 Letters: B batch, C classes, D width, L levels, N tokens of all maps, Q queries, K denoising queries,
-S decoder stages, G denoising groups, M most objects of an image.
+S decoder stages.
 Boxes are cxcywh, normalised to [0, 1] by the image size.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from models.common import batch_norm
+from models.head import Head
+from models.heads.denoising import Denoising, NoisyQueries, allowed_pairs, noisy_queries
 from models.registry import Plan, Scaling, first_argument, register, single
 from models.transformer import (
     MLP,
@@ -28,30 +31,14 @@ from models.transformer import (
     inverse_sigmoid,
     widen,
 )
-from utils.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
+from utils.boxes import cxcywh_to_xyxy
+from utils.logger import get_logger
 from utils.structures import Decoded, Targets
 
 PRIOR = 0.01  # probability that a fresh classifier gives every class
 CELL_BOX = 0.05  # side of the box a token of the finest map starts from; it doubles from map to map
 BORDER = 0.01  # start boxes whose numbers come nearer than this to 0 or 1 are not used
 SATURATED = 1e4  # stands in for the infinite logit of an unused start box; finite in half precision
-BOX_EPS = 1e-5
-
-
-class Denoising(NamedTuple):
-    """What became of the denoising queries.
-
-    Attributes:
-        logits: per stage, (S, B, K, C).
-        boxes: per stage, (S, B, K, 4).
-        object_index: the object of the targets that each query must restore, (B, K); -1 for none.
-        groups: how many times each object occurs.
-    """
-
-    logits: Tensor
-    boxes: Tensor
-    object_index: Tensor
-    groups: int
 
 
 class RTDETRRaw(NamedTuple):
@@ -74,24 +61,6 @@ class RTDETRRaw(NamedTuple):
     image_size: tuple[int, int]
 
 
-class NoisyQueries(NamedTuple):
-    """Objects with noise added, as queries.
-
-    Attributes:
-        labels: class indices, some wrong, (B, K).
-        boxes: cxcywh in (0, 1), (B, K, 4).
-        is_real: false where an image has fewer objects than the fullest one, (B, K).
-        object_index: as in `Denoising`, (B, K).
-        groups: G.
-    """
-
-    labels: Tensor
-    boxes: Tensor
-    is_real: Tensor
-    object_index: Tensor
-    groups: int
-
-
 class Selected(NamedTuple):
     """The encoder's best tokens: features (B, Q, D), class logits (B, Q, C), boxes (B, Q, 4)."""
 
@@ -107,7 +76,7 @@ def _decoder_rule(in_channels: Sequence[Any], args: Sequence[Any], scaling: Scal
 
 
 @register(_decoder_rule)
-class RTDETRDecoder(nn.Module):
+class RTDETRDecoder(Head[RTDETRRaw]):
     """The head of RT-DETR.
 
     Args:
@@ -127,10 +96,9 @@ class RTDETRDecoder(nn.Module):
     """
 
     family = "rtdetr"
-    loss = "hungarian"
     postprocess = "topk"
+    layout = "queries"
     class_outputs = ("enc_score_head.*", "dec_score_head.*", "denoising_class_embed.*")
-    recipe_attributes = ("num_denoising", "label_noise", "box_noise")  # taken from the recipe
 
     def __init__(
         self,
@@ -146,10 +114,10 @@ class RTDETRDecoder(nn.Module):
         label_noise: float = 0.5,
         box_noise: float = 1.0,
     ) -> None:
-        super().__init__()
-        self.num_classes, self.num_queries = num_classes, num_queries
+        super().__init__(num_classes, len(channels))
+        self.num_queries = num_queries
         self.num_denoising, self.label_noise, self.box_noise = num_denoising, label_noise, box_noise
-        self.strides: tuple[int, ...] = tuple(8 * 2**level for level in range(len(channels)))
+        self.strides = tuple(8 * 2**level for level in range(len(channels)))
         self.input_proj = nn.ModuleList(
             nn.Sequential(nn.Conv2d(c, hidden, 1, bias=False), batch_norm(hidden)) for c in channels
         )
@@ -187,7 +155,21 @@ class RTDETRDecoder(nn.Module):
         """Learn the strides of the feature maps."""
         self.strides = tuple(strides)
 
-    def forward(self, features: list[Tensor], targets: Targets | None = None) -> RTDETRRaw:
+    def take_recipe(self, hyp: Mapping[str, Any]) -> None:
+        """Numbers of denoising; what the YAML switched off with a 0 stays off."""
+        for name in ("num_denoising", "label_noise", "box_noise"):
+            if getattr(self, name):
+                setattr(self, name, hyp[name])
+
+    def tell_limits(self, sizes: np.ndarray, per_image: np.ndarray) -> None:
+        """Objects beyond the queries."""
+        beyond = int(np.maximum(per_image - self.num_queries, 0).sum())
+        if beyond:
+            get_logger().warning(
+                f"objects beyond the head's {self.num_queries} queries an image, not learned: {beyond} of {len(sizes)}"
+            )
+
+    def forward(self, features: Sequence[Tensor], targets: Targets | None = None) -> RTDETRRaw:
         """Predict from one map (B, C_l, H_l, W_l) a level, finest first.
 
         In training, `targets` add denoising queries.
@@ -203,7 +185,7 @@ class RTDETRDecoder(nn.Module):
             noisy = self._noisy_queries(targets, content, image_size)
             noisy_content, noisy_boxes = self._embed(noisy, content)
             if noisy is not None:
-                allowed = _allowed(noisy, content.shape[1])
+                allowed = allowed_pairs(noisy, content.shape[1])
             content = torch.cat((noisy_content, content), 1)
             boxes = torch.cat((noisy_boxes, boxes), 1)
         logits, boxes = self._refine(content, boxes, memory, sizes, allowed)
@@ -320,86 +302,3 @@ def start_boxes(sizes: Sequence[MapSize], like: Tensor) -> tuple[Tensor, Tensor]
     boxes = torch.cat(per_map)
     is_used = ((boxes > BORDER) & (boxes < 1 - BORDER)).all(-1, keepdim=True)
     return torch.where(is_used, torch.log(boxes / (1 - boxes)), SATURATED), is_used
-
-
-def noisy_queries(
-    targets: Targets,
-    batch: int,
-    image_size: tuple[int, int],
-    num_classes: int,
-    *,
-    count: int,
-    label_noise: float,
-    box_noise: float,
-    generator: torch.Generator | None = None,
-) -> NoisyQueries | None:
-    """Copies of the objects with noisy classes and corners, in groups of M right and M wrong ones.
-
-    A right copy's corners stay within half a side of the object's, a wrong one's move further and
-    must be rejected. Random numbers come from the CPU generator, torch's global one by default: the
-    noise is the same on every device, follows the run's seed and is restored with it from a
-    checkpoint.
-
-    Args:
-        targets: objects of the batch; of an image with more than `count`, a random choice of
-            `count` is taken.
-        batch: B.
-        image_size: (height, width) in pixels.
-        num_classes: C.
-        count: upper limit of G * M, reached as nearly as whole groups allow.
-        label_noise: twice the probability of a random class.
-        box_noise: scale of the shifts.
-        generator: source of randomness, on the CPU.
-
-    Returns:
-        The queries, on the device of the targets, or None in a batch without objects.
-    """
-    device = targets.boxes.device
-    targets = targets.to("cpu")
-    table = _object_table(targets.image_index, batch, count, generator)
-    most = table.shape[1]
-    if most == 0:
-        return None
-    groups = max(count // most, 1)
-    table = table.repeat(1, 2 * groups)
-    is_wrong = (torch.arange(table.shape[1]) // most) % 2 == 1
-    is_real, objects = table >= 0, table.clamp(min=0)
-    flipped = torch.rand(table.shape, generator=generator) < label_noise / 2
-    random_labels = torch.randint(num_classes, table.shape, generator=generator)
-    labels = torch.where(flipped, random_labels, targets.labels[objects])
-    height, width = image_size
-    corners = (targets.boxes / torch.tensor([width, height, width, height]))[objects]
-    half = (corners[..., 2:] - corners[..., :2]).repeat(1, 1, 2) / 2
-    sign = torch.randint(2, corners.shape, generator=generator) * 2 - 1
-    amount = torch.rand(corners.shape, generator=generator) + is_wrong[:, None]
-    corners = (corners + sign * amount * half * box_noise).clamp(0, 1)
-    boxes = xyxy_to_cxcywh(corners).clamp(BOX_EPS, 1 - BOX_EPS)
-    restored = torch.where(is_wrong, -1, table)
-    return NoisyQueries(
-        labels.to(device), boxes.to(device), is_real.to(device), restored.to(device), groups
-    )
-
-
-def _object_table(
-    image_index: Tensor, batch: int, limit: int, generator: torch.Generator | None
-) -> Tensor:
-    """Indices of each image's objects, at most `limit`, (B, M), filled up with -1."""
-    rows = []
-    for image in range(batch):
-        objects = (image_index == image).nonzero().squeeze(1)
-        if len(objects) > limit:
-            objects = objects[torch.randperm(len(objects), generator=generator)[:limit]]
-        rows.append(objects)
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
-
-
-def _allowed(noisy: NoisyQueries, num_queries: int) -> Tensor:
-    """Which query (row) may look at which (column), (K + Q, K + Q).
-
-    All look at the Q ordinary queries; noisy ones look at their own group besides, nobody else
-    looks at them, since they carry the answers.
-    """
-    device, total = noisy.labels.device, noisy.labels.shape[1]
-    group = torch.arange(total, device=device) // (total // noisy.groups)
-    group = torch.cat((group, group.new_full((num_queries,), -1)))
-    return (group[:, None] == group) | (group == -1)

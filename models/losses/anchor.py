@@ -30,15 +30,12 @@ from utils.structures import Targets
 PAPERS_ALPHA = 0.25  # arXiv 1708.02002, for recipes that have a `fl_gamma` and no `focal_alpha`
 
 
-def scaled_gains(
-    hyp: Mapping[str, Any], num_classes: int, levels: int, imgsz: tuple[int, int]
-) -> dict[str, Any]:
+def scaled_gains(hyp: dict[str, Any], head: AnchorDetect, imgsz: tuple[int, int]) -> dict[str, Any]:
     """The recipe's gains are for 80 classes, three levels and 640 pixels; bring them to this model and size."""
-    side = (imgsz[0] * imgsz[1]) ** 0.5
-    return {
-        **hyp,
+    side, levels = (imgsz[0] * imgsz[1]) ** 0.5, len(head.strides)
+    return hyp | {
         "box": hyp["box"] * 3 / levels,
-        "cls": hyp["cls"] * num_classes / 80 * 3 / levels,
+        "cls": hyp["cls"] * head.num_classes / 80 * 3 / levels,
         "obj": hyp["obj"] * (side / 640) ** 2 * 3 / levels,
     }
 

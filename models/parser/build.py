@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from models import modules
 from models.common import whole_names
+from models.head import Head
 from models.meta import idle_parameters, run_for_real, run_on_meta
 from models.parser.advice import advice_for
 from models.parser.naming import (
@@ -216,7 +217,7 @@ def _by_rule(
     """A registered layer: its rule says what the constructor takes and which channels come out."""
     plan = _plan(layer, [slot.channels for slot in sources], row.args, scaling)
     module = _module(layer, plan, row, scaling)
-    predicts = plan.channels is not None and hasattr(module, "decode")
+    predicts = plan.channels is not None and isinstance(module, Head)
     takes_list = isinstance(row.source, list) or len(sources) > 1 or predicts
     values = [slot.value for slot in sources]
     output = _propagate(module, values if takes_list else values[0])

@@ -18,7 +18,7 @@ from engine.outputs import RunRecorder
 from engine.run import Run, prepare
 from engine.state import checkpoint_of, find_resumable, finish, load_resumable, restore, save
 from engine.training_flags import parse_options
-from models.losses import total_loss
+from models.family import total_loss
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.distributed import World
 from utils.errors import CheckpointError, ConfigError, DatasetError

@@ -13,14 +13,13 @@ import torch
 
 from engine import setup
 from engine.setup import (
-    RECIPES,
     automatic_batch_size,
     check_anchors,
     freeze,
     recipe,
     refuse_sizes,
-    tell_limits,
 )
+from models.family import RECIPES
 from models.yolo import DetectionModel, build_model
 from utils.errors import ConfigError
 
@@ -308,25 +307,6 @@ def test_anchors_that_are_to_stay_are_measured_all_the_same(tiny_cfg: Path, caps
     check_anchors(model, np.array([[400.0, 5.0], [12.0, 12.0]]), 4.0, 0, refit=False)
     assert "best possible recall 0.5000" in capsys.readouterr().err
     assert bool((model.head.anchors == before).all())
-
-
-@pytest.mark.parametrize(
-    ("loss", "told"),
-    [
-        ("hungarian", "objects beyond the head's 2 queries an image, not learned: 3 of 6"),
-        ("task_aligned", "learned only where a point of its grid lies in them: 2 of 6"),
-        ("anchor", ""),
-    ],
-)
-def test_objects_that_a_head_cannot_learn_are_counted(loss: str, told: str, capsys):
-    """Images of 5 and 1 objects; two objects are thinner than the finest stride of 8."""
-    head = SimpleNamespace(loss=loss, num_queries=2, strides=(8, 16))
-    sizes = np.array([[9.0, 9], [7.9, 30], [30, 7], [8, 8], [50, 50], [20, 20]])
-    tell_limits(head, sizes, np.array([5, 1]))
-    said = capsys.readouterr().err
-    assert told in said if told else not said
-    tell_limits(head, np.zeros((0, 2)), np.array([0]))
-    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["rect", "multi_scale"])

@@ -20,7 +20,7 @@ from engine.outputs import RunRecorder
 from engine.run import Run, prepare
 from engine.state import save
 from engine.training_flags import given_flags, parse_options
-from models.losses import build_criterion
+from models.family import build_criterion
 from utils.checkpoint import load_checkpoint
 from utils.distributed import World
 from utils.errors import ConfigError, UserError

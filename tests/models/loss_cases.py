@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from models.family import build_criterion
 from models.heads.anchor import AnchorDetect, AnchorRaw
-from models.heads.ddetect import DualRaw
-from models.heads.dfl import DFLRaw, anchor_points
-from models.heads.rtdetr import RTDETRRaw
-from models.losses import build_criterion
+from models.heads.ddetect import DualDDetect, DualRaw
+from models.heads.dfl import DFLDetect, DFLRaw, anchor_points
+from models.heads.rtdetr import RTDETRDecoder, RTDETRRaw
 from utils.config import load_hyp
 from utils.structures import Targets
 
@@ -53,7 +52,7 @@ def query_case(seed: int) -> tuple[Any, Any, list[torch.Tensor]]:
         return torch.rand(shape, generator=generator).mul(0.4).add(0.2).requires_grad_()
 
     logits, boxes, first, start = draw(2, 2, 6, 3), draw(2, 2, 6, 4), draw(2, 6, 3), draw(2, 6, 4)
-    head = SimpleNamespace(loss="hungarian", family="rtdetr", num_classes=3)
+    head = RTDETRDecoder(3, [8], 8, num_heads=2, num_layers=1)
     raw = RTDETRRaw(logits, boxes, first, start, None, SIZE)
     return head, raw, [logits, boxes, first, start]
 
@@ -64,8 +63,7 @@ def case(family: str, seed: int = 0) -> tuple[Any, Any, list[torch.Tensor]]:
         return anchor_case(seed)
     if family == "rtdetr":
         return query_case(seed)
-    loss = "dual_task_aligned" if family == "yolov9" else "task_aligned"
-    head = SimpleNamespace(loss=loss, family=family, reg_max=16, num_classes=3, strides=(8, 16))
+    head = DualDDetect(3, [8] * 4) if family == "yolov9" else DFLDetect(3, channels=[8, 8])
     main, aux = dfl_raw(seed), dfl_raw(seed + 1)
     if family == "yolo11":
         return head, main, [main.distances, main.logits]

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.assigners.anchor_ratio import assign_level
+from models.family import build_criterion, total_loss
 from models.heads.anchor import AnchorDetect, AnchorRaw
-from models.losses import build_criterion, total_loss
 from models.losses.anchor import AnchorLoss, scaled_gains
 from models.yolo import build_model
 from utils.boxes import complete_iou
@@ -299,11 +299,11 @@ def test_a_perfect_prediction_costs_next_to_nothing():
 
 
 def test_gains_follow_classes_levels_and_size():
-    gains = scaled_gains(HYP, num_classes=20, levels=4, imgsz=(320, 1280))
+    gains = scaled_gains(HYP, head_of(20, (8, 16, 32, 64)), (320, 1280))
     assert gains["box"] == pytest.approx(0.05 * 3 / 4)
     assert gains["cls"] == pytest.approx(0.5 * 20 / 80 * 3 / 4)
     assert gains["obj"] == pytest.approx(1.0 * (640 / 640) ** 2 * 3 / 4)
-    assert scaled_gains(HYP, 80, 3, (640, 640)) == pytest.approx(HYP)
+    assert scaled_gains(HYP, head_of(80, (8, 16, 32)), (640, 640)) == pytest.approx(HYP)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.losses import build_criterion, total_loss
+from models.family import build_criterion, total_loss
 from models.parser.rows import DETECT_FOLDER
 from models.reparam import reparameterize_model
 from models.table import count_params

@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from models.assigners.hungarian import HungarianAssigner, solve_assignment
-from models.heads.rtdetr import Denoising, RTDETRDecoder, RTDETRRaw
+from models.heads.denoising import Denoising
+from models.heads.rtdetr import RTDETRDecoder, RTDETRRaw
 from models.losses.hungarian import HungarianLoss
 from utils.structures import Targets
 

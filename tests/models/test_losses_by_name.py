@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +11,10 @@ from loss_cases import FAMILIES, HYPS, SIZE, TARGETS, case, criterion_of
 
 from models.assigners import hungarian
 from models.assigners.hungarian import HungarianAssigner
+from models.family import criterion_state, restore_criterion
 from models.heads.anchor import AnchorDetect, AnchorRaw
-from models.heads.dfl import DFLRaw
-from models.heads.rtdetr import RTDETRRaw
-from models.losses import criterion_state, restore_criterion
+from models.heads.dfl import DFLDetect, DFLRaw
+from models.heads.rtdetr import RTDETRDecoder, RTDETRRaw
 from models.losses.box import BoxLoss, Frame
 from models.losses.classification import CLASS_LOSSES
 from models.losses.measures import BOX_LOSSES
@@ -137,7 +136,7 @@ def one_certain_point(logits: list[float]) -> tuple[Any, Targets]:
 )
 def test_task_aligned_scores_aim_at_the_alignment(name: str, expected: float):
     raw, targets = one_certain_point([0.0, 0.0])
-    head = SimpleNamespace(loss="task_aligned", family="yolo11", reg_max=16)
+    head = DFLDetect(2, channels=[8])
     found = criterion_of("yolo11", head, cls_loss=name)(raw, targets)["cls"].item()
     assert found == pytest.approx(0.5 * expected * math.log(2), rel=1e-4)
 
@@ -168,7 +167,7 @@ def test_scores_of_queries_aim_at_the_class_or_at_its_overlap(name: str, expecte
     raw = RTDETRRaw(torch.zeros(1, 1, 1, 2), boxes[None], torch.zeros(1, 1, 2), boxes, None, SIZE)
     targets = Targets(torch.tensor([0]), torch.tensor([1]), torch.tensor([[0.4, 0.4, 0.6, 0.8]]))
     targets = targets._replace(boxes=targets.boxes * torch.tensor([96.0, 64, 96, 64]))
-    head = SimpleNamespace(loss="hungarian", family="rtdetr", num_classes=2)
+    head = RTDETRDecoder(2, [8], 8, num_heads=2, num_layers=1)
     found = criterion_of("rtdetr", head, cls_loss=name)(raw, targets)["cls"].item()
     assert found == pytest.approx(expected * math.log(2), rel=1e-4)
 

@@ -37,7 +37,7 @@ def described() -> dict[str, str]:
         ("stride", ("0", "-32", "1000000000", "None"), "1 to 1024"),
         ("channels", ("0", "three", "1000000000"), "1 to 64"),
         ("layout", ("cube", "", "0"), "one of anchors, channels, queries, end2end, raw, weights"),
-        ("family", ("yolov99",), "one of yolov5, yolov9, yolo11, rtdetr"),
+        ("family", ("", "YOLO 99", "y" * 40), "the name of a family"),
         ("postprocess", ("none",), "nms or topk"),
         ("dynamic", ("yes",), "nothing, batch or all"),
         ("half", ("1",), "True or False"),

@@ -8,7 +8,7 @@ import torch
 from other_device import Elsewhere, MixedDevicesError, other_device, send, send_model
 
 from engine.setup import check_anchors, recipe
-from models.losses import build_criterion, total_loss
+from models.family import build_criterion, total_loss
 from models.postprocess import postprocess
 from models.yolo import build_model
 from utils.structures import Targets

@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate
 from torchvision.ops import box_iou
 
 from engine.setup import recipe
-from models.losses import build_criterion, total_loss
+from models.family import build_criterion, total_loss
 from models.postprocess import postprocess
 from models.yolo import build_model
 from utils.structures import Targets

@@ -14,7 +14,8 @@ import yaml
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.heads.rtdetr import RTDETRDecoder, RTDETRRaw, noisy_queries
+from models.heads.denoising import noisy_queries
+from models.heads.rtdetr import RTDETRDecoder, RTDETRRaw
 from models.losses.hungarian import HungarianLoss
 from models.meta import run_on_meta
 from models.transformer import set_sampling

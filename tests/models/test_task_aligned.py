@@ -21,9 +21,9 @@ from models.assigners.task_aligned import (
     settle,
     weigh,
 )
+from models.family import build_criterion, total_loss
 from models.heads.ddetect import DualRaw
 from models.heads.dfl import DFLRaw, anchor_points
-from models.losses import build_criterion, total_loss
 from models.losses.task_aligned import (
     DualTaskAlignedLoss,
     TaskAlignedLoss,
