@@ -8,15 +8,20 @@ Letters: B batch, C channels, H and W size of the input, h and w of the output, 
 
 from __future__ import annotations
 
-import functools
 import importlib
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.utils import _pair
+
+Size = int | tuple[int, int]
+
+
+def pair(size: Size) -> tuple[int, int]:
+    """One number for both dimensions, or the two as they are."""
+    return (size[0], size[1]) if isinstance(size, (list, tuple)) else (size, size)
 
 
 def modulated_deform_conv2d(
@@ -25,9 +30,9 @@ def modulated_deform_conv2d(
     mask: Tensor | None,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
+    stride: Size = 1,
+    padding: Size = 0,
+    dilation: Size = 1,
     groups: int = 1,
     deform_groups: int = 1,
 ) -> Tensor:
@@ -36,46 +41,45 @@ def modulated_deform_conv2d(
     Groups follow from the shapes, as torchvision reads them.
     """
     operator = importlib.import_module("torchvision.ops").deform_conv2d
-    return operator(
-        input, offset, weight, bias, _pair(stride), _pair(padding), _pair(dilation), mask
-    )
+    return operator(input, offset, weight, bias, pair(stride), pair(padding), pair(dilation), mask)
 
 
 def deform_conv2d(
     input: Tensor,
     offset: Tensor,
     weight: Tensor,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-    deform_groups: int = 1,
-    bias: Any = False,
-    im2col_step: int = 32,
+    stride: Size = 1,
+    padding: Size = 0,
+    dilation: Size = 1,
+    *groups: object,
 ) -> Tensor:
-    """`modulated_deform_conv2d` without a mask."""
+    """`modulated_deform_conv2d` without a mask; `groups` and what comes behind follow from the shapes."""
     return modulated_deform_conv2d(input, offset, None, weight, None, stride, padding, dilation)
 
 
 class ModulatedDeformConv2d(nn.Module):
     """The convolution alone: offsets and mask are given to `forward`."""
 
+    finder: ClassVar[str] = ""
+    """What the convolution is called that finds offsets and masks; "" where they are given."""
+    has_mask: ClassVar[bool] = True
+
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: Any,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size = 0,
+        dilation: Size = 1,
         groups: int = 1,
         deform_groups: int = 1,
         bias: bool | str = True,
     ) -> None:
         super().__init__()
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size, self.stride = _pair(kernel_size), _pair(stride)
-        self.padding, self.dilation = _pair(padding), _pair(dilation)
+        self.kernel_size, self.stride = pair(kernel_size), pair(stride)
+        self.padding, self.dilation = pair(padding), pair(dilation)
         self.deform_groups = self.deformable_groups = deform_groups
         self.weight = nn.Parameter(
             torch.empty(out_channels, in_channels // groups, *self.kernel_size)
@@ -83,24 +87,48 @@ class ModulatedDeformConv2d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
         limit = 1 / math.sqrt(self.weight[0].numel())
         nn.init.uniform_(self.weight, -limit, limit)
+        if self.finder:  # 2 offsets a point, 1 mask; all of them start at 0
+            outputs = (2 + self.has_mask) * deform_groups * math.prod(self.kernel_size)
+            conv = nn.Conv2d(
+                in_channels, outputs, self.kernel_size, self.stride, self.padding, self.dilation
+            )
+            for parameter in conv.parameters():
+                nn.init.zeros_(parameter)
+            self.add_module(self.finder, conv)
 
-    def forward(self, x: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, offset: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        if self.finder:
+            offset = self.get_submodule(self.finder)(x)
+            if self.has_mask:
+                cut = offset.shape[1] // 3 * 2
+                offset, mask = offset[:, :cut], offset[:, cut:].sigmoid()
+        assert offset is not None
         return modulated_deform_conv2d(
             x, offset, mask, self.weight, self.bias, self.stride, self.padding, self.dilation
         )
 
 
+class ModulatedDeformConv2dPack(ModulatedDeformConv2d):
+    """`ModulatedDeformConv2d` that finds its own offsets and masks."""
+
+    finder = "conv_offset"
+
+
 class DeformConv2d(ModulatedDeformConv2d):
     """First version: no mask, and no bias unless asked."""
+
+    has_mask = False
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: Any,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size = 0,
+        dilation: Size = 1,
         groups: int = 1,
         deform_groups: int = 1,
         bias: bool | str = False,
@@ -111,39 +139,10 @@ class DeformConv2d(ModulatedDeformConv2d):
         )  # fmt: skip
 
 
-def _offsets(layer: Any, channels_a_point: int) -> nn.Conv2d:
-    """The convolution that finds offsets, 2 a point, and masks, 1 a point; it starts at 0."""
-    points = layer.deform_groups * math.prod(layer.kernel_size)
-    conv = nn.Conv2d(
-        layer.in_channels, channels_a_point * points, layer.kernel_size, layer.stride, layer.padding, layer.dilation
-    )  # fmt: skip
-    nn.init.zeros_(conv.weight)
-    nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
-    return conv
-
-
 class DeformConv2dPack(DeformConv2d):
     """`DeformConv2d` that finds its own offsets."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.conv_offset = _offsets(self, 2)
-
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(x, self.conv_offset(x))
-
-
-class ModulatedDeformConv2dPack(ModulatedDeformConv2d):
-    """`ModulatedDeformConv2d` that finds its own offsets and masks."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.conv_offset = _offsets(self, 3)
-
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        found = self.conv_offset(x)
-        cut = found.shape[1] // 3
-        return super().forward(x, found[:, : 2 * cut], found[:, 2 * cut :].sigmoid())
+    finder = "conv_offset"
 
 
 class DCNv2(ModulatedDeformConv2d):
@@ -153,33 +152,26 @@ class DCNv2(ModulatedDeformConv2d):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: Any,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size = 0,
+        dilation: Size = 1,
         deformable_groups: int = 1,
     ) -> None:
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, 1, deformable_groups
-        )  # fmt: skip
+        )
 
 
 class DCN(DCNv2):
     """`DCNv2` that finds its own offsets and masks."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.conv_offset_mask = _offsets(self, 3)
-
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        found = self.conv_offset_mask(x)
-        cut = found.shape[1] // 3
-        return super().forward(x, found[:, : 2 * cut], found[:, 2 * cut :].sigmoid())
+    finder = "conv_offset_mask"
 
 
-NAMES: Mapping[str, Any] = {
+NAMES: Mapping[str, object] = {
     "modulated_deform_conv2d": modulated_deform_conv2d, "deform_conv2d": deform_conv2d,
-    "dcn_v2_conv": functools.partial(modulated_deform_conv2d), "DCN": DCN, "DCNv2": DCNv2,
+    "dcn_v2_conv": modulated_deform_conv2d, "DCN": DCN, "DCNv2": DCNv2,
     "DeformConv2d": DeformConv2d, "DeformConv": DeformConv2d,
     "DeformConv2dPack": DeformConv2dPack, "DeformConvPack": DeformConv2dPack,
     "ModulatedDeformConv2d": ModulatedDeformConv2d, "ModulatedDeformConv": ModulatedDeformConv2d,

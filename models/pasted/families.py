@@ -7,13 +7,15 @@ the file was written for.
 from __future__ import annotations
 
 import collections.abc
+import functools
 import importlib
+import inspect
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -33,10 +35,10 @@ from models.blocks import (
     vit,
     yolov10,
 )
-from models.pasted import deformable, detectron, helpers, initializers, openmmlab
+from models.pasted import deformable, helpers, openmmlab
 from utils.logger import get_logger
 
-Names = Mapping[str, Any]
+Names = Mapping[str, object]
 
 CUDA_ONLY = frozenset(
     ("mamba_ssm", "selective_scan", "selective_scan_cuda", "selective_scan_cuda_core", "selective_scan_cuda_oflex",
@@ -70,77 +72,55 @@ class Family(NamedTuple):
         ]
 
 
-def _defined(module: ModuleType) -> dict[str, Any]:
-    """Classes and functions that `module` itself defines."""
-    own = {k: v for k, v in vars(module).items() if getattr(v, "__module__", "") == module.__name__}
-    return {name: value for name, value in own.items() if callable(value) and name[0] != "_"}
-
-
-@cache
-def _layers() -> dict[str, Any]:
-    found: dict[str, Any] = {"torch": torch, "nn": nn, "F": functional, "math": math}
-    wild = (cbam, ghost, partial, resnet, sampling, vit, yolov10)
-    for module in (layers, hg, gelan, *wild, csp, common, helpers):
-        found.update(_defined(module))
-    found.update({name: getattr(transformer, name) for name in ("AIFI", "MLP", "inverse_sigmoid")})
-    found["bias_init_with_prob"] = initializers.bias_init_with_prob
-    return {**found, **helpers.SAME, "LOGGER": get_logger()}
-
-
-def _yolo_names() -> dict[str, Any]:
-    """Our layers, and the heads where they are there already."""
-    registered = (registry.find(name) for name in registry.names())
-    heads = {
-        layer.name: layer.build
-        for layer in registered
-        if layer is not None and layer.build.__module__.startswith("models.heads.")
-    }
-    return {**heads, **_layers()}
-
-
-def _modules(*names: str) -> Callable[[], Names]:
-    """Everything in the modules called `names`, the first ones first; those that are missing are left out."""
-
-    @cache
-    def read() -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for name in reversed(names):
-            try:
-                found.update(_public(importlib.import_module(name)))
-            except ModuleNotFoundError:
-                continue
-        return found
-
-    return read
-
-
-def _public(module: ModuleType) -> dict[str, Any]:
+def _public(module: ModuleType) -> dict[str, object]:
     return {name: value for name, value in vars(module).items() if not name.startswith("__")}
 
 
+def _layers() -> Names:
+    """Our layers and small functions, and the heads where they are there already."""
+    found: dict[str, object] = {"torch": torch, "nn": nn, "F": functional, "math": math}
+    wild = (cbam, ghost, partial, resnet, sampling, vit, yolov10)
+    for module in (layers, hg, gelan, *wild, csp, common, helpers):
+        for name, value in vars(module).items():
+            is_code = inspect.isclass(value) or inspect.isfunction(value)
+            if is_code and value.__module__ == module.__name__ and not name.startswith("_"):
+                found[name] = value
+    found |= {name: getattr(transformer, name) for name in ("AIFI", "MLP", "inverse_sigmoid")}
+    found |= {"bias_init_with_prob": openmmlab.bias_init_with_prob, "LOGGER": get_logger()}
+    registered = (registry.find(name) for name in registry.names())
+    heads = (x for x in registered if x and x.build.__module__.startswith("models.heads."))
+    return {**{layer.name: layer.build for layer in heads}, **found, **helpers.SAME}
+
+
 @cache
-def _timm_layers() -> dict[str, Any]:
-    """timm.layers with all of its files: what was imported from a file may not stand in the package."""
-    package = importlib.import_module("timm.layers")
-    found: dict[str, Any] = {"_assert": torch._assert}
-    for name, module in list(sys.modules.items()):
-        if name.startswith("timm.layers."):
-            found.update(_public(module))
-    return {**found, **_public(package)}
+def _timm(package: str, file: str = "") -> Names:
+    """What timm has anywhere in its layers and tools; of one name twice that of `file` or else of `package` is meant."""
+    own = [importlib.import_module(name) for name in ("timm.models", "timm.layers", package)]
+    own += [sys.modules[file]] if file in sys.modules else []
+    parts = [
+        m for key, m in sys.modules.items() if key.startswith(("timm.layers.", "timm.models._"))
+    ]
+    found: dict[str, object] = {"_assert": torch._assert}
+    for module in (*parts, *own):
+        found |= _public(module)
+    return found
 
 
-def _timm_models(*files: str) -> Callable[[], Names]:
-    every = ("_builder", "_manipulate", "_helpers", "_registry", "_factory", "_features", "_hub")
-    read = _modules("timm.models", *(f"timm.models.{file}" for file in (*files, *every)))
-    return lambda: {**_timm_layers(), **read()}
+YOLO = Family(_layers)
+OTHERS_YOLO = Family(_layers, replaces=True)
+MM = Family(lambda: openmmlab.NAMES)
+DEFORMABLE = Family(
+    lambda: deformable.NAMES,
+    cuda=True,
+    told="torchvision's deformable convolution runs in place of the CUDA extension",
+)
+MEASURING = Family(lambda: helpers.MEASURING)
+TIMM_LAYERS = Family(lambda: _timm("timm.layers"))
 
-
-@cache
-def _torchvision_misc() -> dict[str, Any]:
-    moved = {name: getattr(nn, name) for name in ("Conv2d", "ConvTranspose2d", "BatchNorm2d")}
-    return {**moved, "interpolate": functional.interpolate}
-
-
+_OLD_TIMM = {
+    file: Family(functools.partial(_timm, "timm.models", f"timm.models._{file}"))
+    for file in ("helpers", "registry", "factory", "features", "hub", "efficientnet_blocks", "efficientnet_builder")
+}  # fmt: skip
 _OLD_SIX: Names = {
     "PY3": True, "PY37": True, "inf": math.inf, "nan": math.nan, "int_classes": int, "string_classes": (str, bytes),
     "container_abcs": collections.abc,
@@ -149,36 +129,22 @@ _OLD_NUMPY: Names = {
     "int": int, "float": float, "bool": bool, "object": object, "str": str, "complex": complex, "Inf": math.inf,
     "NaN": math.nan, "infty": math.inf,
 }  # fmt: skip
-
-YOLO = Family(_yolo_names)
-OTHERS_YOLO = Family(_yolo_names, replaces=True)
-MM = Family(lambda: openmmlab.NAMES)
-DETECTRON = Family(lambda: detectron.NAMES)
-DEFORMABLE = Family(
-    lambda: deformable.NAMES,
-    cuda=True,
-    told="torchvision's deformable convolution runs in place of the CUDA extension",
-)
-MEASURING = Family(lambda: helpers.MEASURING)
-TIMM_LAYERS = Family(_timm_layers)
-
-_OLD_TIMM = {
-    file: Family(_timm_models(f"_{file}"))
-    for file in ("helpers", "registry", "factory", "features", "hub", "efficientnet_blocks", "efficientnet_builder")
+_OLD_TORCHVISION: Names = {
+    "Conv2d": nn.Conv2d, "ConvTranspose2d": nn.ConvTranspose2d, "BatchNorm2d": nn.BatchNorm2d,
+    "interpolate": functional.interpolate,
 }  # fmt: skip
 _FAMILIES: dict[str, Family] = {
     "models": YOLO, "utils": YOLO, "ultralytics": OTHERS_YOLO, "yolov5": OTHERS_YOLO,
     **dict.fromkeys(("mmcv", "mmengine", "mmdet", "mmseg", "mmcls", "mmpretrain", "mmpose", "mmrotate", "mmyolo"), MM),
     **dict.fromkeys(("mmcv.ops", "mmdet.ops", "dcn_v2", "DCNv2", "dcnv2", "DCN", "dcn"), DEFORMABLE),
-    **dict.fromkeys(("detectron2", "fvcore"), DETECTRON),
-    **dict.fromkeys(("thop", "ptflops", "torchsummary", "torchinfo", "torchstat", "calflops"), MEASURING),
+    **dict.fromkeys(("thop", "fvcore", "ptflops", "torchsummary", "torchinfo", "torchstat", "calflops"), MEASURING),
     "timm.models.layers": TIMM_LAYERS,
     **{f"timm.models.{file}": family for file, family in _OLD_TIMM.items()},
-    "timm.models.fx_features": Family(_timm_models("_features_fx")),
-    "torchvision.models.utils": Family(_modules("torch.hub")),
-    "torchvision.ops.misc": Family(_torchvision_misc),
+    "timm.models.fx_features": Family(functools.partial(_timm, "timm.models", "timm.models._features_fx")),
+    "torchvision.models.utils": Family(lambda: _public(torch.hub)),
+    "torchvision.ops.misc": Family(lambda: _OLD_TORCHVISION),
     "torch._six": Family(lambda: _OLD_SIX),
-    "collections": Family(_modules("collections.abc")),
+    "collections": Family(lambda: _public(collections.abc)),
     "numpy": Family(lambda: _OLD_NUMPY),
 }  # fmt: skip
 _ALONE = ("collections", "numpy")  # what lies below them is not meant

@@ -9,7 +9,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from utils.distributed import unwrap
 from utils.errors import ConfigError
 
 T = TypeVar("T")
+ConvT = TypeVar("ConvT", nn.Conv2d, nn.ConvTranspose2d)
 
 
 def make_divisible(x: float, divisor: int | Tensor = 8) -> int:
@@ -34,9 +35,10 @@ def colorstr(*words: str) -> str:
     return words[-1]
 
 
-def fuse_conv_and_bn(conv: Any, bn: Any) -> Any:
+def fuse_conv_and_bn(conv: ConvT, bn: nn.BatchNorm2d) -> ConvT:
     """The convolution, or transposed one, that equals `conv` followed by `bn` in eval mode."""
     fused = copy.deepcopy(conv)
+    assert bn.running_mean is not None and bn.running_var is not None
     fused.weight, fused.bias = fuse_conv_bn_weights(
         conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias,
         transpose=isinstance(conv, nn.ConvTranspose2d),
@@ -51,7 +53,9 @@ def initialize_weights(model: nn.Module) -> None:
             module.eps, module.momentum = 1e-3, 0.03
 
 
-def copy_attr(a: Any, b: Any, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> None:
+def copy_attr(
+    a: object, b: object, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> None:
     """Attributes of `b` to `a`, private ones left out."""
     for name, value in vars(b).items():
         if (not include or name in include) and name not in exclude and not name.startswith("_"):
@@ -75,7 +79,7 @@ def smart_inference_mode() -> Callable[[T], T]:
     return torch.inference_mode()  # type: ignore[return-value]
 
 
-def check_version(current: str = "0", minimum: str = "0", *args: Any, **kwargs: Any) -> bool:
+def check_version(current: str = "0", minimum: str = "0", *args: object, **kwargs: object) -> bool:
     """Whether version `current` is `minimum` or later."""
     return _numbers(current) >= _numbers(minimum)
 
@@ -86,7 +90,7 @@ def _numbers(version: str) -> list[int]:
 
 
 def make_anchors(
-    feats: Sequence[Tensor], strides: Sequence[Any], grid_cell_offset: float = 0.5
+    feats: Sequence[Tensor], strides: Sequence[float], grid_cell_offset: float = 0.5
 ) -> tuple[Tensor, Tensor]:
     """Cell centres (A, 2) as x, y in cells, and the stride of each (A, 1), for maps (B, *, H, W)."""
     points, sizes = [], []
@@ -153,10 +157,10 @@ class DFL(nn.Module):
         return self.conv(sides).view(batch, 4, points)
 
 
-def _unusable(name: str) -> Callable[..., Any]:
+def _unusable(name: str) -> Callable[..., None]:
     """A tool that measures a network: pasted files import it and call it where they are run as a script."""
 
-    def measure(*args: Any, **kwargs: Any) -> Any:
+    def measure(*args: object, **kwargs: object) -> None:
         raise ConfigError(
             f"{name}: got a call, expected none: it is not installed. `python models/yolo.py --cfg X.yaml` prints parameters "
             "and GFLOPs."
@@ -165,12 +169,13 @@ def _unusable(name: str) -> Callable[..., Any]:
     return measure
 
 
-MEASURING: Mapping[str, Any] = {
+MEASURING: Mapping[str, object] = {
     name: _unusable(name)
-    for name in ("profile", "clever_format", "get_model_complexity_info", "summary", "stat", "calculate_flops")
+    for name in ("profile", "clever_format", "get_model_complexity_info", "summary", "stat", "calculate_flops",
+                 "FlopCountAnalysis", "flop_count_table", "parameter_count", "parameter_count_table")
 }  # fmt: skip
 
-SAME: Mapping[str, Any] = {
+SAME: Mapping[str, object] = {
     "TORCH_1_10": True, "de_parallel": unwrap, "select_device": select_device,
     "time_synchronized": time_sync, "fuse_deconv_and_bn": fuse_conv_and_bn, "box_iou": boxes.pairwise_iou,
     "xywh2xyxy": boxes.cxcywh_to_xyxy, "xyxy2xywh": boxes.xyxy_to_cxcywh, "clip_boxes": boxes.clip_boxes,

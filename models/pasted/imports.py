@@ -8,7 +8,7 @@ it is. What it does not find is looked up in the table of `models/pasted/familie
 from __future__ import annotations
 
 import builtins
-import importlib
+import difflib
 import importlib.util
 import os
 import sys
@@ -18,11 +18,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePath
 from types import CodeType, ModuleType
-from typing import Any
+from typing import NamedTuple
 
-from models.pasted.families import Family, family_of
-from models.pasted.statement import PastedImportError, Statement, alone, unknown, without_cuda
+from models.pasted.families import CUDA_ONLY, Family, family_of
+from utils.errors import UserError, nearest
 from utils.logger import get_logger
+from utils.user_code import run_module
 
 OWN_ROOMS = ("models", "utils", "data", "engine")
 DROPPED_FILES = "models.modules."
@@ -32,6 +33,86 @@ BUILT_LATE = ("models.yolo",)
 
 _plain_import = builtins.__import__
 _told: set[str] = set()
+
+
+class PastedImportError(UserError, ModuleNotFoundError):
+    """A pasted file imports what is not known here; it may catch that as it would catch Python's own error."""
+
+
+class Statement(NamedTuple):
+    """An import statement of a user's file; `full` is "" where a relative name has no package to start from."""
+
+    name: str
+    names: tuple[str, ...]
+    level: int
+    full: str
+    place: str
+
+    @property
+    def path(self) -> list[str]:
+        """Packages and the module, as far as they are known."""
+        return (self.full or self.name).split(".")
+
+    @property
+    def needs_cuda(self) -> bool:
+        """Whether it asks for a CUDA extension that nothing stands for."""
+        return not CUDA_ONLY.isdisjoint(self.path)
+
+    def text(self, names: Sequence[str] = ()) -> str:
+        """`from models.common import Foo`."""
+        module = "." * self.level + self.name
+        names = names or self.names
+        return f"from {module} import {', '.join(names)}" if names else f"import {module}"
+
+
+def _without_cuda(statement: Statement) -> PastedImportError:
+    """What to do about a CUDA extension that is not there."""
+    missing = next(part for part in statement.path if part in CUDA_ONLY)
+    return PastedImportError(
+        f"{statement.place}: {statement.text()} - {missing} is not installed, needs a CUDA extension and has no equivalent "
+        "here, expected layers of torch alone. Install it, or take a block without it"
+    )
+
+
+def _alone(statement: Statement) -> PastedImportError:
+    """What to say of a relative import that leads nowhere."""
+    told = f"{statement.place}: {statement.text()}"
+    if statement.level == 1 and statement.name.isidentifier():
+        own = statement.place.split(" ")[0]
+        return PastedImportError(
+            f"{told} - no {statement.name}.py lies beside {own}, and {_not_known(statement.names)}. Put the file there, or "
+            "paste what is missing"
+        )
+    return PastedImportError(
+        f"{told} - got a relative import in a file that stands alone, expected a name of its package. Name the package's "
+        "folder, with an __init__.py, by `imports:`, or paste what is missing"
+    )
+
+
+def _not_known(names: Sequence[str]) -> str:
+    return f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} not known here"
+
+
+def _unknown(statement: Statement, family: Family) -> PastedImportError:
+    """What to say of names that neither a module nor the table has."""
+    if statement.needs_cuda:
+        return _without_cuda(statement)
+    known = family.public()
+    missing = [name for name in statement.names if name not in known and name != "*"]
+    is_class = missing[0][0].isupper()
+    alike = [name for name in known if name[0].isupper() == is_class]
+    meant = nearest(missing[0], alike)
+    if statement.level == 1 and not meant:
+        return _alone(statement._replace(names=tuple(missing)))
+    reason = _not_known(missing)
+    if family.cuda:
+        reason = f"{', '.join(missing)} needs a CUDA extension and has no equivalent here"
+    some = ", ".join(difflib.get_close_matches(missing[0], alike, n=5, cutoff=0.0))
+    return PastedImportError(
+        f"{statement.place}: {statement.text(missing)} - {reason}, expected one of {some}, ... "
+        f"({len(alike)} {'classes' if is_class else 'functions'}).{meant} Paste its "
+        f"{'class' if is_class else 'code'} into the file"
+    )
 
 
 @contextmanager
@@ -47,8 +128,8 @@ def pasted_imports() -> Iterator[None]:
 
 def _import(
     name: str,
-    globals: Mapping[str, Any] | None = None,
-    locals: Mapping[str, Any] | None = None,
+    globals: Mapping[str, object] | None = None,
+    locals: Mapping[str, object] | None = None,
     fromlist: Sequence[str] | None = (),
     level: int = 0,
 ) -> ModuleType:
@@ -63,13 +144,21 @@ def _import(
     globals["__builtins__"] = _BUILTINS  # where the functions of the file look for `__import__`
     frame = sys._getframe(1)
     _load_operators(frame.f_code)
-    place = f"{PurePath(globals['__file__']).name} line {frame.f_lineno}"
-    full = _absolute(name, level, globals)
-    statement = Statement(name, tuple(fromlist or ()), level, full, place)
-    return _resolve(statement, globals)
+    file, full = PurePath(globals["__file__"]), name
+    if level:
+        try:
+            full = importlib.util.resolve_name("." * level + name, globals.get("__package__"))
+        except ImportError:
+            full = ""
+            beside = Path(file.parent, f"{name}.py")
+            if level == 1 and name.isidentifier() and beside.is_file():
+                with pasted_imports():
+                    return run_module(f"{globals['__name__']}_{name}", beside)
+    place = f"{file.name} line {frame.f_lineno}"
+    return _resolve(Statement(name, tuple(fromlist or ()), level, full, place), globals)
 
 
-def _is_users(scope: Mapping[str, Any] | None) -> bool:
+def _is_users(scope: Mapping[str, object] | None) -> bool:
     """Whether the module with these globals is a file of a user: dropped into `models/modules/`, or outside of everything."""
     file, name = (scope or {}).get("__file__"), str((scope or {}).get("__name__"))
     if not isinstance(file, str) or name.startswith(DROPPED_FILES):
@@ -78,83 +167,36 @@ def _is_users(scope: Mapping[str, Any] | None) -> bool:
     return not is_ours and not file.startswith(_LIBRARIES) and not any(p in file for p in PACKAGES)
 
 
-def _absolute(name: str, level: int, scope: Mapping[str, Any]) -> str:
-    if not level:
-        return name
-    try:
-        return importlib.util.resolve_name("." * level + name, scope.get("__package__"))
-    except ImportError:
-        return ""
-
-
-def _resolve(statement: Statement, scope: dict[str, Any]) -> ModuleType:
+def _resolve(statement: Statement, scope: dict[str, object]) -> ModuleType:
     """What Python finds, where that has all the names; else what the table has for them."""
-    beside = _beside(statement, scope)
-    if beside is not None:
-        return _run_beside(statement, scope, beside)
     asked = statement.name or ".".join(statement.names)  # `from . import conv`
     family = family_of(asked if statement.level else statement.full, statement.level)
     real: ModuleType | None = None
-    if not _is_replaced(statement, family):
+    if statement.full and not (family is not None and _is_replaced(statement, family)):
         try:
-            real = _find(statement, scope)
+            with warnings.catch_warnings():
+                told = "Importing from timm|Overwriting .* in registry"
+                warnings.filterwarnings("ignore", message=told)
+                real = _plain_import(statement.name, scope, None, statement.names, statement.level)
         except ImportError as error:
             if not _is_absent(error, statement.full, family):
                 raise
             if statement.needs_cuda:
-                raise without_cuda(statement) from None
+                raise _without_cuda(statement) from None
             if family is None:
                 raise
-    if family is None:
-        if real is None:
-            raise without_cuda(statement) if statement.needs_cuda else alone(statement)
+    elif family is None:
+        raise _without_cuda(statement) if statement.needs_cuda else _alone(statement)
+    if real is not None and (family is None or statement.level or _has_all(real, statement)):
         return real
-    if real is not None and (statement.level or _has_all(real, statement)):
-        return real
+    assert family is not None
     return _stand_in(statement, family, real)
 
 
-def _beside(statement: Statement, scope: dict[str, Any]) -> Path | None:
-    """The file that `from .name import ...` means in a file that is no part of a package, if it lies there."""
-    if statement.full or statement.level != 1 or not statement.name.isidentifier():
-        return None
-    path = Path(scope["__file__"]).parent / f"{statement.name}.py"
-    return path if path.is_file() else None
-
-
-def _run_beside(statement: Statement, scope: dict[str, Any], path: Path) -> ModuleType:
-    """The module of a file beside the user's, run once for him."""
-    name = f"{scope['__name__']}_{statement.name}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    is_done = False
-    try:
-        with pasted_imports():
-            spec.loader.exec_module(module)
-        is_done = True
-    finally:
-        if not is_done:
-            del sys.modules[name]
-    return module
-
-
-def _is_replaced(statement: Statement, family: Family | None) -> bool:
-    """Whether Python is not asked: it cannot be, or must not."""
-    if not statement.full or family is None:
-        return not statement.full
+def _is_replaced(statement: Statement, family: Family) -> bool:
+    """Whether Python must not be asked."""
     late = statement.full in BUILT_LATE and set(statement.names) <= set(family.names())
     return family.replaces or late
-
-
-def _find(statement: Statement, scope: dict[str, Any]) -> ModuleType:
-    if not statement.full.startswith("timm."):
-        return _plain_import(statement.name, scope, None, statement.names, statement.level)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Importing from timm|Overwriting .* in registry")
-        return _plain_import(statement.name, scope, None, statement.names, statement.level)
 
 
 def _is_absent(error: ImportError, full: str, family: Family | None) -> bool:
@@ -181,7 +223,7 @@ def _stand_in(statement: Statement, family: Family, real: ModuleType | None) -> 
     for name in statement.names:
         if name != "*" and not hasattr(module, name):
             if family_of(name, 1) is None:
-                raise unknown(statement, family)
+                raise _unknown(statement, family)
             setattr(module, name, _joined(name, names, None))  # `from . import conv`
     if family.told and family.told not in _told:
         _told.add(family.told)
@@ -189,7 +231,7 @@ def _stand_in(statement: Statement, family: Family, real: ModuleType | None) -> 
     return module if statement.names else _with_parents(statement.full, module)
 
 
-def _joined(name: str, names: Mapping[str, Any], real: ModuleType | None) -> ModuleType:
+def _joined(name: str, names: Mapping[str, object], real: ModuleType | None) -> ModuleType:
     module = ModuleType(name)
     module.__dict__.update({**names, **(vars(real) if real is not None else {})})
     module.__dict__.pop("__all__", None)  # `from ... import *` takes them all

@@ -1,4 +1,4 @@
-"""Stand-ins for mmcv, mmengine and the registries of mmdet and mmseg, from their documentation (Apache-2.0).
+"""What blocks take from mmcv and mmengine, from their documentation (Apache-2.0): layers by type, ConvModule, initialisation.
 
 They build the same layers under the same attribute names; weights are initialised as torch does it, pretrained ones are not read
 here. SyncBN is an ordinary BatchNorm.
@@ -6,75 +6,102 @@ here. SyncBN is an ordinary BatchNorm.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from models.blocks.layers import ChannelNorm, DropPath
-from models.pasted import deformable, initializers
+from models.pasted import deformable
+from models.pasted.deformable import Size
 from utils.errors import ConfigError
 from utils.logger import get_logger
 
-Config = Mapping[str, Any]
+T = TypeVar("T")
+Config = Mapping[str, object]
+Build = Callable[..., nn.Module]
+RELU: Config = {"type": "ReLU"}
+IN_PLACE = ("ReLU", "LeakyReLU", "RReLU", "ReLU6", "ELU", "SiLU", "Mish", "HSwish")
+
+_ACTIVATIONS: dict[str, Build] = {
+    **{
+        name: getattr(nn, name)
+        for name in ("ReLU", "LeakyReLU", "PReLU", "RReLU", "ReLU6", "ELU", "Sigmoid", "Tanh", "GELU", "SiLU", "Mish")
+    },
+    "Swish": nn.SiLU, "HSwish": nn.Hardswish, "HSigmoid": nn.Hardsigmoid,
+}  # fmt: skip
+_CONVS: dict[str, Build] = {
+    "Conv": nn.Conv2d, "Conv1d": nn.Conv1d, "Conv2d": nn.Conv2d, "Conv3d": nn.Conv3d, "deconv": nn.ConvTranspose2d,
+    "DCN": deformable.DeformConv2dPack, "DCNv2": deformable.ModulatedDeformConv2dPack,
+}  # fmt: skip
+_NORMS: dict[str, Build] = {
+    "BN": nn.BatchNorm2d, "BN1d": nn.BatchNorm1d, "BN2d": nn.BatchNorm2d, "BN3d": nn.BatchNorm3d,
+    "SyncBN": nn.BatchNorm2d, "MMSyncBN": nn.BatchNorm2d, "LN": nn.LayerNorm, "IN": nn.InstanceNorm2d, "IN2d": nn.InstanceNorm2d,
+    "GN": lambda channels, num_groups, **options: nn.GroupNorm(num_groups, channels, **options),
+    "LN2d": lambda channels, eps=1e-6: ChannelNorm(channels),
+}  # fmt: skip
+_DROPS: dict[str, Build] = {
+    "DropPath": lambda drop_prob=0.1: DropPath(drop_prob) if drop_prob else nn.Identity(),
+    "Dropout": lambda drop_prob=0.5, inplace=False: nn.Dropout(drop_prob, inplace),
+}
 
 
 class Registry:
     """Classes by name; what is registered here is registered nowhere else: a YAML names the class itself."""
 
-    def __init__(self, name: str = "models", *args: Any, **kwargs: Any) -> None:
+    def __init__(self, name: str = "type", known: Mapping[str, Build] | None = None) -> None:
         self.name = name
-        self.classes: dict[str, Any] = {}
+        self.classes: dict[str, Build] = dict(known or {})
 
-    def register_module(
-        self, name: Any = None, force: bool = False, module: Any = None
-    ) -> Callable[[Any], Any]:
-        """`@X.register_module()`, with a name or without, or as a call with the class."""
-        if callable(name) or module is not None:
-            return self._add(module or name, None)
-        return lambda build: self._add(build, name)
+    def register_module(self, name: str | Build | None = None, **options: object) -> object:
+        """`@X.register_module()`, with a name or without."""
+        if callable(name):
+            return self.register_module()(name)  # type: ignore[operator]
+
+        def add(build: Build) -> Build:
+            self.classes[name or build.__name__] = build
+            return build
+
+        return add
 
     register = register_module
 
-    def _add(self, build: Any, name: Any) -> Any:
-        names = [name] if isinstance(name, str) else name or [build.__name__]
-        self.classes.update(dict.fromkeys(names, build))
-        return build
-
-    def get(self, name: str) -> Any:
-        """The class called `name`, or None."""
-        return self.classes.get(name)
-
-    def build(self, cfg: Config, *args: Any, **kwargs: Any) -> Any:
-        """The class that `type` names, called with the other keys."""
-        options = {**cfg, **kwargs}
-        kind = options.pop("type")
-        build = kind if callable(kind) else self.get(kind) or _LAYERS.get(kind)
-        if build is None:
-            raise _unknown("type", kind, {**self.classes, **_LAYERS})
-        return build(*args, **options)
+    def build(self, cfg: Config | None, *args: object, **kwargs: object) -> nn.Module:
+        """The class that `type` names, called with the other keys; what `cfg` says goes before."""
+        options = {**kwargs, **(cfg or {})}
+        kind = options.pop("type", None) or "Conv2d"
+        if kind not in self.classes:
+            raise ConfigError(
+                f"mmcv {self.name}: got {kind!r}, expected one of {', '.join(sorted(self.classes))}. Build the layer with "
+                "torch.nn instead."
+            )
+        return self.classes[str(kind)](*args, **options)
 
 
-def build_from_cfg(cfg: Config, registry: Registry, default_args: Config | None = None) -> Any:
-    """`registry.build` with defaults."""
-    return registry.build({**(default_args or {}), **cfg})
+NORMS, ACTIVATIONS = Registry("norm_cfg", _NORMS), Registry("act_cfg", _ACTIVATIONS)
+CONVS, DROPS = Registry("conv_cfg", _CONVS), Registry("dropout_layer", _DROPS)
+MODELS = Registry("type", {**_ACTIVATIONS, **_CONVS, **_NORMS, **_DROPS})
 
 
-def _unknown(what: str, got: Any, known: Iterable[str]) -> ConfigError:
-    return ConfigError(
-        f"mmcv {what}: got {got!r}, expected one of {', '.join(sorted(known))}. Build the layer with torch.nn instead."
-    )
+def build_norm_layer(
+    cfg: Config, num_features: int, postfix: int | str = ""
+) -> tuple[str, nn.Module]:
+    """Name (`bn1`) and norm of `dict(type='BN', requires_grad=True, eps=1e-5)`."""
+    options = dict(cfg)
+    is_trained = bool(options.pop("requires_grad", True))
+    layer = NORMS.build(options, num_features).requires_grad_(is_trained)
+    short = str(cfg["type"]).lower().removeprefix("mm").removeprefix("sync")[:2]
+    return f"{short}{postfix}", layer
 
 
 class BaseModule(nn.Module):
     """A module that knows how it is to be initialised; torch's own way is kept."""
 
-    def __init__(self, init_cfg: Any = None) -> None:
+    def __init__(self, init_cfg: object = None) -> None:
         super().__init__()
-        self.init_cfg = copy.deepcopy(init_cfg)
+        self.init_cfg = init_cfg
 
     def init_weights(self) -> None:
         """Nothing: weights come by `--weights` and `--backbone-weights`."""
@@ -83,7 +110,7 @@ class BaseModule(nn.Module):
 class ModuleList(BaseModule, nn.ModuleList):
     """`nn.ModuleList` with `init_cfg`."""
 
-    def __init__(self, modules: Iterable[nn.Module] | None = None, init_cfg: Any = None) -> None:
+    def __init__(self, modules: Iterable[nn.Module] | None = None, init_cfg: object = None) -> None:
         BaseModule.__init__(self, init_cfg)
         nn.ModuleList.__init__(self, modules)
 
@@ -91,20 +118,9 @@ class ModuleList(BaseModule, nn.ModuleList):
 class Sequential(BaseModule, nn.Sequential):
     """`nn.Sequential` with `init_cfg`."""
 
-    def __init__(self, *args: Any, init_cfg: Any = None) -> None:
+    def __init__(self, *args: nn.Module, init_cfg: object = None) -> None:
         BaseModule.__init__(self, init_cfg)
         nn.Sequential.__init__(self, *args)
-
-
-class Clip(nn.Module):
-    """Values cut to [min, max]."""
-
-    def __init__(self, min: float = -1.0, max: float = 1.0) -> None:
-        super().__init__()
-        self.min, self.max = min, max
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.clamp(self.min, self.max)
 
 
 class Scale(nn.Module):
@@ -118,80 +134,6 @@ class Scale(nn.Module):
         return x * self.scale
 
 
-_ACTIVATIONS: dict[str, Any] = {
-    **{
-        name: getattr(nn, name)
-        for name in ("ReLU", "LeakyReLU", "PReLU", "RReLU", "ReLU6", "ELU", "Sigmoid", "Tanh", "GELU", "SiLU", "Mish")
-    },
-    "Swish": nn.SiLU, "HSwish": nn.Hardswish, "HSigmoid": nn.Hardsigmoid, "Clip": Clip, "Clamp": Clip,
-}  # fmt: skip
-_NORMS: dict[str, tuple[str, Any]] = {
-    "BN": ("bn", nn.BatchNorm2d), "BN1d": ("bn", nn.BatchNorm1d), "BN2d": ("bn", nn.BatchNorm2d),
-    "BN3d": ("bn", nn.BatchNorm3d), "SyncBN": ("bn", nn.BatchNorm2d), "MMSyncBN": ("bn", nn.BatchNorm2d),
-    "GN": ("gn", nn.GroupNorm), "LN": ("ln", nn.LayerNorm), "LN2d": ("ln", ChannelNorm), "IN": ("in", nn.InstanceNorm2d),
-    "IN2d": ("in", nn.InstanceNorm2d),
-}  # fmt: skip
-_CONVS: dict[str, Any] = {
-    "Conv": nn.Conv2d, "Conv1d": nn.Conv1d, "Conv2d": nn.Conv2d, "Conv3d": nn.Conv3d, "deconv": nn.ConvTranspose2d,
-    "DCN": deformable.DeformConv2dPack, "DCNv2": deformable.ModulatedDeformConv2dPack,
-}  # fmt: skip
-_WITHOUT_INPLACE = ("Tanh", "PReLU", "Sigmoid", "HSigmoid", "GELU", "Clip", "Clamp")
-
-
-def build_norm_layer(
-    cfg: Config, num_features: int, postfix: int | str = ""
-) -> tuple[str, nn.Module]:
-    """Name (`bn1`) and norm of `dict(type='BN', requires_grad=True, eps=1e-5)`."""
-    options = dict(cfg)
-    kind, is_trained = options.pop("type"), options.pop("requires_grad", True)
-    if kind not in _NORMS:
-        raise _unknown("norm_cfg", kind, _NORMS)
-    short, build = _NORMS[kind]
-    first = (options.pop("num_groups"), num_features) if kind == "GN" else (num_features,)
-    if kind != "GN":
-        options.setdefault("eps", 1e-5)
-    if kind == "LN2d":
-        options.clear()
-    layer = build(*first, **options)
-    layer.requires_grad_(is_trained)
-    return f"{short}{postfix}", layer
-
-
-def build_activation_layer(cfg: Config) -> nn.Module:
-    """`dict(type='ReLU', inplace=True)`."""
-    options = dict(cfg)
-    kind = options.pop("type")
-    if kind not in _ACTIVATIONS:
-        raise _unknown("act_cfg", kind, _ACTIVATIONS)
-    return _ACTIVATIONS[kind](**options)
-
-
-def build_conv_layer(cfg: Config | None, *args: Any, **kwargs: Any) -> nn.Module:
-    """`dict(type='DCNv2', deform_groups=1)`, None for an ordinary convolution."""
-    options = dict(cfg or {})
-    kind = options.pop("type", None) or "Conv2d"
-    if kind not in _CONVS:
-        raise _unknown("conv_cfg", kind, _CONVS)
-    return _CONVS[kind](*args, **kwargs, **options)
-
-
-def build_upsample_layer(cfg: Config, *args: Any, **kwargs: Any) -> nn.Module:
-    """`dict(type='nearest', scale_factor=2)`, bilinear or deconv."""
-    options = dict(cfg)
-    kind = options.pop("type")
-    build: Any = nn.ConvTranspose2d if kind == "deconv" else nn.Upsample
-    mode = {} if kind == "deconv" else {"mode": kind}
-    return build(*args, **{**kwargs, **options, **mode})
-
-
-def build_dropout(cfg: Config | None, default_args: Any = None) -> nn.Module:
-    """`dict(type='DropPath', drop_prob=0.1)` or Dropout; None passes its input on."""
-    rate = (cfg or {}).get("drop_prob", 0.0 if not cfg else 0.5)
-    if cfg and cfg["type"] == "Dropout":
-        return nn.Dropout(rate)
-    return DropPath(rate) if rate else nn.Identity()
-
-
 class ConvModule(nn.Module):
     """Convolution, norm, activation, in the order that `order` says; without a norm the convolution has a bias."""
 
@@ -199,187 +141,160 @@ class ConvModule(nn.Module):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: Any,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size = 0,
+        dilation: Size = 1,
         groups: int = 1,
         bias: bool | str = "auto",
         conv_cfg: Config | None = None,
         norm_cfg: Config | None = None,
-        act_cfg: Config | None = {"type": "ReLU"},  # noqa: B006 - never changed
+        act_cfg: Config | None = RELU,
         inplace: bool = True,
-        with_spectral_norm: bool = False,
-        padding_mode: str = "zeros",
-        order: tuple[str, ...] = ("conv", "norm", "act"),
+        order: Sequence[str] = ("conv", "norm", "act"),
     ) -> None:
         super().__init__()
-        self.order, self.with_norm = order, norm_cfg is not None
-        self.with_activation = act_cfg is not None
-        self.with_bias = not self.with_norm if bias == "auto" else bool(bias)
-        mode = {} if padding_mode == "zeros" else {"padding_mode": padding_mode}
-        self.conv: Any = build_conv_layer(
+        self.order = order
+        self.conv = CONVS.build(
             conv_cfg, in_channels, out_channels, kernel_size, stride=stride, padding=padding, dilation=dilation,
-            groups=groups, bias=self.with_bias, **mode,
+            groups=groups, bias=norm_cfg is None if bias == "auto" else bool(bias),
         )  # fmt: skip
         self.norm_name = ""
         if norm_cfg is not None:
-            behind = order.index("norm") > order.index("conv")
+            is_behind = order.index("norm") > order.index("conv")
             self.norm_name, norm = build_norm_layer(
-                norm_cfg, out_channels if behind else in_channels
+                norm_cfg, out_channels if is_behind else in_channels
             )
             self.add_module(self.norm_name, norm)
+        self.activate: nn.Module | None = None
         if act_cfg is not None:
-            may = act_cfg["type"] not in (*_WITHOUT_INPLACE, "Swish")
-            self.activate = build_activation_layer(
-                {"inplace": inplace, **act_cfg} if may else act_cfg
-            )
+            option = {"inplace": inplace} if act_cfg["type"] in IN_PLACE else {}
+            self.activate = ACTIVATIONS.build({**option, **act_cfg})
 
     @property
     def norm(self) -> nn.Module | None:
         """The norm, None where there is none."""
-        return getattr(self, self.norm_name) if self.norm_name else None
+        return self.get_submodule(self.norm_name) if self.norm_name else None
 
-    def forward(self, x: Tensor, activate: bool = True, norm: bool = True) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        layers = {"conv": self.conv, "norm": self.norm, "act": self.activate}
         for step in self.order:
-            if step == "conv":
-                x = self.conv(x)
-            elif step == "norm" and norm and self.norm is not None:
-                x = self.norm(x)
-            elif step == "act" and activate and self.with_activation:
-                x = self.activate(x)
+            layer = layers[step]
+            x = x if layer is None else layer(x)
         return x
 
 
 class DepthwiseSeparableConvModule(nn.Module):
-    """A depthwise `ConvModule` and a pointwise one."""
+    """A depthwise `ConvModule` and a pointwise one; `dw_norm_cfg` and the like are for one of them."""
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: Any,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size = 0,
+        dilation: Size = 1,
         norm_cfg: Config | None = None,
-        act_cfg: Config | None = {"type": "ReLU"},  # noqa: B006 - never changed
-        **kwargs: Any,
+        act_cfg: Config | None = RELU,
+        **own: Config | None,
     ) -> None:
         super().__init__()
-        own = {
-            key: kwargs.pop(key, "default")
-            for key in ("dw_norm_cfg", "dw_act_cfg", "pw_norm_cfg", "pw_act_cfg")
-        }
-        norms = [
-            norm_cfg if own[f"{part}_norm_cfg"] == "default" else own[f"{part}_norm_cfg"]
-            for part in ("dw", "pw")
-        ]
-        acts = [
-            act_cfg if own[f"{part}_act_cfg"] == "default" else own[f"{part}_act_cfg"]
-            for part in ("dw", "pw")
-        ]
+        norms = [own.get(f"{part}_norm_cfg", norm_cfg) for part in ("dw", "pw")]
+        acts = [own.get(f"{part}_act_cfg", act_cfg) for part in ("dw", "pw")]
         self.depthwise_conv = ConvModule(
-            in_channels, in_channels, kernel_size, stride, padding, dilation, in_channels,
-            norm_cfg=norms[0], act_cfg=acts[0], **kwargs,
+            in_channels, in_channels, kernel_size, stride, padding, dilation, in_channels, norm_cfg=norms[0], act_cfg=acts[0]
         )  # fmt: skip
         self.pointwise_conv = ConvModule(
-            in_channels, out_channels, 1, norm_cfg=norms[1], act_cfg=acts[1], **kwargs
+            in_channels, out_channels, 1, norm_cfg=norms[1], act_cfg=acts[1]
         )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.pointwise_conv(self.depthwise_conv(x))
 
 
-def _unchanged(*args: Any, **kwargs: Any) -> Any:
-    """A decorator, with arguments or without, that leaves the function as it is."""
-    is_bare = len(args) == 1 and callable(args[0]) and not kwargs
-    return args[0] if is_bare else lambda function: function
+def _set(module: nn.Module, fill: Callable[[Tensor], Tensor], bias: float) -> None:
+    """A weight by some rule, a bias by one number, where there are such."""
+    for name, parameter in module.named_parameters(recurse=False):
+        if name == "weight":
+            fill(parameter)
+        elif name == "bias":
+            nn.init.constant_(parameter, bias)
 
 
-def _no_weights(*args: Any, **kwargs: Any) -> Any:
+def constant_init(module: nn.Module, val: float, bias: float = 0) -> None:
+    """One value for the weight, one for the bias."""
+    _set(module, lambda w: nn.init.constant_(w, val), bias)
+
+
+def normal_init(module: nn.Module, mean: float = 0, std: float = 1, bias: float = 0) -> None:
+    """A normal distribution."""
+    _set(module, lambda w: nn.init.normal_(w, mean, std), bias)
+
+
+def trunc_normal_init(
+    module: nn.Module, mean: float = 0, std: float = 1, a: float = -2, b: float = 2, bias: float = 0
+) -> None:
+    """A normal distribution cut to [a, b]."""
+    _set(module, lambda w: nn.init.trunc_normal_(w, mean, std, a, b), bias)
+
+
+def xavier_init(
+    module: nn.Module, gain: float = 1, bias: float = 0, distribution: str = "normal"
+) -> None:
+    """Glorot's initialisation."""
+    is_uniform = distribution == "uniform"
+    fill = nn.init.xavier_uniform_ if is_uniform else nn.init.xavier_normal_
+    _set(module, lambda w: fill(w, gain), bias)
+
+
+def kaiming_init(
+    module: nn.Module,
+    a: float = 0,
+    mode: str = "fan_out",
+    nonlinearity: str = "relu",
+    bias: float = 0,
+    distribution: str = "normal",
+) -> None:
+    """He's initialisation."""
+    is_uniform = distribution == "uniform"
+    fill = nn.init.kaiming_uniform_ if is_uniform else nn.init.kaiming_normal_
+    _set(module, lambda w: fill(w, a, mode, nonlinearity), bias)  # type: ignore[arg-type]
+
+
+def bias_init_with_prob(prior_prob: float = 0.01) -> float:
+    """The bias at which a sigmoid gives `prior_prob` (focal loss, arXiv 1708.02002, section 4.1)."""
+    return -math.log((1 - prior_prob) / prior_prob)
+
+
+def _unchanged(**options: object) -> Callable[[T], T]:
+    """A decorator that leaves the function as it is."""
+    return lambda function: function
+
+
+def _no_weights(*args: object, **kwargs: object) -> None:
     raise ConfigError(
         f"load_checkpoint: got {args[1:] or kwargs}, expected no weights here. Give them by --backbone-weights FILE."
     )
 
 
-def _pair_of(x: Any) -> tuple[Any, ...]:
-    return tuple(x) if isinstance(x, (list, tuple)) else (x, x)
-
-
-def make_divisible(
-    value: float, divisor: int, min_value: int | None = None, min_ratio: float = 0.9
-) -> int:
-    """The nearest multiple of `divisor` that is not below `min_ratio` of `value` (MobileNetV2's rule)."""
-    nearest = max(min_value or divisor, int(value + divisor / 2) // divisor * divisor)
-    return nearest + divisor if nearest < min_ratio * value else nearest
-
-
-def resize(input: Tensor, *args: Any, warning: bool = True, **kwargs: Any) -> Tensor:
-    """`interpolate`, with a flag that is not needed."""
-    return functional.interpolate(input, *args, **kwargs)
-
-
-def print_log(msg: str, *args: Any, **kwargs: Any) -> None:
-    """One line on the console."""
-    get_logger().info(msg)
-
-
-class MMLogger:
-    """Gives the console's logger."""
-
-    @staticmethod
-    def get_current_instance() -> Any:
-        return get_logger()
-
-
-_LAYERS: dict[str, Any] = {
-    **_ACTIVATIONS, **_CONVS, **{kind: build for kind, (_, build) in _NORMS.items()}, "DropPath": DropPath,
-}  # fmt: skip
 _REGISTRIES = (
-    *(
-        "MODELS",
-        "BACKBONES",
-        "NECKS",
-        "HEADS",
-        "DETECTORS",
-        "SEGMENTORS",
-        "LOSSES",
-        "CONV_LAYERS",
-        "NORM_LAYERS",
-    ),
-    *(
-        "ACTIVATION_LAYERS",
-        "PLUGIN_LAYERS",
-        "UPSAMPLE_LAYERS",
-        "DROPOUT_LAYERS",
-        "ATTENTION",
-        "TRANSFORMER_LAYER",
-    ),
-    *(
-        "TRANSFORMER_LAYER_SEQUENCE",
-        "FEEDFORWARD_NETWORK",
-        "POSITIONAL_ENCODING",
-        "MODULES",
-        "TASK_UTILS",
-    ),
-    *("ROTATED_BACKBONES", "ROTATED_NECKS", "SHARED_HEADS", "ROI_EXTRACTORS"),
-)
-NAMES: Mapping[str, Any] = {
-    **{name: Registry(name) for name in _REGISTRIES},
-    "Registry": Registry, "build_from_cfg": build_from_cfg, "BaseModule": BaseModule, "ModuleList": ModuleList,
-    "Sequential": Sequential, "ModuleDict": nn.ModuleDict, "ConvModule": ConvModule,
-    "DepthwiseSeparableConvModule": DepthwiseSeparableConvModule, "Scale": Scale, "Clip": Clip, "DropPath": DropPath,
+    "MODELS", "BACKBONES", "NECKS", "HEADS", "DETECTORS", "SEGMENTORS", "ATTENTION", "PLUGIN_LAYERS", "TRANSFORMER_LAYER",
+    "POSITIONAL_ENCODING", "ROTATED_BACKBONES", "ROTATED_NECKS",
+)  # fmt: skip
+NAMES: Mapping[str, object] = {
+    **dict.fromkeys(_REGISTRIES, MODELS), "NORM_LAYERS": NORMS, "ACTIVATION_LAYERS": ACTIVATIONS, "CONV_LAYERS": CONVS,
+    "Registry": Registry, "BaseModule": BaseModule, "ModuleList": ModuleList, "Sequential": Sequential,
+    "ModuleDict": nn.ModuleDict, "ConvModule": ConvModule,
+    "DepthwiseSeparableConvModule": DepthwiseSeparableConvModule, "Scale": Scale, "DropPath": DropPath, "LayerNorm2d": ChannelNorm,
     "Swish": nn.SiLU, "HSwish": nn.Hardswish, "HSigmoid": nn.Hardsigmoid, "Conv2d": nn.Conv2d, "Linear": nn.Linear,
-    "MaxPool2d": nn.MaxPool2d, "ConvTranspose2d": nn.ConvTranspose2d, "LayerNorm2d": ChannelNorm,
-    "build_norm_layer": build_norm_layer, "build_activation_layer": build_activation_layer,
-    "build_conv_layer": build_conv_layer, "build_upsample_layer": build_upsample_layer, "build_dropout": build_dropout,
-    **{name: getattr(initializers, name) for name in initializers.__all__}, "trunc_normal_": nn.init.trunc_normal_,
-    "auto_fp16": _unchanged, "force_fp32": _unchanged,
-    "load_checkpoint": _no_weights, "_load_checkpoint": _no_weights, "load_state_dict": _no_weights,
-    "load_from_local": _no_weights, "to_2tuple": _pair_of, "make_divisible": make_divisible, "resize": resize,
-    "get_root_logger": lambda *args, **kwargs: get_logger(), "print_log": print_log, "MMLogger": MMLogger,
-    **dict.fromkeys(("ConfigType", "OptConfigType", "MultiConfig", "OptMultiConfig"), Any),
-    "ConfigDict": dict, "digit_version": lambda text: tuple(int(p) for p in text.split("+")[0].split(".")[:3]),
-    "is_norm": lambda layer: isinstance(layer, (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)),
+    "MaxPool2d": nn.MaxPool2d, "ConvTranspose2d": nn.ConvTranspose2d,
+    "build_norm_layer": build_norm_layer, "build_activation_layer": ACTIVATIONS.build, "build_conv_layer": CONVS.build,
+    "build_dropout": lambda cfg: DROPS.build(cfg) if cfg else nn.Identity(),
+    "constant_init": constant_init, "normal_init": normal_init, "trunc_normal_init": trunc_normal_init,
+    "xavier_init": xavier_init, "kaiming_init": kaiming_init, "bias_init_with_prob": bias_init_with_prob,
+    "trunc_normal_": nn.init.trunc_normal_, "auto_fp16": _unchanged, "force_fp32": _unchanged,
+    **dict.fromkeys(("load_checkpoint", "_load_checkpoint", "load_state_dict"), _no_weights), "to_2tuple": deformable.pair,
+    "get_root_logger": lambda *args, **kwargs: get_logger(), "print_log": lambda msg, *args, **kwargs: get_logger().info(msg),
+    **dict.fromkeys(("ConfigType", "OptConfigType", "MultiConfig", "OptMultiConfig", "ConfigDict"), dict),
 }  # fmt: skip

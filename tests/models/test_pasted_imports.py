@@ -21,8 +21,7 @@ from torch import nn
 from models import common, registry
 from models.blocks import csp, layers
 from models.pasted import deformable
-from models.pasted.imports import pasted_imports
-from models.pasted.statement import PastedImportError
+from models.pasted.imports import PastedImportError, pasted_imports
 from utils import boxes
 from utils.errors import ForeignError, foreign_code
 from utils.logger import get_logger

@@ -1,4 +1,4 @@
-"""What stands in for other projects: small functions, deformable convolutions, mmcv, detectron2."""
+"""What stands in for other projects: small functions, deformable convolutions, mmcv."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_a_pack_starts_as_a_plain_convolution_and_trains(name: str, share: float
     assert all(p.grad is not None for p in layer.parameters())
 
 
-# --- mmcv and detectron2 --------------------------------------------------------------------------
+# --- mmcv ----------------------------------------------------------------------------------------
 
 MM_FILE = """
 import torch
@@ -202,25 +202,3 @@ def test_an_unknown_kind_of_layer_is_told(run):
     module = run("from mmcv.cnn import build_norm_layer")
     with pytest.raises(Exception, match="mmcv norm_cfg: got 'XN', expected one of BN, BN1d"):
         module.build_norm_layer({"type": "XN"}, 8)
-
-
-def test_a_file_of_detectron_builds(run):
-    module = run("""
-from detectron2.layers import Conv2d, ShapeSpec, get_norm
-from detectron2.modeling import BACKBONE_REGISTRY, Backbone
-from fvcore.nn import weight_init
-import fvcore.nn.weight_init as same
-
-@BACKBONE_REGISTRY.register()
-class Net(Backbone):
-    def __init__(self):
-        super().__init__()
-        self.conv = Conv2d(3, 8, 3, padding=1, bias=False, norm=get_norm("BN", 8), activation=None)
-        same.c2_msra_fill(self.conv)
-        self._out_features = ["res2"]
-        self._out_feature_channels = {"res2": 8}
-        self._out_feature_strides = {"res2": 1}
-""")
-    net = module.Net()
-    assert net.output_shape()["res2"].channels == 8
-    assert net.conv(torch.rand(1, 3, 4, 4)).shape == (1, 8, 4, 4)
