@@ -3,7 +3,8 @@
 Source: TOOD (Feng et al., ICCV 2021, arXiv 2108.07755, section 3.2): alignment = score^alpha *
 overlap^beta. As the YOLO families have it, the overlap is CIoU cut at 0 (Zheng et al., arXiv
 1911.08287), only anchor points inside an object may serve it, and a prediction that several objects
-want goes to the one it overlaps most.
+want goes to the one it overlaps most. Small objects may be looked for in a larger place (small-target-aware
+assignment, YOLO26, arXiv 2606.03748): else none of the finest grid's points may lie in them.
 
 Letters: B batch, A anchor points, N objects of the whole batch, C classes, P positive pairs.
 Predictions of all images are counted through: prediction i of image b is number b * A + i.
@@ -24,6 +25,16 @@ from utils.structures import Targets
 
 PAIRS_AT_ONCE = 2**21
 EPS = 1e-9
+
+
+class Small(NamedTuple):
+    """Which objects are small: sides below `side` pixels count as `grown` where points inside them are sought."""
+
+    side: float = 0.0
+    grown: float = 0.0
+
+
+NONE_SMALL = Small()
 
 
 class Predictions(NamedTuple):
@@ -72,7 +83,13 @@ class Assignment(NamedTuple):
 
 @torch.no_grad()
 def assign(
-    predictions: Predictions, targets: Targets, *, topk: int, alpha: float, beta: float
+    predictions: Predictions,
+    targets: Targets,
+    *,
+    topk: int,
+    alpha: float,
+    beta: float,
+    small: Small = NONE_SMALL,
 ) -> Assignment:
     """Assign predictions to objects.
 
@@ -82,6 +99,7 @@ def assign(
         topk: predictions an object may take.
         alpha: power of the score.
         beta: power of the overlap.
+        small: objects that serve more points than lie in them.
     """
     order = canonical_order(targets)
     ordered = Targets(*(values[order] for values in targets))
@@ -90,7 +108,7 @@ def assign(
     found = []
     for start in range(0, max(len(order), 1), rows):
         part = Targets(*(values[start : start + rows] for values in ordered))
-        best = best_of_each(*align(predictions, part, alpha, beta), topk)
+        best = best_of_each(*align(predictions, part, alpha, beta, small), topk)
         numbers = best.predictions + part.image_index[best.objects] * count
         found.append(best._replace(objects=best.objects + start, predictions=numbers))
     candidates = Candidates(*(torch.cat(parts) for parts in zip(*found, strict=True)))
@@ -107,13 +125,17 @@ def canonical_order(targets: Targets) -> Tensor:
 
 
 def align(
-    predictions: Predictions, targets: Targets, alpha: float, beta: float
+    predictions: Predictions,
+    targets: Targets,
+    alpha: float,
+    beta: float,
+    small: Small = NONE_SMALL,
 ) -> tuple[Tensor, Tensor]:
     """Alignment and overlap of every object with its image's predictions, (N, A) and (N, A).
 
     Both are 0 where the anchor point is not inside the object.
     """
-    inside = points_inside(predictions.points, targets.boxes)
+    inside = points_inside(predictions.points, grow_small(targets.boxes, small))
     rows, columns = inside.nonzero(as_tuple=True)
     images = targets.image_index[rows]
     found = complete_iou(predictions.boxes[images, columns], targets.boxes[rows]).clamp(min=0)
@@ -123,6 +145,15 @@ def align(
     overlaps[rows, columns] = found
     alignment[rows, columns] = scores.pow(alpha) * found.pow(beta)
     return alignment, overlaps
+
+
+def grow_small(boxes: Tensor, small: Small) -> Tensor:
+    """xyxy boxes (N, 4) with the same centres, short sides replaced: (2, 5, 8, 25) is (-3, 5, 13, 25) for 8 and 16."""
+    centre, size = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
+    half = torch.where(size < small.side, small.grown, size) / 2
+    return torch.where(
+        (size < small.side).repeat(1, 2), torch.cat((centre - half, centre + half), 1), boxes
+    )
 
 
 def points_inside(points: Tensor, boxes: Tensor) -> Tensor:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.assigners.task_aligned import Assignment, Predictions, assign
-from models.heads.ddetect import DualRaw
-from models.heads.dfl import DFLRaw, distances_to_boxes, expected_distance
+from models.assigners.task_aligned import Assignment, Predictions, Small, assign
+from models.heads.ddetect import DDetect, DualDDetect, DualRaw
+from models.heads.dfl import DFLDetect, DFLRaw, distances_to_boxes, expected_distance
 from models.losses.box import BoxLoss, Frame
 from models.losses.classification import ClassTargets, choose_class_loss
 from utils.structures import Targets
@@ -24,26 +24,32 @@ from utils.structures import Targets
 LAST_BIN_MARGIN = 0.01
 
 
+DFLHead = DFLDetect | DDetect | DualDDetect
+
+
 class TaskAlignedLoss:
     """Loss of one branch of predictions.
 
     Args:
         head: gives `reg_max`.
-        hyp: weights `box`, `cls`, `dfl`; assignment `tal_topk`, `tal_alpha`, `tal_beta`; `box_loss`
-            (CIoU if it has none), `cls_loss` (`bce`) and the numbers that these read.
+        hyp: weights `box`, `cls`, `dfl`; assignment `tal_topk`, `tal_alpha`, `tal_beta`; `stal`, of how many
+            finest strides the sides of smaller objects count (0: as they are); `box_loss` (CIoU if it has
+            none), `cls_loss` (`bce`) and the numbers that these read.
         allow_code: whether `box_loss` may be a user's file.
     """
 
     times_batch = True
 
-    def __init__(self, head: Any, hyp: Mapping[str, Any], *, allow_code: bool = False) -> None:
+    def __init__(self, head: DFLHead, hyp: Mapping[str, Any], *, allow_code: bool = False) -> None:
         self.hyp = hyp
         self.box_loss = BoxLoss(hyp.get("box_loss", "ciou"), hyp, allow_code=allow_code)
         self.class_loss = choose_class_loss(hyp.get("cls_loss", "bce"), hyp)
-        self.reg_max: int = head.reg_max
+        self.reg_max = head.reg_max
         self.weights = {name: float(hyp[name]) for name in ("box", "cls", "dfl")}
         self.topk = int(hyp["tal_topk"])
         self.alpha, self.beta = float(hyp["tal_alpha"]), float(hyp["tal_beta"])
+        finest = float(min(head.strides))
+        self.small = Small(finest, finest * hyp["stal"]) if hyp.get("stal") else Small()
 
     def __call__(self, raw: DFLRaw, targets: Targets) -> dict[str, Tensor]:
         """Weighted terms `box`, `cls` and `dfl`, each a scalar in float32."""
@@ -59,7 +65,14 @@ class TaskAlignedLoss:
     def _assign(self, raw: DFLRaw, targets: Targets) -> Assignment:
         boxes = self._boxes(raw.distances, raw.points, raw.strides)
         predictions = Predictions(raw.logits.sigmoid(), boxes, raw.points)
-        return assign(predictions, targets, topk=self.topk, alpha=self.alpha, beta=self.beta)
+        return assign(
+            predictions,
+            targets,
+            topk=self.topk,
+            alpha=self.alpha,
+            beta=self.beta,
+            small=self.small,
+        )
 
     def _boxes(self, distances: Tensor, points: Tensor, strides: Tensor) -> Tensor:
         bins = torch.arange(self.reg_max, dtype=torch.float32, device=distances.device)
@@ -123,7 +136,7 @@ class DualTaskAlignedLoss:
 
     times_batch = True
 
-    def __init__(self, head: Any, hyp: Mapping[str, Any], *, allow_code: bool = False) -> None:
+    def __init__(self, head: DFLHead, hyp: Mapping[str, Any], *, allow_code: bool = False) -> None:
         self.branch = TaskAlignedLoss(head, hyp, allow_code=allow_code)
         self.box_loss = self.branch.box_loss
         self.aux_weight = float(hyp["aux_weight"])

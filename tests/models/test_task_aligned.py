@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,15 +14,17 @@ from models.assigners import task_aligned as module
 from models.assigners.task_aligned import (
     Assignment,
     Predictions,
+    Small,
     assign,
     best_of_each,
+    grow_small,
     points_inside,
     settle,
     weigh,
 )
 from models.family import build_criterion, total_loss
 from models.heads.ddetect import DualRaw
-from models.heads.dfl import DFLRaw, anchor_points
+from models.heads.dfl import DFLDetect, DFLRaw, anchor_points
 from models.losses.task_aligned import (
     DualTaskAlignedLoss,
     TaskAlignedLoss,
@@ -39,7 +40,7 @@ HYP = {
     "aux_weight": 0.25,
 }  # fmt: skip
 HYPS = Path(__file__).parents[2] / "data" / "hyps"
-HEAD = SimpleNamespace(reg_max=16, num_classes=5)
+HEAD = DFLDetect(5, channels=[8, 8, 8])
 
 
 def test_three_objects_and_four_predictions_by_hand():
@@ -64,6 +65,31 @@ def test_each_object_takes_no_more_than_it_may():
     alignment = torch.tensor([[0.1, 0.4, 0.3, 0.2]])
     found = best_of_each(alignment, alignment, topk=2)
     assert found.predictions.tolist() == [1, 2]
+
+
+def test_short_sides_of_small_objects_count_as_longer_each_by_itself():
+    boxes = torch.tensor([[2.0, 5, 8, 25], [0, 0, 8, 9]])
+    grown = grow_small(boxes, Small(8, 16))
+    assert grown.tolist() == [[-3, 5, 13, 25], [0, 0, 8, 9]]
+    assert torch.equal(grow_small(boxes, Small()), boxes)
+
+
+def test_an_object_between_the_points_gets_candidates_when_it_is_grown():
+    """6 x 6 pixels around (8, 8), in the middle of four points of a grid of stride 8."""
+    points, _ = anchor_points([torch.zeros(1, 1, 4, 4)], (8,))
+    targets = Targets(torch.tensor([0]), torch.tensor([0]), torch.tensor([[5.0, 5, 11, 11]]))
+    boxes = torch.cat((points - 8, points + 8), 1)[None]
+    predictions = Predictions(torch.full((1, 16, 1), 0.5), boxes, points)
+    assert len(assign(predictions, targets, **RULE).objects) == 0
+    found = assign(predictions, targets, **RULE, small=Small(8, 16))
+    assert sorted(found.predictions.tolist()) == [0, 1, 4, 5]
+
+
+def test_the_recipe_says_how_far_small_objects_grow():
+    head = DFLDetect(5, channels=[8, 8])
+    head.initialize((8, 16))
+    assert TaskAlignedLoss(head, HYP).small == Small()
+    assert TaskAlignedLoss(head, {**HYP, "stal": 2.0}).small == Small(8, 16)
 
 
 def test_points_on_the_edge_are_outside():
