@@ -40,7 +40,7 @@ from benchmarks.settling import settle
 from benchmarks.tables import aligned
 from deploy.exporters.network import ExportOptions, blobs
 from deploy.exporters.onnx_file import export_onnx
-from deploy.exporters.verify import Case, verify
+from deploy.exporters.verify import verify
 from engine.setup import recipe
 from models.family import build_criterion, total_loss
 from models.reparam import FuseError, fuse
@@ -158,13 +158,9 @@ def _check_steps(
     options = ExportOptions(imgsz=size, dynamic="all" if result["any_size"] else "")
     path = export_onnx(fused, options, folder / "cell.pt")
     cases = verify(path, fused, options)
-    result.update(onnx=max(_relative(c) for c in cases), limit=max(c.limit for c in cases))
+    result.update(onnx=max(c.relative for c in cases), limit=max(c.limit for c in cases))
     result["cases"] = [str(case) for case in cases]
     del result["step"]
-
-
-def _relative(case: Case) -> float:
-    return max(case.relative_boxes, case.relative_scores)
 
 
 def train_step(model: DetectionModel, size: tuple[int, int]) -> None:

@@ -37,8 +37,7 @@ from benchmarks.settling import settle
 from benchmarks.tables import aligned
 from deploy.backends import load_backend
 from deploy.exporters.network import ExportOptions
-from deploy.exporters.reference import Reference, take_reference
-from deploy.exporters.verify import predict
+from deploy.exporters.verify import Reference, hold, predict, take_reference
 from export import EXPORTERS
 from models.parser.rows import read_model_config
 from models.reparam import FuseError, fuse
@@ -117,9 +116,8 @@ def check_format(
         cases = []
         for reference in subject.references:
             output = predict(backend, subject.model, reference.images, options)
-            boxes, scores = output.gaps(subject.model, reference, options)
-            shape = [len(reference.images), *reference.imgsz]
-            cases.append([*shape, boxes.relative, scores.relative])
+            case = hold(output, subject.model, reference, options)
+            cases.append([case.batch, *case.imgsz, *(gap.relative for gap in case.gaps)])
         result["cases"] = cases
         result.update(verdict(result))
     except FAILURES as error:

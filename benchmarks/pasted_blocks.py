@@ -144,7 +144,7 @@ def write_all(
             with foreign_code():  # openvino has errors of its own
                 path = EXPORTERS[form].write(fused, options, folder / "block.pt")
                 cases = verify(path, fused, options)
-            yield form, max(max(c.relative_boxes, c.relative_scores) for c in cases)
+            yield form, max(c.relative for c in cases)
         except UserError as error:
             yield form, str(error)
 

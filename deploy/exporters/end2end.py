@@ -1,7 +1,6 @@
-"""NMS or top-k as an ONNX graph, put behind a network that gives boxes and scores.
+"""NMS or top-k as an ONNX graph, put behind a network that gives boxes and scores, and whether it chose rightly.
 
-Letters: N batch, A anchor points, C classes, S boxes that NMS selects in the whole batch, K
-    `max_det`.
+Letters: N batch, A anchor points, C classes, S boxes that NMS selects in the whole batch, K `max_det`.
 
 The graphs do what `models.postprocess` does with one label a box: the best class of each box
 counts, boxes suppress others of their class, the K best of each image stay. Every image gets K
@@ -11,13 +10,22 @@ image size may be dynamic.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from deploy.exporters.network import ExportOptions
+from utils.structures import Detections
+
+if TYPE_CHECKING:
+    import onnx
 
 OUTPUTS = ("output0", "num_dets")
 TAPS = ("boxes", "scores")
 """Tensors inside the graph that go into the NMS or top-k."""
+EXACT = 1e-5
+"""Slack in the rules of NMS for sums that another runtime rounds in another way."""
 
 # The best class of each box: `best` (N, A) where above the threshold, else -1.
 _BEST = """
@@ -115,17 +123,19 @@ _COUNT = """
 """
 
 
-def append_postprocess(network: Any, kind: str, options: ExportOptions, opset: int) -> Any:
+def append_postprocess(
+    network: onnx.ModelProto, kind: str, options: ExportOptions
+) -> onnx.ModelProto:
     """An ONNX model with outputs `output0` (N, K, 6) and `num_dets` (N,).
 
     Args:
         network: ONNX model with outputs `boxes` (N, A, 4), xyxy, and `scores` (N, A, C).
         kind: "nms" or "topk".
         options: thresholds and `max_det`.
-        opset: that of `network`.
     """
     import onnx
 
+    opset = next(o.version for o in network.opset_import if o.domain in ("", "ai.onnx"))
     body = _BEST + (_SUPPRESS + _SORT if kind == "nms" else _RANK) + _COUNT
     body = body.format(
         max_det=options.max_det,
@@ -153,3 +163,52 @@ def append_postprocess(network: Any, kind: str, options: ExportOptions, opset: i
 def _literal(number: float) -> str:
     """A float as the ONNX text form writes it: digits, a point, no exponent."""
     return f"{number:.10f}"
+
+
+def selection_fault(
+    found: Detections, boxes: Tensor, scores: Tensor, kind: str, options: ExportOptions
+) -> str:
+    """What is wrong with `found` as the NMS or top-k of one image; empty if nothing.
+
+    Greedy suppression is settled by its rules, whatever order equal scores are taken in: what is
+    kept comes from the candidates, best first, nothing kept overlaps a better one of its class,
+    and whatever is missing overlaps a better one that is kept, or is worse than all of a full list.
+
+    Args:
+        found: detections, K.
+        boxes: xyxy pixels, (A, 4).
+        scores: (A, C).
+        kind: "nms" or "topk".
+        options: thresholds and the most detections.
+    """
+    from torchvision.ops import box_iou
+
+    best, labels = scores.max(1)
+    likely = best > options.conf_thres
+    boxes, best, labels = boxes[likely], best[likely], labels[likely]
+    kept, most = len(found.scores), min(len(best), options.max_det)
+    if kept > most or (kind == "topk" and kept != most):
+        return f"{kept} detections, expected {most}"
+    if not most:
+        return ""
+    if bool((found.scores.diff() > 0).any()):
+        return "detections that are not in order of score"
+    is_other = found.labels[:, None] != labels
+    distance = torch.cdist(found.boxes, boxes, p=1) / boxes.abs().max().clamp(min=1)
+    distance = distance + (found.scores[:, None] - best).abs() + is_other
+    distance, candidates = distance.min(1)
+    if bool((distance > EXACT).any()):
+        return f"detection {int(distance.argmax())}, which is none of the candidates"
+    floor = float(found.scores[-1]) if kept == options.max_det else options.conf_thres
+    missing = best > floor + EXACT
+    missing[candidates] = False
+    if kind == "topk":
+        return f"{int(missing.sum())} better candidates left out" if bool(missing.any()) else ""
+    overlaps = box_iou(found.boxes, boxes) > options.iou_thres - EXACT
+    missing &= ~(overlaps & ~is_other & (found.scores[:, None] >= best - EXACT)).any(0)
+    if bool(missing.any()):
+        return f"{int(missing.sum())} candidates missing that nothing suppresses"
+    among = box_iou(found.boxes, found.boxes) * (found.labels[:, None] == found.labels)
+    if bool((among.triu(1) > options.iou_thres + EXACT).any()):
+        return "two detections of one class that overlap too much"
+    return ""

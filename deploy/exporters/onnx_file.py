@@ -12,12 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from deploy.exporters.end2end import TAPS, append_postprocess
-from deploy.exporters.int8 import quantise
 from deploy.exporters.network import (
     ExportNetwork,
     ExportOptions,
@@ -26,17 +25,18 @@ from deploy.exporters.network import (
     example,
     metadata,
 )
+from deploy.exporters.precision import quantise, to_half
 from deploy.runtimes.layouts import ANCHOR_AXES
 from models.yolo import DetectionModel
 from utils.errors import ConfigError
 from utils.files import write_whole
 from utils.logger import get_logger
 
+if TYPE_CHECKING:
+    import onnx
+
 INPUT = "images"
 AXIS_NAMES = {0: "batch", 2: "height", 3: "width"}
-FLOAT32_OPERATORS = ("Softmax", "LayerNormalization", "ReduceMean", "GridSample", "Pow", "Sqrt")
-"""Operators that overflow or round badly in float16 and stay float32 with `--half`."""
-DECODE_SCOPE = "/decode/"
 GENERAL_BATCH = 3
 GENERAL_CELLS = (9, 11)
 """A shape without coincidences; rows and columns of the coarsest map."""
@@ -65,12 +65,11 @@ def export_onnx(model: DetectionModel, options: ExportOptions, weights: Path) ->
     if options.simplify:
         proto = _simplify(proto)
     if options.half:
-        proto = _to_half(proto)
+        proto = to_half(proto)
     if options.int8:
         proto = quantise(proto, options, len(model.model) - 1)
     if options.end2end:
-        opset = next(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx"))
-        proto = append_postprocess(proto, model.head.postprocess, options, opset)
+        proto = append_postprocess(proto, model.head.postprocess, options)
     _name_axes(proto, options, model, sizes)
     del proto.metadata_props[:]
     onnx.helper.set_model_props(proto, metadata(model, options, weights.stem))
@@ -79,7 +78,9 @@ def export_onnx(model: DetectionModel, options: ExportOptions, weights: Path) ->
     return path
 
 
-def trace_onnx(network: ExportNetwork, options: ExportOptions, outputs: list[str]) -> Any:
+def trace_onnx(
+    network: ExportNetwork, options: ExportOptions, outputs: list[str]
+) -> onnx.ModelProto:
     """The ONNX model of `network`."""
     import onnx
 
@@ -117,7 +118,7 @@ def trace_onnx(network: ExportNetwork, options: ExportOptions, outputs: list[str
     return proto
 
 
-def _computes_double(proto: Any) -> bool:
+def _computes_double(proto: onnx.ModelProto) -> bool:
     """Whether layers with weights work in float64, as behind a torch.linspace without a dtype; few runtimes do."""
     import onnx
 
@@ -155,7 +156,7 @@ def _silent_output() -> Iterator[None]:
 
 def _trace_dynamo(
     network: ExportNetwork, outputs: list[str], options: ExportOptions, why: str
-) -> Any:
+) -> onnx.ModelProto:
     """The same by torch.export's exporter; `why` says what asks for it."""
     if "dynamo" not in inspect.signature(torch.onnx.export).parameters:
         raise ConfigError(
@@ -191,7 +192,7 @@ def dynamic_example(options: ExportOptions, stride: int) -> torch.Tensor:
     return example(replace(options, imgsz=imgsz), GENERAL_BATCH)
 
 
-def dynamic_shapes(options: ExportOptions, stride: int) -> Any:
+def dynamic_shapes(options: ExportOptions, stride: int) -> onnx.ModelProto:
     """What torch.export is told of the images' shape."""
     if not options.dynamic:
         return None
@@ -221,7 +222,10 @@ def _dynamic_axes(options: ExportOptions, outputs: list[str]) -> dict[str, dict[
 
 
 def _name_axes(
-    proto: Any, options: ExportOptions, model: DetectionModel, sizes: dict[str, tuple[int, ...]]
+    proto: onnx.ModelProto,
+    options: ExportOptions,
+    model: DetectionModel,
+    sizes: dict[str, tuple[int, ...]],
 ) -> None:
     """Give the axes of input and outputs the names that runners look for, or their `sizes`."""
     image = proto.graph.input[0].type.tensor_type.shape.dim
@@ -244,7 +248,7 @@ def _name_axes(
                 shape[axis].dim_value = size
 
 
-def _simplify(proto: Any) -> Any:
+def _simplify(proto: onnx.ModelProto) -> onnx.ModelProto:
     try:
         import onnxslim
     except ImportError as error:
@@ -255,65 +259,3 @@ def _simplify(proto: Any) -> Any:
     slim = onnxslim.slim(proto)
     get_logger().info(f"simplified: {before} -> {len(slim.graph.node)} nodes")
     return slim
-
-
-def _to_half(proto: Any) -> Any:
-    """float16 weights and arithmetic; input, output, decoding and softmax stay float32."""
-    try:
-        from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
-    except ImportError as error:
-        raise ConfigError("--half needs onnxruntime. pip install onnxruntime") from error
-    converted = convert_float_to_float16(
-        proto, keep_io_types=True, op_block_list=[*DEFAULT_OP_BLOCK_LIST, *FLOAT32_OPERATORS],
-        node_block_list=[node.name for node in proto.graph.node if is_decoding(node)],
-    )  # fmt: skip
-    _drop_round_trips(converted.graph)
-    _sort_nodes(converted.graph)
-    return converted
-
-
-def _drop_round_trips(graph: Any) -> None:
-    """Connect float32 nodes directly where the conversion sends values between them through float16."""
-    import onnx
-
-    casts = {n.output[0]: n for n in graph.node if n.op_type == "Cast"}
-    types = {name: node.attribute[0].i for name, node in casts.items()}
-    shorter: dict[str, str] = {}
-    for name, node in casts.items():
-        inner = node.input[0]
-        made = casts.get(inner)
-        is_trip = made is not None and types[name] == onnx.TensorProto.FLOAT
-        if made is not None and is_trip and made.name.endswith("_cast_to_fp16_node"):
-            shorter[name] = made.input[0]
-    for node in graph.node:
-        for place, name in enumerate(node.input):
-            node.input[place] = shorter.get(name, name)
-    outputs = {value.name for value in graph.output}
-    kept = [n for n in graph.node if n.output[0] not in shorter or n.output[0] in outputs]
-    read = {name for node in kept for name in node.input} | outputs
-    kept = [n for n in kept if n.op_type != "Cast" or n.output[0] in read]
-    del graph.node[:]
-    graph.node.extend(kept)
-
-
-def _sort_nodes(graph: Any) -> None:
-    """Put every node behind those that make its inputs."""
-    made_by = {name: i for i, node in enumerate(graph.node) for name in node.output}
-    order: dict[int, None] = {}
-    for start in range(len(graph.node)):
-        stack = [start]
-        while stack:
-            index = stack[-1]
-            needs = {made_by[name] for name in graph.node[index].input if name in made_by}
-            open_needs = [i for i in needs if i not in order]
-            if not open_needs:
-                order.setdefault(stack.pop())
-            stack.extend(open_needs)
-    nodes = [graph.node[i] for i in order]
-    del graph.node[:]
-    graph.node.extend(nodes)
-
-
-def is_decoding(node: Any) -> bool:
-    """Whether a node belongs to the decoding, by its scope."""
-    return DECODE_SCOPE in node.name or node.name.startswith("/postprocess/")

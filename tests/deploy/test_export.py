@@ -17,10 +17,9 @@ from tiny_models import HEADS, tiny_model
 import export
 from data.transforms import letterbox
 from deploy.backends import load_backend
-from deploy.exporters.end2end import append_postprocess
+from deploy.exporters.end2end import append_postprocess, selection_fault
 from deploy.exporters.network import ExportOptions, blobs
-from deploy.exporters.onnx_file import is_decoding
-from deploy.exporters.selection import selection_fault
+from deploy.exporters.precision import is_decoding
 from deploy.exporters.verify import ExportMismatchError, verify
 from detect import detect_frame
 from models.postprocess import postprocess
@@ -141,7 +140,7 @@ def postprocess_graph(kind: str, options: ExportOptions) -> Any:
         '<ir_version: 8, opset_import: ["": 17]> network (float[N, A, 4] b, float[N, A, C] s) '
         "=> (float[N, A, 4] boxes, float[N, A, C] scores) { boxes = Identity(b) scores = Identity(s) }"
     )
-    model = append_postprocess(network, kind, options, 17)
+    model = append_postprocess(network, kind, options)
     onnx.checker.check_model(model, full_check=True)
     return onnxruntime.InferenceSession(model.SerializeToString())
 

@@ -10,12 +10,22 @@ import torch
 from tiny_models import tiny_model
 from torch import Tensor
 
-import deploy.exporters.reference as reference_file
+import deploy.exporters.verify as verify_file
 from deploy.backends import model_info
 from deploy.exporters.network import ExportOptions, blobs
-from deploy.exporters.reference import leads, roundings, take_reference, widen_reference
-from deploy.exporters.verify import HALF_TOLERANCE, OWN_ROUNDINGS, TOLERANCE, _limit, compare
+from deploy.exporters.verify import (
+    HALF_TOLERANCE,
+    OWN_ROUNDINGS,
+    TOLERANCE,
+    allowed,
+    compare,
+    leads,
+    roundings,
+    take_reference,
+    widen_reference,
+)
 from deploy.runtimes.artifact import Backend
+from models.head import Head
 from models.yolo import DetectionModel
 from utils.boxes import xyxy_to_cxcywh
 from utils.structures import Decoded
@@ -64,7 +74,7 @@ def test_images_that_leave_doubt_which_queries_are_chosen_are_passed_over(
 ):
     model = tiny_model("queries")
     usual = leads_of(model, blobs(3, IMGSZ, seed=4))
-    monkeypatch.setattr(reference_file, "CLEAR_LEAD", sorted(usual)[1])
+    monkeypatch.setattr(verify_file, "CLEAR_LEAD", sorted(usual)[1])
     images = take_reference(model, 3, IMGSZ, seed=4).images
     assert min(leads_of(model, images)) > sorted(usual)[1] > min(usual) >= 0
 
@@ -73,17 +83,17 @@ def test_a_network_that_rounds_more_off_needs_a_wider_lead(monkeypatch: pytest.M
     """Where a lead of 1e-5 were enough, its queries would be chosen otherwise by another runtime."""
     model = tiny_model("queries")
     usual = leads_of(model, blobs(3, IMGSZ, seed=4))
-    assert min(usual) > reference_file.CLEAR_LEAD
-    own = sorted(usual)[1] / reference_file.ROUNDINGS_AHEAD
-    monkeypatch.setattr(reference_file, "roundings", lambda logits, exact: [own] * len(logits))
+    assert min(usual) > verify_file.CLEAR_LEAD
+    own = sorted(usual)[1] / verify_file.ROUNDINGS_AHEAD
+    monkeypatch.setattr(verify_file, "roundings", lambda logits, exact: [own] * len(logits))
     images = take_reference(model, 3, IMGSZ, seed=4).images
     assert min(leads_of(model, images)) > sorted(usual)[1] > min(usual)
 
 
 def test_where_no_image_is_clear_the_clearest_are_taken(monkeypatch: pytest.MonkeyPatch):
     model = tiny_model("queries")
-    monkeypatch.setattr(reference_file, "CLEAR_LEAD", 1.0)
-    monkeypatch.setattr(reference_file, "ROUNDS", 3)
+    monkeypatch.setattr(verify_file, "CLEAR_LEAD", 1.0)
+    monkeypatch.setattr(verify_file, "ROUNDS", 3)
     drawn = [lead for i in range(3) for lead in leads_of(model, blobs(2, IMGSZ, 4 + 1000 * i))]
     images = take_reference(model, 2, IMGSZ, seed=4).images
     assert leads_of(model, images) == pytest.approx(sorted(drawn)[:-3:-1], rel=1e-3)
@@ -94,8 +104,8 @@ def test_the_order_of_queries_is_free():
     reference = take_reference(model, 2, IMGSZ, seed=1)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
     shuffled = Decoded(*(t[:, order] for t in reference.decoded))
-    case, worst = compare(artifact(model, shuffled), model, reference, OPTIONS)
-    assert worst is None and case.relative_boxes < 1e-6 and case.rows == 80
+    case = compare(artifact(model, shuffled), model, reference, OPTIONS)
+    assert case.worst is None and case.largest("box").relative < 1e-6 and case.rows == 80
 
 
 @pytest.mark.parametrize(("strangers", "half", "passes"), [(1, False, False), (1, True, True), (2, True, False)])  # fmt: skip
@@ -105,8 +115,8 @@ def test_another_query_is_a_fault_but_for_one_in_float16(strangers: int, half: b
     other = Decoded(*(t.clone() for t in reference.decoded))
     other.boxes[0, :strangers] += 20
     options = replace(OPTIONS, half=half)
-    case, worst = compare(artifact(model, other), model, reference, options)
-    assert (worst is None) is passes
+    case = compare(artifact(model, other), model, reference, options)
+    assert (case.worst is None) is passes
     assert ("ranked otherwise" in str(case)) is passes
 
 
@@ -115,19 +125,19 @@ def test_a_query_that_is_no_number_is_a_fault():
     reference = take_reference(model, 1, IMGSZ, seed=1)
     other = Decoded(*(t.clone() for t in reference.decoded))
     other.scores[0, 3, 0] = float("nan")
-    _, worst = compare(artifact(model, other), model, reference, OPTIONS)
-    assert worst is not None and worst.relative == float("inf")
+    case = compare(artifact(model, other), model, reference, OPTIONS)
+    assert case.worst is not None and case.worst.relative == float("inf")
 
 
 # --- rounding --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("own", "allowed"),
+    ("own", "limit"),
     [(0, TOLERANCE), (1e-5, TOLERANCE), (1e-3, OWN_ROUNDINGS * 1e-3), (0.5, HALF_TOLERANCE)],
 )
-def test_what_is_allowed_follows_what_float32_itself_can_give(own: float, allowed: float):
-    assert _limit(own) == pytest.approx(allowed)
+def test_what_is_allowed_follows_what_float32_itself_can_give(own: float, limit: float):
+    assert allowed(own) == pytest.approx(limit)
 
 
 @pytest.mark.parametrize(("shift", "passes"), [(5e-5, True), (3e-4, False)])
@@ -136,59 +146,44 @@ def test_a_network_that_rounds_well_is_held_to_the_tolerance(shift: float, passe
     reference = take_reference(model, 1, IMGSZ, seed=1)
     boxes = reference.decoded.boxes
     found = Decoded(boxes + shift * boxes.abs().max(), reference.decoded.scores)
-    case, worst = compare(artifact(model, found), model, reference, OPTIONS)
-    assert (worst is None) is passes
-    assert case.limit == TOLERANCE and case.relative_boxes == pytest.approx(shift, rel=0.1)
+    case = compare(artifact(model, found), model, reference, OPTIONS)
+    assert (case.worst is None) is passes
+    assert case.limit == TOLERANCE and case.largest("box").relative == pytest.approx(shift, rel=0.1)
 
 
-class Noisy(torch.nn.Module):
-    """A head whose float32 gives few digits: a large number is added and taken away again."""
+def noisy(head: Head, inputs: tuple[list[Tensor], ...]) -> tuple[list[Tensor], ...]:
+    """Float32 gives few digits of it: a large number is added to the maps and taken away again."""
+    return ([(feature + 2e5) - 2e5 for feature in inputs[0]], *inputs[1:])
 
-    def __init__(self, head: torch.nn.Module) -> None:
-        super().__init__()
-        self.inner = head
 
-    def forward(self, features: list[Tensor], targets: None = None) -> object:
-        return self.inner([(feature + 2e5) - 2e5 for feature in features], targets)
-
-    def __getattr__(self, name: str) -> object:
-        own = self.__dict__.get("_modules", {})
-        return own[name] if name in own else getattr(own["inner"], name)
+def of_fixed_type(head: Head, inputs: tuple[list[Tensor], ...]) -> tuple[list[Tensor], ...]:
+    """Multiplies by a tensor of its own, float32 whatever comes."""
+    first, *others = inputs[0]
+    ones = torch.ones(first.shape[1], 1, 1, 1)
+    first = torch.nn.functional.conv2d(first, ones, groups=len(ones))
+    return ([first, *others], *inputs[1:])
 
 
 def test_a_network_that_amplifies_rounding_is_judged_by_the_exact_values():
     model = tiny_model("channels")
-    model.model[-1] = Noisy(model.model[-1])
+    model.head.register_forward_pre_hook(noisy)
     reference = take_reference(model, 1, IMGSZ, seed=1)
     exact = widen_reference(model, reference).decoded
     lost = (reference.decoded.scores - exact.scores).abs().max() / exact.scores.max()
     assert lost > TOLERANCE
-    case, worst = compare(
-        artifact(model, Decoded(*(t.float() for t in exact))), model, reference, OPTIONS
-    )
-    assert worst is None and case.relative_scores < 1e-6 and case.limit > TOLERANCE
+    case = compare(artifact(model, Decoded(*(t.float() for t in exact))), model, reference, OPTIONS)
+    assert case.worst is None and case.largest("score").relative < 1e-6 and case.limit > TOLERANCE
     far = Decoded(exact.boxes.float(), (exact.scores * 0.9).float())
-    assert compare(artifact(model, far), model, reference, OPTIONS)[1] is not None
-
-
-class FixedType(Noisy):
-    """A head that multiplies by a tensor of its own, float32 whatever comes."""
-
-    def forward(self, features: list[Tensor], targets: None = None) -> object:
-        one = torch.nn.Parameter(torch.ones(1, features[0].shape[1], 1, 1))
-        features[0] = torch.nn.functional.conv2d(
-            features[0], one.transpose(0, 1), groups=one.shape[1]
-        )
-        return self.inner(features, targets)
+    assert compare(artifact(model, far), model, reference, OPTIONS).worst is not None
 
 
 @pytest.mark.parametrize("layout", ["channels", "queries"])
 def test_a_network_that_insists_on_float32_is_compared_with_what_it_gives(layout: str):
     model = tiny_model(layout)
-    model.model[-1] = FixedType(model.model[-1])
+    model.head.register_forward_pre_hook(of_fixed_type)
     reference = take_reference(model, 1, IMGSZ, seed=1)
     assert widen_reference(model, reference) is None
     boxes, scores = reference.decoded
     for factor, passes in ((1.0, True), (0.9, False)):
         found = artifact(model, Decoded(boxes, scores * factor))
-        assert (compare(found, model, reference, OPTIONS)[1] is None) is passes
+        assert (compare(found, model, reference, OPTIONS).worst is None) is passes
