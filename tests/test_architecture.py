@@ -194,9 +194,16 @@ def hidden_imports(tree: ast.AST) -> list[str]:
     return [name for name in names if name.split(".")[0] in roots]
 
 
+def for_types(tree: ast.AST) -> Iterator[ast.AST]:
+    """Nodes under `if TYPE_CHECKING:`, which never run."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            yield from (inner for statement in node.body for inner in ast.walk(statement))
+
+
 def heavy_imports(tree: ast.AST) -> list[str]:
     """Heavy libraries imported when the file is."""
-    late = {id(node) for node in inside_functions(tree)}
+    late = {id(node) for node in (*inside_functions(tree), *for_types(tree))}
     names = [n for node in ast.walk(tree) if id(node) not in late for n in imported(node)]
     return [
         name for name in names if name.split(".")[0] in HEAVY or name == "torch.utils.tensorboard"

@@ -192,7 +192,7 @@ def dynamic_example(options: ExportOptions, stride: int) -> torch.Tensor:
     return example(replace(options, imgsz=imgsz), GENERAL_BATCH)
 
 
-def dynamic_shapes(options: ExportOptions, stride: int) -> onnx.ModelProto:
+def dynamic_shapes(options: ExportOptions, stride: int) -> tuple[dict[int, Any]] | None:
     """What torch.export is told of the images' shape."""
     if not options.dynamic:
         return None
