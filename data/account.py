@@ -8,8 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data.formats.faults import COUNTED, KINDS, Fault
-from data.formats.leftovers import SHOWN, count_beside, suffixes_of
+from data.formats.faults import COUNTED, KINDS, SHOWN, Fault, count_beside, suffixes_of
 from data.formats.table import Table, offsets_of
 from data.transforms import MAX_ASPECT, MIN_SIDE
 
@@ -37,47 +36,26 @@ def objects_of(table: Table, single_cls: bool) -> Objects:
     return Objects(np.zeros_like(labels) if single_cls else labels, table.boxes[kept], offsets)
 
 
-class Account(NamedTuple):
-    """How much a split has, and what of it does not come to use.
-
-    Attributes:
-        images: that are used.
-        files: that were found for them.
-        objects: that are trained on, or scored.
-        lost: what is left out, taken twice or hard to learn, in words, with its number.
-        notes: what else is good to know.
-    """
-
-    images: int
-    files: int
-    objects: int
-    lost: tuple[str, ...]
-    notes: tuple[str, ...]
-
-    def __str__(self) -> str:
-        head = f"files found: {self.files}; images: {self.images}; objects: {self.objects}"
-        return "; ".join([head, *self.lost, *self.notes])
-
-
 def account_of(
-    table: Table,
-    objects: Objects,
-    names: Sequence[str],
-    imgsz: tuple[int, int],
-) -> Account:
-    """Take stock of a split.
+    table: Table, objects: Objects, names: Sequence[str], imgsz: tuple[int, int]
+) -> tuple[str, bool]:
+    """How much a split has, and what of it does not come to use.
 
     Args:
         table: the split as it was read.
-        objects: its objects without crowds.
+        objects: its objects without crowds, that are trained on or scored.
         names: class names.
         imgsz: height and width that images are fitted into.
+
+    Returns:
+        The account in words with its numbers, and whether anything is left out, taken twice or
+        hard to learn.
     """
-    left_out = [fault for fault in table.faults if fault.kind in ("unreadable", "suffix")]
+    left_out = sum(fault.kind in ("unreadable", "suffix") for fault in table.faults)
+    found = f"files found: {len(table) + left_out}; images: {len(table)}"
     lost = [*_counted(table.faults), *_hard(table, objects, imgsz)]
     notes = [*_beside(table), *_classes_without_object(objects.labels, names)]
-    files = len(table) + len(left_out)
-    return Account(len(table), files, len(objects.labels), tuple(lost), tuple(notes))
+    return "; ".join([found, f"objects: {len(objects.labels)}", *lost, *notes]), bool(lost)
 
 
 def _counted(faults: Iterable[Fault]) -> Iterable[str]:

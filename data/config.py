@@ -25,20 +25,17 @@ import logging
 import os
 import reprlib
 import unicodedata
-from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import TypeGuard
 
 from data.formats import coco, voc
 from data.formats.description import SPLITS, DataConfig, DownloadSource
-from data.formats.text import read_text
+from data.formats.files import read_text
 from data.recognise import describe_folder, recognise_entry, yaml_in
 from data.shapes import draw_if_absent
 from utils.channels import white_of
-from utils.config import parse_yaml
+from utils.config import YamlFile, parse_yaml
 from utils.errors import ConfigError, DatasetError, nearest
 
 __all__ = ["DataConfig", "DownloadSource", "load_data_config"]
@@ -77,30 +74,11 @@ def load_data_config(source: str | Path) -> DataConfig:
     file = _find_source(Path(source))
     if file.is_dir():
         file = yaml_in(file) or file
-    document = describe_folder(file) if file.is_dir() else _read_yaml(file)
-    config = _build(document, file)
-    if file.is_dir() and config.splits.get("val") in _other_splits(config):
+    config = _Reader(file).config()
+    others = [entries for split, entries in config.splits.items() if split != "val"]
+    if file.is_dir() and config.splits.get("val") in others:
         LOGGER.warning("%s: no val split of its own, it is scored on train or test", file)
-    builtin = document.get("builtin")
-    if builtin == "shapes":
-        _draw_shapes(config)
-    elif builtin is not None:
-        raise DatasetError(f"{file}: builtin - got {_shown(builtin)}, expected shapes.")
     return config
-
-
-def _other_splits(config: DataConfig) -> list[tuple[Path, ...]]:
-    return [entries for split, entries in config.splits.items() if split != "val"]
-
-
-def _draw_shapes(config: DataConfig) -> None:
-    try:
-        if draw_if_absent(config.path):
-            LOGGER.info("%s: drew the built-in shapes into %s", config.file, config.path)
-    except OSError as error:
-        raise DatasetError(
-            f"{config.path}: the built-in shapes cannot be written - got {error.strerror}."
-        ) from error
 
 
 def _find_source(source: Path) -> Path:
@@ -114,137 +92,206 @@ def _find_source(source: Path) -> Path:
     )
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
-    text = read_text(file)
+class _Reader:
+    """Reads the keys of one data YAML, or of what a folder shows; each that is wrong is a problem, told with the others.
+
+    Args:
+        file: YAML file or folder; named in messages.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.yaml = YamlFile(describe_folder(file), {}) if file.is_dir() else _parsed(file)
+        self.document = self.yaml.data
+        self.problems: list[str] = []
+        self.path = self._data_folder()
+
+    def config(self) -> DataConfig:
+        """All keys together.
+
+        Raises:
+            DatasetError: with every problem.
+        """
+        unknown = [f"{_shown(k)}.{nearest(str(k), KEYS)}" for k in self.document if k not in KEYS]
+        if unknown:
+            LOGGER.warning("%s: without effect here, unknown key %s", self.file, " ".join(unknown))
+        splits, detected = self._splits()
+        form = self.document.get("format", detected)
+        if form not in FORMATS:
+            self._wrong("format", form, f"one of {', '.join(FORMATS)}")
+        script = self.document.get("download")
+        config = DataConfig(
+            path=self.path,
+            names=self._names(),
+            splits=splits,
+            format=str(form),
+            file=self.file,
+            sources=self._sources(),
+            images=self._image_folders(),
+            one_based=self._one_based(),
+            keypoints=self._keypoints(),
+            white=self._white(),
+            script=" ".join(script.split())[:60] if isinstance(script, str) else "",
+        )
+        builtin = self.document.get("builtin")
+        if builtin not in (None, "shapes"):
+            self._wrong("builtin", builtin, "shapes")
+        if self.problems:
+            told = "; ".join(self.problems)
+            raise DatasetError(f"{self.file}: {told}" + ("" if told.endswith("?") else "."))
+        if builtin:
+            _draw_shapes(config)
+        return config if config.names else _with_names_of_files(config)
+
+    def _wrong(self, key: str, got: object, expected: str) -> None:
+        self.problems.append(f"{key} - got {_shown(got)}, expected {expected}")
+
+    def _data_folder(self) -> Path:
+        """What `path:` means: the first such folder that exists beside the YAML, here or in the project, else the first."""
+        value = self.document.get("path")
+        own = self.file if self.file.is_dir() else self.file.parent
+        # What is built in is drawn where it says.
+        bases = [own] if self.document.get("builtin") else [own, Path.cwd(), ROOT]
+        if value is not None and not _is_path(value):
+            self._wrong("path", value, "a folder. Put a number in quotes")
+            return own
+        path = Path(os.path.expanduser(value or "."))
+        places = [Path(os.path.normpath(base / path)) for base in bases]
+        return next((place for place in places if place.is_dir()), places[0])
+
+    def _splits(self) -> tuple[dict[str, tuple[Path, ...]], str]:
+        """Entries of every split and the format that they show."""
+        splits: dict[str, tuple[Path, ...]] = {}
+        forms: dict[str, str] = {}
+        for key, value in self.document.items():
+            split = ALIASES.get(key, key)
+            if split not in SPLITS or value is None or (key in ALIASES and split in self.document):
+                continue
+            entries = value if isinstance(value, list) else [value]
+            if not entries or not all(map(_is_path, entries)):
+                self._wrong(key, value, "a path or a list of paths")
+                continue
+            found = [recognise_entry(_entry_path(entry, self.path)) for entry in entries]
+            splits[split] = tuple(place for _, place in found)
+            # A folder that is not there yet shows nothing.
+            forms |= {form: key for form, place in found if form != "yolo" or place.exists()}
+        if not splits:
+            self.problems.append("no split found, expected train and val")
+        if len(forms) > 1 and "format" not in self.document:
+            shown = ", ".join(f"{form} ({key})" for form, key in forms.items())
+            self.problems.append(f"got splits in several forms: {shown}, expected one form")
+        ordered = {split: splits[split] for split in SPLITS if split in splits}
+        return ordered, next(iter(forms), "yolo")
+
+    def _names(self) -> tuple[str, ...]:
+        names, count = self.document.get("names"), self.document.get("nc")
+        if count is not None and not (type(count) is int and 1 <= count <= MOST_CLASSES):
+            self._wrong("nc", count, f"a number of classes, 1 to {MOST_CLASSES}")
+            return ()
+        if names is None:
+            return tuple(f"class{k}" for k in range(count or 0))
+        keys = list(range(len(names))) if isinstance(names, list) else []
+        if isinstance(names, dict):
+            keys = list(names)
+            numbers = [int(k) if str(k).isdecimal() and len(str(k)) < 10 else k for k in keys]
+            if sorted(numbers, key=str) != sorted(range(len(names)), key=str):
+                got = ", ".join(str(k)[:20] for k in numbers[:20])
+                self.problems.append(f"names - got keys [{got}], expected 0 to {len(names) - 1}")
+                return ()
+            keys = [key for _, key in sorted(zip(numbers, keys))]
+        if not keys:
+            self._wrong("names", names, "a list or a mapping of class names")
+            return ()
+        texts = [self.yaml.texts.get(("names", key), names[key]) for key in keys]
+        wrong = [text for text in texts if not _is_name(text)]
+        if wrong:
+            self._wrong("names", wrong[0], "text that can be printed")
+            return ()
+        repeated = sorted({text for text in texts if texts.count(text) > 1})
+        if repeated:
+            self.problems.append(
+                f"names - got {_shown(repeated[0])} twice, expected each name once"
+            )
+        if count not in (None, len(texts)):
+            self.problems.append(f"nc - got {count}, expected {len(texts)}, the number of names")
+        return tuple(texts)
+
+    def _sources(self) -> tuple[DownloadSource, ...]:
+        rows = self.document.get("sources") or []
+        if not isinstance(rows, list):
+            self._wrong("sources", rows, "a list of addresses")
+            return ()
+        known = {field.name for field in fields(DownloadSource)}
+        sources = []
+        for number, given in enumerate(rows):
+            row = {"url": given} if isinstance(given, str) else given
+            is_row = isinstance(row, dict) and "url" in row and set(row) <= known
+            size = row.get("size", 0) if is_row else None
+            if type(size) is not int:
+                self._wrong(f"sources[{number}]", row, f"keys {', '.join(sorted(known))}")
+                continue
+            texts = {key: str(value) for key, value in row.items() if key != "size"}
+            sources.append(DownloadSource(size=size, **texts))
+        return tuple(sources)
+
+    def _image_folders(self) -> dict[str, Path]:
+        value = self.document.get("images")
+        if value is None:
+            return {}
+        if isinstance(value, str):
+            value = dict.fromkeys(SPLITS, value)
+        if not isinstance(value, dict) or not all(map(_is_path, value.values())):
+            self._wrong("images", value, "a folder, or one per split")
+            return {}
+        unknown = [key for key in value if key not in (*SPLITS, *ALIASES)]
+        if unknown:
+            hint = nearest(str(unknown[0]), SPLITS)
+            self._wrong("images", unknown[0], f"{', '.join(SPLITS)}{'.' if hint else ''}{hint}")
+        return {
+            ALIASES.get(str(split), str(split)): _entry_path(folder, self.path)
+            for split, folder in value.items()
+        }
+
+    def _one_based(self) -> bool:
+        value, channels = self.document.get("one_based", False), self.document.get("channels", 3)
+        if not isinstance(value, bool):
+            self._wrong("one_based", value, "true or false")
+        if isinstance(channels, bool) or channels not in (1, 3):
+            told = "3. Images are read as RGB, which a model of ch: 1 turns grey"
+            self._wrong("channels", channels, told)
+        return value is True
+
+    def _keypoints(self) -> tuple[int, int] | None:
+        value = self.document.get("kpt_shape")
+        is_pair = isinstance(value, list) and [type(n) for n in value] == [int, int]
+        if value is not None and is_pair and value[0] >= 1 and value[1] in (2, 3):
+            return value[0], value[1]
+        if value is not None:
+            self._wrong("kpt_shape", value, "the number of keypoints and 2 or 3, as [17, 3]")
+        return None
+
+    def _white(self) -> float | None:
+        try:
+            return white_of(self.document)
+        except ConfigError as error:
+            self.problems.append(str(error).rstrip("."))
+            return None
+
+
+def _parsed(file: Path) -> YamlFile:
     try:
-        document = parse_yaml(text, str(file)).data
+        return parse_yaml(read_text(file), str(file))
     except ConfigError as error:
         raise DatasetError(str(error)) from error
-    if isinstance(document.get("names"), (list, dict)):
-        document["names"] = _as_written(text).get("names", document["names"])
-    return document
 
 
-def _as_written(text: str) -> dict[str, Any]:
-    """The document with every value as the text that stands there."""
-    loader = yaml.BaseLoader(text)
-    try:
-        return dict(loader.get_single_data())
-    finally:
-        loader.dispose()
-
-
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     """A value in a message, however long or deep it is."""
     text = _REPR.repr(value)
     return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 3] + "..."
 
 
-def _build(document: Mapping[str, Any], file: Path) -> DataConfig:
-    _tell_unknown(document, file)
-    problems: list[str] = []
-    folder = file if file.is_dir() else file.parent
-    bases = (
-        (folder,) if document.get("builtin") else (folder, Path.cwd(), ROOT)
-    )  # drawn where it says
-    path = _data_folder(document.get("path"), bases, problems)
-    splits, detected = _read_splits(document, path, problems)
-    form = document.get("format", detected)
-    if form not in FORMATS:
-        problems.append(f"format - got {_shown(form)}, expected one of {', '.join(FORMATS)}")
-    names = _read_names(document, problems)
-    sources = _read_sources(document.get("sources"), problems)
-    images = _read_image_folders(document.get("images"), path, problems)
-    pixels = _read_pixels(document, problems)
-    if problems:
-        told = "; ".join(problems)
-        raise DatasetError(f"{file}: {told}" + ("" if told.endswith("?") else "."))
-    script = document.get("download")
-    config = DataConfig(
-        path=path,
-        names=names,
-        splits=splits,
-        format=str(form),
-        file=file,
-        images=images,
-        sources=sources,
-        script=" ".join(script.split())[:60] if isinstance(script, str) else "",
-        **pixels,
-    )
-    return config if names else _with_names_of_files(config)
-
-
-def _tell_unknown(document: Mapping[str, Any], file: Path) -> None:
-    unknown = [f"{_shown(key)}.{nearest(str(key), KEYS)}" for key in document if key not in KEYS]
-    if unknown:
-        LOGGER.warning("%s: without effect here, unknown key %s", file, " ".join(unknown))
-
-
-def _read_pixels(document: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
-    """How coordinates and pixel values are meant."""
-    one_based, channels = document.get("one_based", False), document.get("channels", 3)
-    if not isinstance(one_based, bool):
-        problems.append(f"one_based - got {_shown(one_based)}, expected true or false")
-    if isinstance(channels, bool) or channels not in (1, 3):
-        told = "expected 3. Images are read as RGB, which a model of ch: 1 turns grey"
-        problems.append(f"channels - got {_shown(channels)}, {told}")
-    shape = document.get("kpt_shape")
-    if shape is not None and not _is_keypoint_shape(shape):
-        told = "expected the number of keypoints and 2 or 3, as [17, 3]"
-        problems.append(f"kpt_shape - got {_shown(shape)}, {told}")
-        shape = None
-    try:
-        white = white_of(document)
-    except ConfigError as error:
-        problems.append(str(error).rstrip("."))
-        white = None
-    return {"one_based": one_based, "white": white, "keypoints": tuple(shape) if shape else None}
-
-
-def _is_keypoint_shape(value: Any) -> bool:
-    is_pair = isinstance(value, list) and len(value) == 2 and all(type(n) is int for n in value)
-    return is_pair and value[0] >= 1 and value[1] in (2, 3)
-
-
-def _data_folder(value: Any, bases: Sequence[Path], problems: list[str]) -> Path:
-    """The folder that `path:` means: the first that exists under one of `bases`, else under the first of them."""
-    if value is not None and not _is_path(value):
-        problems.append(f"path - got {_shown(value)}, expected a folder. Put a number in quotes")
-        return bases[0]
-    path = Path(os.path.expanduser(value or "."))
-    if path.is_absolute():
-        return path
-    places = [Path(os.path.normpath(base / path)) for base in bases]
-    return next((place for place in places if place.is_dir()), places[0])
-
-
-def _read_splits(
-    document: Mapping[str, Any], path: Path, problems: list[str]
-) -> tuple[dict[str, tuple[Path, ...]], str]:
-    """Entries of every split and the format that they show."""
-    splits: dict[str, tuple[Path, ...]] = {}
-    forms: dict[str, str] = {}
-    for key, value in document.items():
-        split = ALIASES.get(key, key)
-        if split not in SPLITS or value is None or (key in ALIASES and split in document):
-            continue
-        entries = value if isinstance(value, list) else [value]
-        if not entries or not all(map(_is_path, entries)):
-            problems.append(f"{key} - got {_shown(value)}, expected a path or a list of paths")
-            continue
-        found = [recognise_entry(_entry_path(entry, path)) for entry in entries]
-        splits[split] = tuple(place for _, place in found)
-        # A folder that is not there yet shows nothing.
-        forms.update({form: key for form, place in found if form != "yolo" or place.exists()})
-    if not splits:
-        problems.append("no split found, expected train and val")
-    if len(forms) > 1 and "format" not in document:
-        shown = ", ".join(f"{form} ({key})" for form, key in forms.items())
-        problems.append(f"got splits in several forms: {shown}, expected one form")
-    return {split: splits[split] for split in SPLITS if split in splits}, next(iter(forms), "yolo")
-
-
-def _is_path(value: Any) -> bool:
+def _is_path(value: object) -> TypeGuard[str]:
     """Whether `value` is text that a file system takes for a path and a message can show."""
     if not isinstance(value, str) or not value or _has_controls(value):
         return False
@@ -252,49 +299,8 @@ def _is_path(value: Any) -> bool:
     return max(map(len, parts)) <= LONGEST_NAME and sum(map(len, parts)) <= LONGEST_PATH
 
 
-def _entry_path(entry: str, path: Path) -> Path:
-    place = Path(os.path.normpath(path / os.path.expanduser(entry)))
-    # Exports of a labelling service write ../train/images for what lies beside the YAML.
-    inside = Path(os.path.normpath(path / entry.lstrip("./")))
-    if entry.startswith("../") and not place.exists() and inside.exists():
-        return inside
-    return place
-
-
-def _read_names(document: Mapping[str, Any], problems: list[str]) -> tuple[str, ...]:
-    names, count = document.get("names"), document.get("nc")
-    if count is not None and not (type(count) is int and 1 <= count <= MOST_CLASSES):
-        told = f"expected a number of classes, 1 to {MOST_CLASSES}"
-        problems.append(f"nc - got {_shown(count)}, {told}")
-        return ()
-    if names is None:
-        return tuple(f"class{k}" for k in range(count or 0))
-    if isinstance(names, dict):
-        keys = [int(k) if str(k).isdecimal() and len(str(k)) < 10 else k for k in names]
-        if sorted(keys, key=str) != sorted(range(len(names)), key=str):
-            got, last = ", ".join(str(k)[:20] for k in keys[:20]), len(names) - 1
-            problems.append(f"names - got keys [{got}], expected 0 to {last}")
-            return ()
-        names = [name for _, name in sorted(zip(keys, names.values()))]
-    if not isinstance(names, list) or not names:
-        told = "expected a list or a mapping of class names"
-        problems.append(f"names - got {_shown(names)}, {told}")
-        return ()
-    wrong = [name for name in names if not _is_name(name)]
-    if wrong:
-        problems.append(f"names - got {_shown(wrong[0])}, expected text that can be printed")
-        return ()
-    texts = tuple(str(name) for name in names)
-    repeated = sorted({name for name in texts if texts.count(name) > 1})
-    if repeated:
-        problems.append(f"names - got {_shown(repeated[0])} twice, expected each name once")
-    if count is not None and count != len(texts):
-        problems.append(f"nc - got {count}, expected {len(texts)}, the number of names")
-    return texts
-
-
-def _is_name(name: Any) -> bool:
-    return isinstance(name, str) and bool(name.strip()) and not _has_controls(name)
+def _is_name(value: object) -> TypeGuard[str]:
+    return isinstance(value, str) and bool(value.strip()) and not _has_controls(value)
 
 
 def _has_controls(text: str) -> bool:
@@ -302,55 +308,28 @@ def _has_controls(text: str) -> bool:
     return any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in text)
 
 
-def _read_sources(value: Any, problems: list[str]) -> tuple[DownloadSource, ...]:
-    known = {field.name for field in fields(DownloadSource)}
-    if value is not None and not isinstance(value, list):
-        problems.append(f"sources - got {_shown(value)}, expected a list of addresses")
-        return ()
-    sources = []
-    for number, row in enumerate(value or []):
-        if isinstance(row, str):
-            row = {"url": row}
-        size = row.get("size", 0) if isinstance(row, dict) else 0
-        if (
-            not isinstance(row, dict)
-            or "url" not in row
-            or set(row) - known
-            or type(size) is not int
-        ):
-            expected = ", ".join(sorted(known))
-            problems.append(f"sources[{number}] - got {_shown(row)}, expected keys {expected}")
-            continue
-        texts = {key: str(row[key]) for key in row if key != "size"}
-        sources.append(DownloadSource(size=size, **texts))
-    return tuple(sources)
+def _entry_path(entry: str, path: Path) -> Path:
+    place = Path(os.path.normpath(path / os.path.expanduser(entry)))
+    # Exports of a labelling service write ../train/images for what lies beside the YAML.
+    inside = Path(os.path.normpath(path / entry.lstrip("./")))
+    is_beside = entry.startswith("../") and not place.exists() and inside.exists()
+    return inside if is_beside else place
 
 
-def _read_image_folders(value: Any, path: Path, problems: list[str]) -> dict[str, Path]:
-    if value is None:
-        return {}
-    if isinstance(value, str):
-        value = dict.fromkeys(SPLITS, value)
-    if not isinstance(value, dict) or not all(map(_is_path, value.values())):
-        problems.append(f"images - got {_shown(value)}, expected a folder, or one per split")
-        return {}
-    unknown = [key for key in value if key not in (*SPLITS, *ALIASES)]
-    if unknown:
-        hint = nearest(str(unknown[0]), SPLITS)
-        told = f"expected {', '.join(SPLITS)}{'.' if hint else ''}{hint}"
-        problems.append(f"images - got {_shown(unknown[0])}, {told}")
-    folders = {str(key): _entry_path(folder, path) for key, folder in value.items()}
-    return {ALIASES.get(split, split): folder for split, folder in folders.items()}
+def _draw_shapes(config: DataConfig) -> None:
+    try:
+        if draw_if_absent(config.path):
+            LOGGER.info("%s: drew the built-in shapes into %s", config.file, config.path)
+    except OSError as error:
+        raise DatasetError(
+            f"{config.path}: the built-in shapes cannot be written - got {error.strerror}."
+        ) from error
 
 
 def _with_names_of_files(config: DataConfig) -> DataConfig:
     entries = [entry for split in config.splits for entry in config.entries(split)]
-    if config.format == "coco":
-        names = coco.names_of(entries)
-    elif config.format == "voc":
-        names = voc.names_of(entries)
-    else:
-        names = ()
+    readers = {"coco": coco.names_of, "voc": voc.names_of}
+    names = readers[config.format](entries) if config.format in readers else ()
     if not names:
         raise DatasetError(f"{config.file}: no class names. Add `names: [...]`.")
     return replace(config, names=names)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,11 +25,10 @@ from data.formats.description import DataConfig
 from data.formats.faults import SCORED_OTHERWISE, Fault
 from data.formats.table import Table, merged
 from data.image_cache import ImageCache, cache_in_memory, cache_on_disk
-from data.image_weights import weights_of
 from data.images import Image, ImageError, read_image
 from data.label_cache import load_table
 from data.mosaic import mixup, mosaic4, mosaic9
-from data.rect import by_aspect, shapes_of_batches
+from data.sampling import by_aspect, shapes_of_batches, weights_of
 from data.storage import cache_file, digest_of_files
 from data.transforms import (
     Picture,
@@ -68,10 +68,56 @@ class Sample(NamedTuple):
     path: str
 
 
-class DetectionDataset(Dataset[Sample]):
-    """Images of one split with their boxes; see `build_dataset` for the arguments.
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """What a split is loaded with.
 
     Attributes:
+        imgsz: height and width of the samples.
+        augment: mosaic, mixup, warp, colours and flips, as far as `hyp` asks for them.
+        hyp: `mosaic`, `mosaic9` (share of the mosaics that are made of nine), `mixup`, `hsv_h`,
+            `hsv_s`, `hsv_v`, `degrees`, `translate`, `scale`, `shear`, `perspective`, `flipud`,
+            `fliplr`; an absent key is 0.
+        rect: sort the images by aspect and pad each batch only as far as its images need; there
+            is no mosaic then.
+        batch_size: images of a `rect` batch.
+        stride: the sides of a `rect` batch are multiples of it.
+        cache: `ram` or `disk`: keep the resized images.
+        single_cls: take all classes for one.
+        image_weights: draw images with rare classes more often.
+        seed: of all chance.
+        close_mosaic_epoch: from this epoch on there is no mosaic and no mixup.
+
+    Raises:
+        DatasetError: options exclude each other, or have no meaning.
+    """
+
+    imgsz: tuple[int, int]
+    augment: bool = False
+    hyp: Mapping[str, float] = field(default_factory=dict)
+    rect: bool = False
+    batch_size: int = 16
+    stride: int = 32
+    cache: str | None = None
+    single_cls: bool = False
+    image_weights: bool = False
+    seed: int = 0
+    close_mosaic_epoch: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.image_weights and self.rect:
+            raise DatasetError("--image-weights: cannot be used with --rect. Drop one of them.")
+        if self.seed < 0:
+            raise DatasetError(f"--seed: got {self.seed}, expected 0 or more.")
+        if self.cache not in (None, "", "ram", "disk"):
+            raise DatasetError(f"--cache: got {self.cache!r}, expected ram or disk.")
+
+
+class DetectionDataset(Dataset[Sample]):
+    """Images of one split with their boxes.
+
+    Attributes:
+        config, split, options: what it is, and how it is loaded.
         names: class names; one name if all classes are taken for one.
         image_ids: ids for the evaluator, (n,).
         paths: image files, n of them.
@@ -79,50 +125,29 @@ class DetectionDataset(Dataset[Sample]):
         labels: class indices of the objects that are trained on, (N,).
         boxes: their boxes, xyxy in pixels of the images as stored, (N, 4).
         offsets: image i has the objects `offsets[i]` to `offsets[i + 1]`, (n + 1,).
-        category_ids: category id of the ground truth for every class index.
         faults: what was mended when the labels were read.
         batch_shapes: height and width of every batch if `rect`, else None.
         weights: chances of the images if they are not drawn evenly, else None.
+        cache: the resized images, if they are kept.
     """
 
-    def __init__(
-        self,
-        config: DataConfig,
-        split: str,
-        table: Table,
-        *,
-        imgsz: tuple[int, int],
-        augment: bool = False,
-        hyp: Mapping[str, Any] | None = None,
-        rect: bool = False,
-        batch_size: int = 16,
-        stride: int = 32,
-        pad: float = 0.0,
-        single_cls: bool = False,
-        image_weights: bool = False,
-        seed: int = 0,
-        close_mosaic_epoch: int | None = None,
-    ) -> None:
-        if seed < 0:
-            raise DatasetError(f"--seed: got {seed}, expected 0 or more.")
-        self.config, self.split = config, split
-        self.imgsz, self.augment, self.rect = (int(imgsz[0]), int(imgsz[1])), augment, rect
-        self.batch_size, self.seed = batch_size, seed
-        self.hyp: dict[str, Any] = dict(hyp or {})
-        self.close_mosaic_epoch = close_mosaic_epoch
-        self.single_cls = single_cls
-        table = merged(table) if single_cls else table
+    def __init__(self, config: DataConfig, split: str, table: Table, options: LoadOptions) -> None:
+        self.config, self.split, self.options = config, split, options
+        table = merged(table) if options.single_cls else table
         self.batch_shapes: NDArray[np.int64] | None = None
-        if rect:
+        if options.rect:
             table = table.take(by_aspect(table.sizes))
-            self.batch_shapes = shapes_of_batches(table.sizes, self.imgsz, batch_size, stride, pad)
+            self.batch_shapes = shapes_of_batches(
+                table.sizes, options.imgsz, options.batch_size, options.stride
+            )
         self.table = table
-        self.names = ("object",) if single_cls and len(config.names) > 1 else config.names
+        self._is_one_class = options.single_cls and len(config.names) > 1
+        self.names = ("object",) if self._is_one_class else config.names
         self.faults: tuple[Fault, ...] = table.faults
         self.image_ids, self.paths, self.sizes = table.image_ids, table.paths, table.sizes
-        self.objects = objects_of(table, single_cls)
+        self.objects = objects_of(table, options.single_cls)
         self.labels, self.boxes, self.offsets = self.objects
-        self.weights = weights_of(self.objects) if image_weights else None
+        self.weights = weights_of(self.objects) if options.image_weights else None
         self.cache: ImageCache | None = None
         self._damaged: set[int] = set()
 
@@ -132,18 +157,7 @@ class DetectionDataset(Dataset[Sample]):
     @property
     def category_ids(self) -> list[int]:
         """Category id in `coco_ground_truth` of every class index."""
-        if self.single_cls and len(self.config.names) > 1:
-            return [1]
-        return ground_truth.category_ids(self.config, self.split)
-
-    @property
-    def labels_per_image(self) -> list[NDArray[np.int64]]:
-        """Class indices of the objects of every image; made anew at each call."""
-        return np.split(self.labels, self.offsets[1:-1])
-
-    def class_counts(self) -> NDArray[np.int64]:
-        """Number of objects of every class."""
-        return np.bincount(self.labels, minlength=len(self.names)).astype(np.int64)
+        return [1] if self._is_one_class else ground_truth.category_ids(self.config, self.split)
 
     def box_sizes_wh(self) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
         """Width and height of every box in original pixels (N, 2), and height and width of the
@@ -151,9 +165,9 @@ class DetectionDataset(Dataset[Sample]):
         counts = np.diff(self.offsets)
         return self.boxes[:, 2:] - self.boxes[:, :2], np.repeat(self.sizes, counts, axis=0)
 
-    def coco_ground_truth(self, *, as_read: bool = False) -> dict[str, Any]:
+    def coco_ground_truth(self, *, as_read: bool = False) -> ground_truth.Json:
         """Images, annotations and categories for a COCO evaluator; see `data.ground_truth`."""
-        one_name = self.names[0] if self.single_cls and len(self.config.names) > 1 else ""
+        one_name = self.names[0] if self._is_one_class else ""
         return ground_truth.coco_ground_truth(
             self.config, self.split, self.table, one_name, as_read=as_read
         )
@@ -165,38 +179,31 @@ class DetectionDataset(Dataset[Sample]):
             return 0
         return sum(fault.kind in SCORED_OTHERWISE for fault in self.faults)
 
-    def cache_images(self, kind: str) -> None:
-        """Keep the resized images in memory (`ram`) or in a file (`disk`) if there is room.
-
-        Raises:
-            DatasetError: `kind` is neither.
-        """
-        fitted = [fitted_size(int(h), int(w), self.imgsz) for h, w in self.sizes]
+    def fill_cache(self) -> None:
+        """Keep the resized images as the options say, if there is room."""
+        fitted = [fitted_size(int(h), int(w), self.options.imgsz) for h, w in self.sizes]
         sizes = np.array(fitted, dtype=np.int32).reshape(-1, 2)
 
-        def read(index: int) -> Image:
+        def read(index: int) -> Image | None:
             try:
                 return self._read_resized(index)
             except ImageError:
-                return np.zeros((*fitted[index], 3), dtype=np.uint8)
+                return None
 
-        if kind == "ram":
+        if self.options.cache == "ram":
             self.cache = cache_in_memory(sizes, read)
-        elif kind == "disk":
-            beside = Path(self.paths[0]).parent
-            suffix = f"-{self.split}.{self.imgsz[0]}x{self.imgsz[1]}"
-            file = cache_file(beside, suffix)
+        elif self.options.cache == "disk":
+            height, width = self.options.imgsz
+            file = cache_file(Path(self.paths[0]).parent, f"-{self.split}.{height}x{width}")
             key = digest_of_files(self.paths, self.config.white)
             self.cache = cache_on_disk(sizes, read, file, key)
-        else:
-            raise DatasetError(f"--cache: got {kind!r}, expected ram or disk.")
 
     def __getitem__(self, key: Key) -> Sample:
         epoch, index = key if isinstance(key, tuple) else (0, int(key))
         if not 0 <= index < len(self):
             raise IndexError(index)
-        if self.augment:
-            rng = np.random.default_rng((self.seed, epoch, index))
+        if self.options.augment:
+            rng = np.random.default_rng((self.options.seed, epoch, index))
             picture = self._augmented(index, epoch, rng)
             height, width = picture.image.shape[:2]
             box = Letterbox(height, width, 1.0, 1.0, 0, 0)
@@ -221,12 +228,13 @@ class DetectionDataset(Dataset[Sample]):
                 f"{self.paths[index]}: changed since it was scanned - got {image.shape[:2]}, "
                 f"expected {tuple(map(int, self.sizes[index]))}. Start again."
             )
-        return resize_to_fit(image, self.imgsz)
+        return resize_to_fit(image, self.options.imgsz)
 
     def _image(self, index: int) -> Image:
         image = self.cache[index] if self.cache is not None else None
-        # What could not be decoded lies in a cache as black: the file tells it from a dark photo.
-        return image if image is not None and image.max() else self._read_resized(index)
+        return (
+            self._read_resized(index) if image is None else image
+        )  # whose error says what is wrong
 
     def _decodable(self, index: int) -> tuple[Image, int]:
         """The resized image at a place, or the next one that decodes, and its place.
@@ -237,7 +245,7 @@ class DetectionDataset(Dataset[Sample]):
         Raises:
             DatasetError: none of the images decodes.
         """
-        span = self.batch_size if self.rect else len(self)
+        span = self.options.batch_size if self.options.rect else len(self)
         first = index - index % span
         places = range(first, min(first + span, len(self)))
         for step in range(len(places)):
@@ -248,46 +256,51 @@ class DetectionDataset(Dataset[Sample]):
                 return self._image(place), place
             except ImageError as error:
                 self._damaged.add(place)
-                missed = "" if self.augment else ", its objects count as missed"
+                missed = "" if self.options.augment else ", its objects count as missed"
                 LOGGER.warning("skipped %s Another image stands in for it%s.", error, missed)
         raise DatasetError(
             f"{self.config.file}: {self.split} - got no image that decodes among {len(places)}, "
             f"expected one. Replace or remove {self.paths[first]}."
         )
 
-    def _resized(self, index: int) -> tuple[Picture, int]:
-        """An image that just fits into `imgsz`, with its objects in its own pixels, and its place."""
+    def _rows(self, index: int) -> slice:
+        """Where the objects of an image stand."""
+        return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+
+    def _resized(self, index: int) -> Picture:
+        """An image that just fits into `imgsz`, with its objects in its own pixels."""
         image, index = self._decodable(index)
         height, width = (int(side) for side in self.sizes[index])
         scale = np.array([image.shape[1] / width, image.shape[0] / height] * 2)
-        rows = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
-        boxes = (self.boxes[rows] * scale).astype(np.float32)
-        return Picture(image, self.labels[rows].copy(), boxes), index
+        own = self._rows(index)
+        return Picture(image, self.labels[own], (self.boxes[own] * scale).astype(np.float32))
 
     def _letterboxed(self, index: int) -> tuple[Picture, Letterbox, int]:
-        shape = self.imgsz
+        shape = self.options.imgsz
         if self.batch_shapes is not None:
-            rows, columns = self.batch_shapes[index // self.batch_size]
+            rows, columns = self.batch_shapes[index // self.options.batch_size]
             shape = (int(rows), int(columns))
-        resized, index = self._resized(index)
+        resized, index = self._decodable(index)
         original = (int(self.sizes[index, 0]), int(self.sizes[index, 1]))
-        image, box = pad_to(resized.image, shape, original)
-        own = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
-        return Picture(image, resized.labels, letterbox_boxes(self.boxes[own], box)), box, index
+        image, box = pad_to(resized, shape, original)
+        own = self._rows(index)
+        boxes = letterbox_boxes(self.boxes[own], box)
+        return Picture(image, self.labels[own].copy(), boxes), box, index
 
     def _augmented(self, index: int, epoch: int, rng: np.random.Generator) -> Picture:
-        closed = self.close_mosaic_epoch is not None and epoch >= self.close_mosaic_epoch
-        if not (closed or self.rect) and rng.random() < self.hyp.get("mosaic", 0.0):
+        hyp, close = self.options.hyp, self.options.close_mosaic_epoch
+        is_closed = self.options.rect or (close is not None and epoch >= close)
+        if not is_closed and rng.random() < hyp.get("mosaic", 0.0):
             picture = self._mosaic(index, rng)
-            if rng.random() < self.hyp.get("mixup", 0.0):
+            if rng.random() < hyp.get("mixup", 0.0):
                 other = self._mosaic(int(self._draw(rng)), rng)
                 picture = mixup(picture, other, rng)
         else:
             padded = self._letterboxed(index)[0]
             size = (padded.image.shape[0], padded.image.shape[1])
-            picture = random_affine(padded, size, self.hyp, rng)
-        image = random_colours(picture.image, self.hyp, rng)
-        return random_flips(picture._replace(image=image), self.hyp, rng)
+            picture = random_affine(padded, size, hyp, rng)
+        image = random_colours(picture.image, hyp, rng)
+        return random_flips(picture._replace(image=image), hyp, rng)
 
     def _draw(self, rng: np.random.Generator, count: int | None = None) -> NDArray[np.int64]:
         """Places of images that join another one, drawn as the images of an epoch are."""
@@ -296,87 +309,37 @@ class DetectionDataset(Dataset[Sample]):
         return self.weights.draw(rng, count or 1).squeeze()
 
     def _mosaic(self, index: int, rng: np.random.Generator) -> Picture:
-        of_nine = rng.random() < self.hyp.get("mosaic9", 0.0)
+        of_nine = rng.random() < self.options.hyp.get("mosaic9", 0.0)
         others = self._draw(rng, 8 if of_nine else 3)
         chosen = [index, *(int(other) for other in others)]
         rng.shuffle(chosen)
-        pictures = [self._resized(place)[0] for place in chosen]
-        canvas = (mosaic9 if of_nine else mosaic4)(pictures, self.imgsz, rng)
-        return random_affine(canvas, self.imgsz, self.hyp, rng)
+        pictures = [self._resized(place) for place in chosen]
+        canvas = (mosaic9 if of_nine else mosaic4)(pictures, self.options.imgsz, rng)
+        return random_affine(canvas, self.options.imgsz, self.options.hyp, rng)
 
 
 def build_dataset(
-    config: DataConfig,
-    split: str,
-    *,
-    imgsz: tuple[int, int],
-    augment: bool = False,
-    hyp: Mapping[str, Any] | None = None,
-    rect: bool = False,
-    batch_size: int = 16,
-    stride: int = 32,
-    pad: float = 0.0,
-    cache: str | None = None,
-    single_cls: bool = False,
-    image_weights: bool = False,
-    seed: int = 0,
-    close_mosaic_epoch: int | None = None,
+    config: DataConfig, split: str, options: LoadOptions | None = None, **given: Any
 ) -> DetectionDataset:
-    """Read the labels of a split and make its data set.
-
-    Args:
-        config: the data set.
-        split: `train`, `val` or `test`.
-        imgsz: height and width of the samples.
-        augment: mosaic, mixup, warp, colours and flips, as far as `hyp` asks for them.
-        hyp: `mosaic`, `mosaic9` (share of the mosaics that are made of nine), `mixup`, `hsv_h`,
-            `hsv_s`, `hsv_v`, `degrees`, `translate`, `scale`, `shear`, `perspective`, `flipud`,
-            `fliplr`; an absent key is 0.
-        rect: sort the images by aspect and pad each batch only as far as its images need; there
-            is no mosaic then.
-        batch_size: images of a `rect` batch.
-        stride: the sides of a `rect` batch are multiples of it.
-        pad: extra padding of a `rect` batch, in strides.
-        cache: `ram` or `disk`: keep the resized images.
-        single_cls: take all classes for one.
-        image_weights: draw images with rare classes more often.
-        seed: of all chance.
-        close_mosaic_epoch: from this epoch on there is no mosaic and no mixup.
+    """Read the labels of a split (`train`, `val` or `test`) and make its data set.
 
     Raises:
-        DatasetError: files are missing, labels hold faults that cannot be mended, or options exclude
-            each other.
+        DatasetError: files are missing, or labels hold faults that cannot be mended.
     """
-    if image_weights and rect:
-        raise DatasetError("--image-weights: cannot be used with --rect. Drop one of them.")
     dataset = DetectionDataset(
-        config,
-        split,
-        load_table(config, split),
-        imgsz=imgsz,
-        augment=augment,
-        hyp=hyp,
-        rect=rect,
-        batch_size=batch_size,
-        stride=stride,
-        pad=pad,
-        single_cls=single_cls,
-        image_weights=image_weights,
-        seed=seed,
-        close_mosaic_epoch=close_mosaic_epoch,
+        config, split, load_table(config, split), options or LoadOptions(**given)
     )
     _tell(dataset)
-    if cache:
-        dataset.cache_images(cache)
+    dataset.fill_cache()
     return dataset
 
 
 def _tell(dataset: DetectionDataset) -> None:
     """The account of the split, and what of the recipe cannot be done with it."""
-    account = account_of(dataset.table, dataset.objects, dataset.names, dataset.imgsz)
-    level = logging.WARNING if account.lost else logging.INFO
-    LOGGER.log(level, "%s: %s", dataset.split, account)
-    if dataset.hyp.get("copy_paste", 0) and dataset.augment:
+    options = dataset.options
+    text, is_lossy = account_of(dataset.table, dataset.objects, dataset.names, options.imgsz)
+    LOGGER.log(logging.WARNING if is_lossy else logging.INFO, "%s: %s", dataset.split, text)
+    if options.augment and options.hyp.get("copy_paste", 0):
         LOGGER.warning("copy_paste: not done, it needs outlines and these labels are boxes")
-    if not account.objects:
+    if not len(dataset.labels):
         LOGGER.warning("%s: %s holds no objects at all", dataset.config.file, dataset.split)

@@ -83,7 +83,7 @@ def coco_ground_truth(
 
 
 def _stored_annotations(
-    document: Json, images: set[int], categories: Mapping[Any, int]
+    document: Json, images: set[int], categories: Mapping[int, int]
 ) -> list[Json]:
     """The file's annotations of these images, each under the one id that its class is scored by."""
     rows = []

@@ -1,6 +1,7 @@
 """Keeping decoded, resized images: in memory, or in one file that is mapped into memory.
 
-All images lie one behind the other in one byte array, so that worker processes share it.
+All images lie one behind the other in one byte array, so that worker processes share it; behind
+them stands a byte for each, 0 for those that could not be read.
 """
 
 from __future__ import annotations
@@ -9,31 +10,33 @@ import logging
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from data.images import Image
-from data.storage import write_atomically
+from data.storage import write_cache
 from utils.distributed import local_processes
 
 LOGGER = logging.getLogger("yoke.data")
 MEMORY_SHARE = 0.8
 """Part of the free memory or disk that a cache may take."""
+AT_ONCE = 256
+"""Images that are read ahead."""
 
 
 class ImageCache:
-    """Images by index, out of one array.
+    """Images by index, out of one array; None in place of one that could not be read.
 
     Args:
         sizes: height and width of every image, (n, 2).
-        data: the bytes of all images, in memory; or
-        file: an `.npy` file that holds them.
+        data: the bytes, in memory; or
+        file: a file that holds them.
     """
 
     def __init__(
@@ -41,132 +44,120 @@ class ImageCache:
     ) -> None:
         self.sizes = sizes
         self.offsets = byte_offsets(sizes)
-        self.data = data
-        self.file = file
+        self.data, self.file = data, file
         self._mapped: NDArray[np.uint8] | None = None
 
-    def __getitem__(self, index: int) -> Image:
-        height, width = (int(side) for side in self.sizes[index])
+    def __getitem__(self, index: int) -> Image | None:
+        if self._mapped is None:
+            self._mapped = self._bytes()
+        if not self._mapped[self.offsets[-1] + index]:
+            return None
         start, end = self.offsets[index], self.offsets[index + 1]
-        return self._bytes()[start:end].reshape(height, width, 3)
+        return self._mapped[start:end].reshape(*self.sizes[index].tolist(), 3)
 
     def _bytes(self) -> NDArray[np.uint8]:
-        if self._mapped is None:
-            if self.data is not None:
-                self._mapped = self.data.numpy()
-            else:
-                assert self.file is not None
-                self._mapped = np.load(self.file, mmap_mode="r", allow_pickle=False)
-        return self._mapped
+        if self.data is not None:
+            return self.data.numpy()
+        assert self.file is not None
+        return np.memmap(self.file, dtype=np.uint8, mode="r")
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         # A mapped file is opened again by the worker instead of being copied to it.
         return {**self.__dict__, "_mapped": None}
 
 
 def byte_offsets(sizes: NDArray[np.int32]) -> NDArray[np.int64]:
-    """Where each image begins, and the total at the end, (n + 1,)."""
-    lengths = sizes.astype(np.int64).prod(axis=1) * 3
-    return np.concatenate([[0], np.cumsum(lengths)])
+    """Where each image begins, and where the last one ends, (n + 1,)."""
+    return np.concatenate([[0], np.cumsum(sizes.astype(np.int64).prod(axis=1) * 3)])
 
 
-def cache_in_memory(sizes: NDArray[np.int32], load: Callable[[int], Image]) -> ImageCache | None:
+def cache_in_memory(
+    sizes: NDArray[np.int32], load: Callable[[int], Image | None]
+) -> ImageCache | None:
     """Read all images into memory.
 
     Returns:
         None, after one line in the log, if they would take too much of it.
     """
-    total = int(byte_offsets(sizes)[-1])
-    free = available_memory()
-    if free is not None and total * local_processes(1) > free * MEMORY_SHARE:  # each keeps its own
-        LOGGER.warning(
-            "--cache ram: not done - %s, expected at most %.0f %% of the %.1f GB of free memory",
-            f"the images take {total / 1e9:.1f} GB",
-            MEMORY_SHARE * 100,
-            free / 1e9,
-        )
+    total = int(byte_offsets(sizes)[-1]) + len(sizes)
+    if not _has_room("ram", total, available_memory(), "of free memory"):
         return None
     data = torch.empty(total, dtype=torch.uint8)
     if multiprocessing.get_start_method() != "fork":
         # Workers that do not begin as a copy of this process get a handle, not the bytes.
         data.share_memory_()
-    cache = ImageCache(sizes, data=data)
-    _fill(data.numpy(), cache.offsets, load)
-    return cache
+    place, everything = 0, data.numpy()
+    for piece in _pieces(sizes, load):
+        everything[place : place + len(piece)] = piece
+        place += len(piece)
+    return ImageCache(sizes, data=data)
 
 
 def cache_on_disk(
-    sizes: NDArray[np.int32], load: Callable[[int], Image], file: Path, key: str
+    sizes: NDArray[np.int32], load: Callable[[int], Image | None], file: Path, key: str
 ) -> ImageCache | None:
-    """Keep all images in `<file>.<key>.npy`; one that is there already is used as it is.
+    """Keep all images in `<file>.<key>.images`; one that is there already is used as it is.
 
     Args:
         sizes: of the images, (n, 2).
-        load: reads one image.
+        load: reads one image; None where it cannot be read.
         file: path without suffix; files of the same name with other keys are outdated and removed.
         key: digest of all that the contents depend on.
 
     Returns:
         None, after one line in the log, if there is no room or no permission.
     """
-    target = file.with_name(f"{file.name}.{key[:16]}.npy")
-    offsets = byte_offsets(sizes)
-    total = int(offsets[-1])
-    if _holds(target, total):
+    target = file.with_name(f"{file.name}.{key[:16]}.images")
+    total = int(byte_offsets(sizes)[-1]) + len(sizes)
+    if target.is_file() and target.stat().st_size == total:
         return ImageCache(sizes, file=target)
     folder = next(parent for parent in target.parents if parent.is_dir())
-    free = shutil.disk_usage(folder).free
-    if total * local_processes(1) > free * MEMORY_SHARE:  # each writes before one of them is kept
-        LOGGER.warning(
-            "--cache disk: not done - %s, expected at most %.0f %% of the %.1f GB free at %s",
-            f"the images take {total / 1e9:.1f} GB",
-            MEMORY_SHARE * 100,
-            free / 1e9,
-            folder,
-        )
+    if not _has_room("disk", total, shutil.disk_usage(folder).free, f"free at {folder}"):
         return None
 
     def write(stream: BinaryIO) -> None:
-        header = {"descr": "|u1", "fortran_order": False, "shape": (total,)}
-        np.lib.format.write_array_header_1_0(stream, header)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for start in range(0, len(sizes), 256):
-                chosen = range(start, min(start + 256, len(sizes)))
-                for image in pool.map(load, chosen):
-                    stream.write(np.ascontiguousarray(image).data)
+        for piece in _pieces(sizes, load):
+            stream.write(piece.data)
 
-    if not write_atomically(target, write):
+    if not write_cache(target, write):
         LOGGER.warning("--cache disk: not done - %s cannot be written", target)
         return None
-    for old in target.parent.glob(f"{file.name}.*.npy"):
+    for old in target.parent.glob(f"{file.name}.*.images"):
         if old != target:
             old.unlink(missing_ok=True)
     return ImageCache(sizes, file=target)
 
 
-def _holds(file: Path, total: int) -> bool:
-    try:
-        return np.load(file, mmap_mode="r", allow_pickle=False).shape == (total,)
-    except (OSError, ValueError, EOFError):
-        return False
+def _has_room(kind: str, total: int, free: int | None, where: str) -> bool:
+    """Whether `total` bytes for each process of this machine fit into `free` ones; a line in the log if not."""
+    if free is None or total * local_processes(1) <= free * MEMORY_SHARE:
+        return True
+    LOGGER.warning(
+        f"--cache {kind}: not done - the images take {total / 1e9:.1f} GB, "
+        f"expected at most {MEMORY_SHARE * 100:.0f} % of the {free / 1e9:.1f} GB {where}"
+    )
+    return False
 
 
-def _fill(
-    data: NDArray[np.uint8], offsets: NDArray[np.int64], load: Callable[[int], Image]
-) -> None:
-    def copy(index: int) -> None:
-        data[offsets[index] : offsets[index + 1]] = load(index).reshape(-1)
-
+def _pieces(
+    sizes: NDArray[np.int32], load: Callable[[int], Image | None]
+) -> Iterator[NDArray[np.uint8]]:
+    """The bytes of one image after the other, then the marks; read by several threads."""
+    is_read = np.ones(len(sizes), dtype=np.uint8)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in pool.map(copy, range(len(offsets) - 1)):
-            pass
+        for start in range(0, len(sizes), AT_ONCE):
+            chosen = range(start, min(start + AT_ONCE, len(sizes)))
+            for index, image in zip(chosen, pool.map(load, chosen)):
+                is_read[index] = image is not None
+                length = int(sizes[index].prod()) * 3
+                yield np.zeros(length, np.uint8) if image is None else image.reshape(length)
+    yield is_read
 
 
 def available_memory() -> int | None:
     """Bytes that this process can still take, within its control group; None if unknown."""
     limits = [_free_of_machine(), _free_of_group()]
-    known = [limit for limit in limits if limit is not None]
-    return min(known) if known else None
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _free_of_machine() -> int | None:

@@ -19,15 +19,15 @@ import numpy as np
 
 from data.formats import coco, voc, yolo
 from data.formats.description import DataConfig, Listing
-from data.formats.faults import Fault, count_backgrounds, raise_if_fatal, summarise
-from data.formats.leftovers import repeated_images
+from data.formats.faults import Fault, raise_if_fatal, repeated_images, summarise
 from data.formats.table import Table, Texts
 from data.images import FULL_WHITE
-from data.storage import cache_file, digest_of_files, write_atomically
+from data.storage import cache_file, digest_of_files, write_cache
 
 LOGGER = logging.getLogger("yoke.data")
 VERSION = 2
 SUFFIX = ".yoke.npz"
+ARRAYS = ("image_ids", "sizes", "offsets", "labels", "boxes", "crowd")
 READERS = {"yolo": yolo, "coco": coco, "voc": voc}
 
 
@@ -50,13 +50,13 @@ def load_table(config: DataConfig, split: str) -> Table:
     if table is None:
         read = reader.read(config, split, listing)
         raise_if_fatal(read.faults, f"Correct the labels, or the names in {config.file}.")
-        write_atomically(file, lambda stream: _save(stream, read, annotation_key))
+        write_cache(file, lambda stream: _save(stream, read, annotation_key))
         table = read
     remarks = repeated_images(table.paths) if listing.images is None else listing.remarks
     table = replace(table, faults=(*table.faults, *remarks))
     for line in [*summarise(table.faults, split), *_depth(config, split, table.peak)]:
         LOGGER.warning(line)
-    missing = count_backgrounds(table.faults)
+    missing = sum(fault.kind == "background" for fault in table.faults)
     if missing:
         level = logging.WARNING if missing > len(table) / 2 else logging.INFO
         told = "%s: %d of %d images have no label file (background)"
@@ -78,11 +78,6 @@ def _depth(config: DataConfig, split: str, peak: int) -> Iterator[str]:
         yield f"{split}: white: {config.white:g} is without effect, no image has more than 8 bits"
 
 
-def image_key(table: Table) -> str:
-    """A digest of the image files of a table."""
-    return digest_of_files(table.paths)
-
-
 def _cache_path(listing: Listing, split: str) -> Path:
     first = Path(listing.annotations[0])
     if listing.images is None:
@@ -94,17 +89,12 @@ def _save(stream: BinaryIO, table: Table, annotation_key: str) -> None:
     faults = json.dumps([list(fault) for fault in table.faults]).encode("utf-8", "surrogateescape")
     np.savez(
         stream,
-        key=np.array([annotation_key, image_key(table)]),
+        key=np.array([annotation_key, digest_of_files(table.paths)]),
         paths=table.paths.data,
         path_offsets=table.paths.offsets,
-        image_ids=table.image_ids,
-        sizes=table.sizes,
-        offsets=table.offsets,
-        labels=table.labels,
-        boxes=table.boxes,
-        crowd=table.crowd,
         peak=np.int64(table.peak),
         faults=np.frombuffer(faults, dtype=np.uint8),
+        **{name: vars(table)[name] for name in ARRAYS},
     )
 
 
@@ -113,19 +103,12 @@ def _load(file: Path, annotation_key: str) -> Table | None:
     try:
         with np.load(file, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
-        faults = json.loads(arrays["faults"].tobytes().decode("utf-8", "surrogateescape"))
-        table = Table(
-            Texts(arrays["paths"], arrays["path_offsets"]),
-            arrays["image_ids"],
-            arrays["sizes"],
-            arrays["offsets"],
-            arrays["labels"],
-            arrays["boxes"],
-            arrays["crowd"],
-            tuple(Fault(*row) for row in faults),
-            int(arrays["peak"]),
-        )
-        keys = [str(key) for key in arrays["key"]]
+        paths = Texts(arrays["paths"], arrays["path_offsets"])
+        rows = json.loads(arrays["faults"].tobytes().decode("utf-8", "surrogateescape"))
+        faults = tuple(Fault(*row) for row in rows)
+        own = {name: arrays[name] for name in ARRAYS}
+        table = Table(paths=paths, faults=faults, peak=int(arrays["peak"]), **own)
+        is_current = arrays["key"].tolist() == [annotation_key, digest_of_files(paths)]
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
         return None
-    return table if keys == [annotation_key, image_key(table)] else None
+    return table if is_current else None

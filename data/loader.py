@@ -1,14 +1,13 @@
-"""Batches out of a data set: order, sharding over processes, workers.
+"""Batches out of a data set, and the processes that load them.
 
-B batch, n images of the data set. The sampler gives keys (epoch, index), so workers that live
-through all epochs know which epoch a sample is for.
+The sampler gives keys (epoch, index), so workers that live through all epochs know which epoch a
+sample is for.
 """
 
 from __future__ import annotations
 
 import atexit
 import logging
-import math
 import multiprocessing
 import os
 import shutil
@@ -17,15 +16,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from types import FrameType
-from typing import Any
 
 import cv2
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset
 
-from data.dataset import DetectionDataset, Sample
+from data.dataset import DetectionDataset, Key, Sample
+from data.sampling import EpochSampler
 from utils.distributed import local_processes
 from utils.errors import DatasetError, worker_death
 from utils.structures import Batch, Targets
@@ -37,101 +34,33 @@ SHARED_MEMORY = "/dev/shm"
 GROUP_SIGNALS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
 
 
-class EpochSampler(Sampler[tuple[int, int]]):
-    """Keys (epoch, index) in an order that depends on seed and epoch alone.
+class _Handed(Dataset["Sample | DatasetError"]):
+    """Samples, or what is wrong with one: an error that a worker raises reaches the main process as text alone."""
 
-    With several processes each takes every `world_size`-th key, so that one step of all of them
-    sees the images of one step of a single process with the joint batch. If shuffled, all get
-    equally many (the first keys again at the end); otherwise each image comes exactly once.
-
-    Args:
-        length: images of the data set.
-        shuffle: a new order every epoch.
-        seed: of the order.
-        rank: of this process.
-        world_size: number of processes.
-        block: this many neighbours stay together, whole blocks are shuffled and dealt out; for
-            data sets whose batches have their own shapes.
-        image_weights: how often each image is drawn, with replacement, in place of once, (n,).
-    """
-
-    def __init__(
-        self,
-        length: int,
-        *,
-        shuffle: bool,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        block: int = 1,
-        image_weights: Sequence[float] | NDArray[np.float64] | None = None,
-    ) -> None:
-        assert 0 <= rank < world_size, "a rank of this run"
-        self.length, self.shuffle, self.seed = length, shuffle, seed
-        self.rank, self.world_size, self.block = rank, world_size, block
-        self.epoch = self.skip = 0
-        self.image_weights: NDArray[np.float64] | None = None
-        if image_weights is not None:
-            self.set_image_weights(image_weights)
-
-    def set_epoch(self, epoch: int, skip: int = 0) -> None:
-        """Choose the epoch that the next iteration is for, without its first `skip` keys."""
-        self.epoch, self.skip = epoch, skip
-
-    def set_image_weights(self, weights: Sequence[float] | NDArray[np.float64]) -> None:
-        """Draw images in proportion to `weights`, (n,), from the next iteration on."""
-        numbers = np.asarray(weights, dtype=np.float64)
-        if numbers.shape != (self.length,) or numbers.min() < 0 or not numbers.sum() > 0:
-            raise ValueError(f"image weights: got {numbers.shape}, expected {self.length}, >= 0")
-        if self.block > 1:
-            raise DatasetError("--image-weights: cannot be used with --rect. Drop one of them.")
-        self.image_weights = numbers / numbers.sum()
+    def __init__(self, dataset: DetectionDataset) -> None:
+        self.dataset = dataset
 
     def __len__(self) -> int:
-        return len(self._own(self._blocks(np.arange(self.length))))
+        return len(self.dataset)
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = np.arange(self.length)
-        rng = np.random.default_rng((self.seed, self.epoch))
-        if self.image_weights is not None:
-            order = rng.choice(self.length, self.length, p=self.image_weights)
-        elif self.shuffle and self.block == 1:
-            order = rng.permutation(self.length)
-        blocks = self._blocks(order)
-        if self.shuffle and self.block > 1:
-            # A last block that is not full stays last, or it would shift all batches after it.
-            full = self.length // self.block
-            blocks = [blocks[k] for k in rng.permutation(full)] + blocks[full:]
-        return ((self.epoch, int(index)) for index in self._own(blocks)[self.skip :])
-
-    def _blocks(self, order: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-        return [order[k : k + self.block] for k in range(0, len(order), self.block)]
-
-    def _own(self, blocks: list[NDArray[np.int64]]) -> NDArray[np.int64]:
-        """The indices that this process takes."""
-        if self.shuffle and blocks and self.world_size > 1:
-            if self.block > 1 and len(blocks[-1]) < self.block:
-                blocks = [*blocks[:-1], np.resize(blocks[-1], self.block)]
-            wanted = math.ceil(len(blocks) / self.world_size) * self.world_size
-            blocks = [blocks[k % len(blocks)] for k in range(wanted)]
-        own = blocks[self.rank :: self.world_size]
-        return np.concatenate(own) if own else np.zeros(0, dtype=np.int64)
+    def __getitem__(self, key: Key) -> Sample | DatasetError:
+        try:
+            return self.dataset[key]
+        except DatasetError as error:
+            return error.with_traceback(None)
 
 
-class DetectionLoader(DataLoader[Sample]):
+class DetectionLoader(DataLoader["Sample | DatasetError"]):
     """A `DataLoader` that yields `Batch` and says what to do when a worker fails."""
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         try:
             with _signals_blocked():  # a new worker opens itself to them when it knows what to do
                 batches = super().__iter__()
-            yield from batches  # type: ignore[misc]
-        except DatasetError as error:
-            # Workers hand over the whole traceback as the message; its last line is the message.
-            message = str(error).strip().splitlines()[-1]
-            # Without its frames: they hold the loader in a cycle, and workers whose loader is
-            # collected late take seconds to end.
-            raise DatasetError(message.split("Error: ", 1)[-1]) from error.with_traceback(None)
+            for batch in batches:
+                if isinstance(batch, DatasetError):
+                    raise batch
+                yield batch  # type: ignore[misc]
         except RuntimeError as error:
             if not (told := worker_death(error)):
                 raise
@@ -139,8 +68,8 @@ class DetectionLoader(DataLoader[Sample]):
 
     def set_epoch(self, epoch: int, done: int = 0) -> None:
         """Choose the epoch that the next iteration is for; it begins behind the `done` first batches."""
-        if isinstance(self.sampler, EpochSampler):
-            self.sampler.set_epoch(epoch, done * (self.batch_size or 1))
+        assert isinstance(self.sampler, EpochSampler)
+        self.sampler.set_epoch(epoch, done * (self.batch_size or 1))
 
 
 def build_loader(
@@ -168,23 +97,21 @@ def build_loader(
         drop_last: leave out a last batch that is not full.
     """
     _end_workers_at_exit()
-    if dataset.rect and batch_size != dataset.batch_size:
-        raise ValueError(f"rect batches: got {batch_size} images, expected {dataset.batch_size}")
+    options = dataset.options
+    if options.rect and batch_size != options.batch_size:
+        raise ValueError(f"rect batches: got {batch_size} images, expected {options.batch_size}")
     sampler = EpochSampler(
         len(dataset),
         shuffle=shuffle,
         seed=seed,
         rank=rank,
         world_size=world_size,
-        block=batch_size if dataset.rect else 1,
+        block=batch_size if options.rect else 1,
         image_weights=dataset.weights.chances if shuffle and dataset.weights else None,
     )
     workers = bounded_workers(workers, dataset, batch_size, local_processes(world_size))
-    options: dict[str, Any] = {}
-    if workers:
-        options = {"prefetch_factor": PREFETCH, "persistent_workers": True}
     return DetectionLoader(
-        dataset,
+        _Handed(dataset),
         batch_size=batch_size,
         sampler=sampler,
         num_workers=workers,
@@ -194,25 +121,23 @@ def build_loader(
         worker_init_fn=_begin_worker,
         # A generator of its own: the global one, which a resumed run restores, stays untouched.
         generator=torch.Generator().manual_seed(seed),
-        **options,
+        prefetch_factor=PREFETCH if workers else None,
+        persistent_workers=workers > 0,
     )
 
 
-def collate(samples: Sequence[Sample]) -> Batch:
-    """Put samples of one size into a batch."""
-    counts = torch.tensor([len(sample.labels) for sample in samples])
-    targets = Targets(
-        torch.repeat_interleave(torch.arange(len(samples)), counts),
-        torch.cat([sample.labels for sample in samples]),
-        torch.cat([sample.boxes for sample in samples]),
-    )
-    return Batch(
-        torch.stack([sample.image for sample in samples]),
-        targets,
-        tuple(sample.image_id for sample in samples),
-        tuple(sample.letterbox for sample in samples),
-        tuple(sample.path for sample in samples),
-    )
+def collate(samples: Sequence[Sample | DatasetError]) -> Batch | DatasetError:
+    """Put samples of one size into a batch; the first of their errors goes before."""
+    good = []
+    for sample in samples:
+        if isinstance(sample, DatasetError):
+            return sample
+        good.append(sample)
+    images, labels, boxes, image_ids, letterboxes, paths = zip(*good)
+    counts = torch.tensor([len(own) for own in labels])
+    image_index = torch.repeat_interleave(torch.arange(len(good)), counts)
+    targets = Targets(image_index, torch.cat(labels), torch.cat(boxes))
+    return Batch(torch.stack(images), targets, image_ids, letterboxes, paths)
 
 
 def bounded_workers(
@@ -227,7 +152,7 @@ def bounded_workers(
     reason = f"{cores} cores per process"
     room = _shared_memory()
     if room is not None and chosen:
-        batch_bytes = batch_size * dataset.imgsz[0] * dataset.imgsz[1] * 3
+        batch_bytes = batch_size * dataset.options.imgsz[0] * dataset.options.imgsz[1] * 3
         fitting = int(room / world_size / (batch_bytes * (PREFETCH + 1)))
         if fitting < chosen:
             chosen, reason = fitting, f"{room / 1e6:.0f} MB free in {SHARED_MEMORY}"

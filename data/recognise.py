@@ -7,8 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from data.formats.description import image_files
-from data.formats.text import read_text
+from data.formats.files import image_files, read_text
 from data.images import is_image_path
 
 ROBOFLOW_COCO = "_annotations.coco.json"

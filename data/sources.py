@@ -21,8 +21,8 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from data.formats.description import files_below
-from data.formats.leftovers import suffixes_of, unread_files
+from data.formats.faults import suffixes_of, unread_files
+from data.formats.files import files_below
 from data.formats.yolo import read_list
 from data.images import IMAGE_SUFFIXES, Image, decode_image, is_image_path, read_image
 from utils.errors import DatasetError

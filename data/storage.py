@@ -1,14 +1,15 @@
-"""Derived files: where they go, beside the data or in the project, and writing them atomically."""
+"""Derived files: where they go, beside the data or in the project, and writing them."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO
+
+from utils.files import written_whole
 
 LOGGER = logging.getLogger("yoke.data")
 FALLBACK = Path(__file__).resolve().parents[1] / "datasets" / ".cache"
@@ -22,10 +23,9 @@ def is_writable(folder: Path) -> bool:
     that its owner has marked read-only.
     """
     try:
-        mode = folder.stat().st_mode
+        return bool(folder.stat().st_mode & _WRITE_BITS) and os.access(folder, os.W_OK)
     except OSError:
         return False
-    return bool(mode & _WRITE_BITS) and os.access(folder, os.W_OK)
 
 
 def cache_file(beside: Path, suffix: str) -> Path:
@@ -37,26 +37,19 @@ def cache_file(beside: Path, suffix: str) -> Path:
     return FALLBACK / f"{digest}-{name}"
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> bool:
-    """Write a file under a temporary name and rename it, so that a reader never sees a part.
+def write_cache(path: Path, write: Callable[[BinaryIO], None]) -> bool:
+    """Write a derived file whole.
 
     Returns:
         False, after one line in the log, if the place cannot be written; nothing is left behind.
     """
-    temporary = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(descriptor, "wb") as file:
+        with written_whole(path) as file:
             write(file)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
     except OSError as error:
-        LOGGER.info("%s: not cached - %s", path, error.strerror or error)
+        LOGGER.info("%s: not cached - %s", path, error.strerror)
         return False
-    finally:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
     return True
 
 

@@ -5,9 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import yaml
+from yaml.composer import Composer
+from yaml.constructor import SafeConstructor
+from yaml.parser import Parser
+from yaml.reader import Reader, ReaderError
+from yaml.resolver import BaseResolver
+from yaml.scanner import Scanner
 
 from utils.errors import ConfigError
 from utils.files import refuse_special
@@ -26,17 +33,40 @@ class YamlFile(NamedTuple):
         data: its top-level mapping.
         lines: line number (from 1) of every value, by its path: `("head", 3, 2)` is the third cell
             of the fourth row of `head`.
+        texts: what stands there for every single value, by its path.
     """
 
     data: dict[str, Any]
     lines: dict[YamlPath, int]
+    texts: Mapping[YamlPath, str] = MappingProxyType({})
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(Reader, Scanner, Parser, Composer, SafeConstructor, BaseResolver):
     """YAML 1.2 scalars: `no` and `on` are words, `1e-3` is a number, a date is text."""
 
+    def __init__(self, text: str, source: str) -> None:
+        try:
+            Reader.__init__(self, text)
+        except ReaderError as error:
+            line = text.count("\n", 0, error.position) + 1
+            told = f"the character {chr(error.character)!r}. Remove it."
+            raise ConfigError(f"{source}:{line}: not valid YAML - {told}") from error
+        for part in (Scanner, Parser, Composer, SafeConstructor, BaseResolver):
+            part.__init__(self)
 
-_Loader.yaml_implicit_resolvers = {}
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """A whole number of so many digits as fit 64 bits."""
+        text = str(self.construct_scalar(node))
+        if len(text) > MOST_DIGITS:
+            told = f"a number of {len(text)} digits"
+            raise yaml.constructor.ConstructorError(None, None, told, node.start_mark)
+        return int(text, 10)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what YAML 1.1 or this dialect would read as anything but text, such as `on` and `1e-3`."""
+
+
 for _tag, _pattern, _first in (
     ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
     ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
@@ -45,32 +75,9 @@ for _tag, _pattern, _first in (
     ("float", r"^(?:[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$", "-+."),
     ("merge", r"^<<$", "<"),
 ):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
-
-
-def _whole_number(loader: yaml.SafeLoader, node: yaml.Node) -> int:
-    text = str(loader.construct_scalar(cast(yaml.ScalarNode, node)))
-    if len(text) > MOST_DIGITS:
-        raise yaml.constructor.ConstructorError(
-            None, None, f"a number of {len(text)} digits", node.start_mark
-        )
-    return int(text, 10)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes what YAML 1.1 or this dialect would read as anything but text, such as `on` and `1e-3`."""
-
-
-_Dumper.yaml_implicit_resolvers = {
-    first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, []), *resolvers]
-    for first, resolvers in {
-        **dict.fromkeys(yaml.SafeDumper.yaml_implicit_resolvers, []),
-        **_Loader.yaml_implicit_resolvers,
-    }.items()
-}
+    for _reads in (_Loader, _Dumper):
+        _reads.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), [*_first])
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)  # type: ignore[type-var]
 
 
 def parse_value(text: str) -> Any:
@@ -80,15 +87,12 @@ def parse_value(text: str) -> Any:
         ValueError: it is no YAML.
     """
     try:
-        loader = _loader(text, "value")
-        try:
-            node = loader.get_single_node()
-            if node is None:
-                return None
-            _refuse_multiplied(node, text)
-            return loader.construct_document(node)
-        finally:
-            loader.dispose()
+        loader = _Loader(text, "value")
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _refuse_multiplied(node, text)
+        return loader.construct_document(node)
     except (yaml.YAMLError, ConfigError, RecursionError) as error:
         raise ValueError(f"not valid YAML - {str(error).splitlines()[0]}") from error
 
@@ -125,7 +129,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
 
 def parse_yaml(text: str, source: str) -> YamlFile:
     """Parse YAML text; `source` names it in errors. See `read_yaml`."""
-    loader = _loader(text, source)
+    loader = _Loader(text, source)
     try:
         root = loader.get_single_node()
         if root is None:
@@ -136,8 +140,9 @@ def parse_yaml(text: str, source: str) -> YamlFile:
             )
         _refuse_multiplied(root, source)
         lines: dict[YamlPath, int] = {}
-        _record_lines(root, (), lines, source)
-        return YamlFile(loader.construct_document(root), lines)
+        texts: dict[YamlPath, str] = {}
+        _record(root, (), lines, texts, source)
+        return YamlFile(loader.construct_document(root), lines, texts)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
@@ -146,21 +151,9 @@ def parse_yaml(text: str, source: str) -> YamlFile:
         ) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{source}: not valid YAML - {str(error).splitlines()[0]}.") from error
-    finally:
-        loader.dispose()
 
 
-def _loader(text: str, source: str) -> _Loader:
-    try:
-        return _Loader(text)
-    except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        raise ConfigError(
-            f"{source}:{line}: not valid YAML - the character {chr(error.character)!r}. Remove it."
-        ) from error
-
-
-def save_yaml(path: str | Path, data: Mapping[str, Any]) -> None:
+def save_yaml(path: str | Path, data: Mapping[str, object]) -> None:
     """Write plain data as YAML, keys in their order; paths become text, tuples lists."""
     text = yaml.dump(_yaml_safe(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     Path(path).write_text(text, encoding="utf-8")
@@ -186,21 +179,28 @@ def _expanded_size(node: yaml.Node, source: str, sizes: dict[int, int], parents:
         raise ConfigError(f"{source}:{node.start_mark.line + 1}: an alias that contains itself.")
     if id(node) not in sizes:
         parts = node.value if isinstance(node, yaml.CollectionNode) else []
-        inner = [
-            part for entry in parts for part in (entry if isinstance(entry, tuple) else [entry])
-        ]
+        pairs = [entry if isinstance(entry, tuple) else (entry,) for entry in parts]
         parents.add(id(node))
-        sizes[id(node)] = 1 + sum(_expanded_size(part, source, sizes, parents) for part in inner)
+        inner = (_expanded_size(part, source, sizes, parents) for pair in pairs for part in pair)
+        sizes[id(node)] = 1 + sum(inner)
         parents.remove(id(node))
     return sizes[id(node)]
 
 
-def _record_lines(node: yaml.Node, path: YamlPath, lines: dict[YamlPath, int], source: str) -> None:
-    """Fill `lines` and refuse duplicate keys, before anything is constructed."""
+def _record(
+    node: yaml.Node,
+    path: YamlPath,
+    lines: dict[YamlPath, int],
+    texts: dict[YamlPath, str],
+    source: str,
+) -> None:
+    """Fill `lines` and `texts` and refuse duplicate keys, before anything is constructed."""
     lines[path] = node.start_mark.line + 1
-    if isinstance(node, yaml.SequenceNode):
+    if isinstance(node, yaml.ScalarNode):
+        texts[path] = node.value
+    elif isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
-            _record_lines(item, (*path, index), lines, source)
+            _record(item, (*path, index), lines, texts, source)
     elif isinstance(node, yaml.MappingNode):
         seen: dict[str, int] = {}
         for key, value in node.value:
@@ -216,19 +216,17 @@ def _record_lines(node: yaml.Node, path: YamlPath, lines: dict[YamlPath, int], s
                 )
             seen[key.value] = line
             name = int(key.value) if key.tag.endswith(":int") else key.value
-            _record_lines(value, (*path, name), lines, source)
+            _record(value, (*path, name), lines, texts, source)
             lines[(*path, name)] = line
 
 
 def _node_kind(node: yaml.Node) -> str:
-    kinds: dict[type[yaml.Node], str] = {
-        yaml.SequenceNode: "a list",
-        yaml.MappingNode: "a mapping",
-    }
-    return kinds.get(type(node), "one value")
+    if isinstance(node, yaml.SequenceNode):
+        return "a list"
+    return "a mapping" if isinstance(node, yaml.MappingNode) else "one value"
 
 
-def _yaml_safe(value: Any) -> Any:
+def _yaml_safe(value: object) -> object:
     if isinstance(value, Mapping):
         return {str(k) if not isinstance(k, int) else k: _yaml_safe(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

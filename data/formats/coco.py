@@ -9,16 +9,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from data.formats.description import DataConfig, Listing
 from data.formats.faults import Fault, raise_if_fatal
-from data.formats.table import Headers, Rows, Table, read_headers
-from data.formats.text import read_text
+from data.formats.files import read_text
+from data.formats.table import Row, Table, build_table, read_headers, size_faults
 from utils.errors import DatasetError
 
 Json = dict[str, Any]
@@ -111,19 +109,20 @@ def read(config: DataConfig, split: str, listing: Listing) -> Table:
     by_image = _annotations_by_image(path, document, faults)
     classes = class_indices(document, config.names)
     faults += _namesakes(path, document["categories"])
-    rows = Rows(faults)
-    for k in headers.readable:
-        _compare_size(files[k], images[k], headers, int(k), faults)
-        size = (int(headers.sizes[k, 0]), int(headers.sizes[k, 1]))
-        _add_image(path, size, by_image.get(images[k]["id"], []), classes, rows)
-    readable = headers.readable
-    ids = [images[k]["id"] for k in readable]
-    return rows.table([files[k] for k in readable], ids, headers)
+
+    def rows_of(k: int, size: tuple[int, int]) -> Iterator[Row | Fault]:
+        # Nothing, or zero, is what some exporters write for "not known".
+        height, width = images[k].get("height") or size[0], images[k].get("width") or size[1]
+        yield from size_faults(files[k], size, (height, width))
+        for number, row in enumerate(by_image.get(images[k]["id"], [])):
+            yield _read_row(path, _place(row, number), row, classes)
+
+    return build_table(files, headers, rows_of, faults, [row["id"] for row in images])
 
 
 def _namesakes(path: str, categories: Sequence[Json]) -> list[Fault]:
     """A remark on each category whose name an earlier one has."""
-    first: dict[str, Any] = {}
+    first: dict[str, object] = {}
     told = "name - got {0!r} again, as that of category {1}, expected each name once"
     return [
         Fault(path, f"category {row['id']}", told.format(name, first[name]), "namesake")
@@ -132,11 +131,11 @@ def _namesakes(path: str, categories: Sequence[Json]) -> list[Fault]:
     ]
 
 
-def class_indices(document: Json, names: Sequence[str]) -> dict[Any, int]:
+def class_indices(document: Json, names: Sequence[str]) -> dict[int, int]:
     """Class index of each category id whose name is among `names`."""
     places = {name: index for index, name in enumerate(names)}
-    found = {row["id"]: places.get(str(row["name"])) for row in document["categories"]}
-    return {key: index for key, index in found.items() if index is not None}
+    rows = [row for row in document["categories"] if str(row["name"]) in places]
+    return {row["id"]: places[str(row["name"])] for row in rows}
 
 
 def image_folder(config: DataConfig, split: str, path: Path, names: Sequence[str]) -> str:
@@ -189,47 +188,20 @@ def _annotations_by_image(path: str, document: Json, faults: list[Fault]) -> dic
     return grouped
 
 
-def _place(row: Json, number: int | None = None) -> str:
+def _place(row: Json, number: int) -> str:
     return f"annotation {row['id']}" if "id" in row else f"annotations[{number}]"
 
 
-def _compare_size(file: str, image: Json, headers: Headers, k: int, faults: list[Fault]) -> None:
-    height, width = (int(value) for value in headers.sizes[k])
-    # Nothing, or zero, is what some exporters write for "not known".
-    stated = (image.get("height") or height, image.get("width") or width)
-    if stated != (height, width):
-        problem = f"got {width} x {height}, expected {stated[1]} x {stated[0]} as annotated"
-        faults.append(Fault(file, "", problem, "size"))
-
-
-def _add_image(
-    path: str,
-    size: tuple[int, int],
-    annotations: Sequence[Json],
-    classes: dict[Any, int],
-    rows: Rows,
-) -> None:
-    labels, boxes, crowd, places = [], [], [], []
-    for number, row in enumerate(annotations):
-        place = _place(row, number)
-        box = box_xywh(row)
-        if row["category_id"] not in classes:
-            problem = f"category_id - got {row['category_id']!r}, expected one with a class name"
-            rows.faults.append(Fault(path, place, problem))
-        elif box is None:
-            problem = f"bbox - got {row.get('bbox')!r}, expected [x, y, width, height]"
-            rows.faults.append(Fault(path, place, problem))
-        else:
-            labels.append(classes[row["category_id"]])
-            boxes.append((box[0], box[1], box[0] + box[2], box[1] + box[3]))
-            crowd.append(bool(row.get("iscrowd", 0)))
-            places.append(place)
-    objects = (
-        np.array(labels, dtype=np.int64),
-        np.array(boxes, dtype=np.float64).reshape(-1, 4),
-        np.array(crowd, dtype=np.bool_),
-    )
-    rows.add(path, size, objects, places)
+def _read_row(path: str, place: str, row: Json, classes: Mapping[int, int]) -> Row | Fault:
+    label, box = classes.get(row["category_id"]), box_xywh(row)
+    if label is None:
+        problem = f"category_id - got {row['category_id']!r}, expected one with a class name"
+        return Fault(path, place, problem)
+    if box is None:
+        problem = f"bbox - got {row.get('bbox')!r}, expected [x, y, width, height]"
+        return Fault(path, place, problem)
+    corners = (box[0], box[1], box[0] + box[2], box[1] + box[3])
+    return Row(path, place, label, corners, bool(row.get("iscrowd", 0)))
 
 
 def box_xywh(annotation: Json) -> tuple[float, float, float, float] | None:
@@ -241,8 +213,10 @@ def box_xywh(annotation: Json) -> tuple[float, float, float, float] | None:
             return None
         left, top = min(flat[0::2]), min(flat[1::2])
         return left, top, max(flat[0::2]) - left, max(flat[1::2]) - top
-    if not isinstance(box, list) or len(box) != 4:
-        return None
-    if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in box):
-        return None
-    return box[0], box[1], box[2], box[3]
+    if isinstance(box, list) and len(box) == 4 and all(map(_is_finite, box)):
+        return box[0], box[1], box[2], box[3]
+    return None
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)

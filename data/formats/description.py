@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from data.formats.faults import Fault
-from data.images import is_image_path
 from utils.errors import DatasetError
 
 SPLITS = ("train", "val", "test")
@@ -89,9 +87,8 @@ class DataConfig:
             amount = f"{known / 1e9:.1f} GB " if known else ""
             return f"Pass --download to fetch {amount}from {hosts}, or correct `path`."
         if self.script:
-            return (
-                "Its `download` key is never run here: fetch the data by hand, or correct `path`."
-            )
+            told = "Its `download` key is never run here"
+            return f"{told}: fetch the data by hand, or correct `path`."
         return f"Correct the split or `path` (now {self.path})."
 
 
@@ -108,22 +105,3 @@ class Listing(NamedTuple):
     annotations: list[str]
     images: list[str] | None
     remarks: tuple[Fault, ...] = ()
-
-
-def image_files(folder: Path) -> list[str]:
-    """All image files below a folder, sorted."""
-    return [path for path in files_below(folder) if is_image_path(path)]
-
-
-def files_below(folder: Path) -> list[str]:
-    """All files below a folder, sorted; links are followed, each folder is read once."""
-    found, seen = [], set()
-    for root, folders, names in os.walk(folder, followlinks=True):
-        status = os.stat(root)
-        folders.sort()
-        if (status.st_dev, status.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        found += [os.path.join(root, name) for name in names]
-    return sorted(found)

@@ -8,10 +8,10 @@ page (the growth reported in pytorch issue 13246).
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,9 @@ from utils.errors import DatasetError
 
 EDGE_TOLERANCE = 0.5
 """Pixels by which a box may pass the edge of its image as a matter of rounding."""
+_NO_LABELS = np.zeros(0, np.int64)
+_NO_BOXES = np.zeros((0, 4), np.float32)
+_NO_CROWD = np.zeros(0, np.bool_)
 
 
 class Texts(Sequence[str]):
@@ -35,19 +38,22 @@ class Texts(Sequence[str]):
     def pack(cls, texts: Sequence[str]) -> Texts:
         """Store strings; undecodable bytes of file names survive."""
         encoded = [os.fsencode(text) for text in texts]
-        ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-        return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), ends)
+        return cls(
+            np.frombuffer(b"".join(encoded), dtype=np.uint8), offsets_of([*map(len, encoded)])
+        )
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def, override]
-        if isinstance(index, slice):
-            return [self[k] for k in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index = index % len(self)
-        return os.fsdecode(self.data[self.offsets[index] : self.offsets[index + 1]].tobytes())
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        places = range(len(self))[index]  # as ranges do: from the end, out of range
+        if isinstance(places, range):
+            return [self[k] for k in places]
+        return os.fsdecode(self.data[self.offsets[places] : self.offsets[places + 1]].tobytes())
 
     def __iter__(self) -> Iterator[str]:
         return (self[k] for k in range(len(self)))
@@ -86,21 +92,23 @@ class Table:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def image_of_objects(self) -> NDArray[np.int64]:
+        """The place of each object's image, (N,)."""
+        return np.repeat(np.arange(len(self)), np.diff(self.offsets))
+
     def take(self, order: NDArray[np.int64]) -> Table:
         """The images at the given places, with their objects."""
-        counts = np.diff(self.offsets)[order]
         spans = [np.arange(self.offsets[k], self.offsets[k + 1]) for k in order]
-        rows = np.concatenate(spans) if spans else np.zeros(0, dtype=np.int64)
-        return Table(
-            self.paths.take(order),
-            self.image_ids[order],
-            self.sizes[order],
-            offsets_of(counts),
-            self.labels[rows],
-            self.boxes[rows],
-            self.crowd[rows],
-            self.faults,
-            self.peak,
+        rows = np.concatenate([np.zeros(0, dtype=np.int64), *spans])
+        return replace(
+            self,
+            paths=self.paths.take(order),
+            image_ids=self.image_ids[order],
+            sizes=self.sizes[order],
+            offsets=offsets_of(np.diff(self.offsets)[order]),
+            labels=self.labels[rows],
+            boxes=self.boxes[rows],
+            crowd=self.crowd[rows],
         )
 
 
@@ -109,21 +117,16 @@ def merged(table: Table) -> Table:
 
     For data whose classes are taken for one, as of several labels for one object.
     """
-    image_of = np.repeat(np.arange(len(table)), np.diff(table.offsets))
-    rows = np.column_stack([image_of, table.boxes, table.crowd])
-    _, first = np.unique(rows, axis=0, return_index=True)
-    if len(first) == len(rows):
-        return table
-    kept = np.isin(np.arange(len(rows)), first)
+    image_of = table.image_of_objects()
+    kept = _is_first(np.column_stack([image_of, table.boxes, table.crowd]))
     told = "got box ({}) in several classes, expected each object once with --single-cls"
     remarks = [
         Fault(table.paths[image_of[k]], "", told.format(_corners(table.boxes[k])), "merged")
         for k in np.flatnonzero(~kept)
     ]
-    counts = np.bincount(image_of[kept], minlength=len(table))
     return replace(
         table,
-        offsets=offsets_of(counts),
+        offsets=offsets_of(np.bincount(image_of[kept], minlength=len(table))),
         labels=table.labels[kept],
         boxes=table.boxes[kept],
         crowd=table.crowd[kept],
@@ -134,106 +137,6 @@ def merged(table: Table) -> Table:
 def offsets_of(counts: NDArray[np.int64] | Sequence[int]) -> NDArray[np.int64]:
     """Running sums with a leading zero."""
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
-
-
-class Rows:
-    """Collects the objects of a split, image after image, mending what can be mended."""
-
-    def __init__(self, faults: list[Fault]) -> None:
-        self.faults = faults
-        self.counts: list[int] = []
-        self._labels: list[NDArray[np.int64]] = []
-        self._boxes: list[NDArray[np.float32]] = []
-        self._crowd: list[NDArray[np.bool_]] = []
-
-    def add(
-        self,
-        path: str,
-        size: tuple[int, int],
-        objects: tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.bool_]],
-        places: Sequence[str],
-    ) -> None:
-        """Append the objects of one image.
-
-        Args:
-            path: file that the objects stand in, for messages.
-            size: height and width of the image.
-            objects: class indices (k,), xyxy pixels (k, 4), crowd marks (k,).
-            places: `line 3` and the like for each object, k of them.
-        """
-        labels, boxes, crowd = objects
-        height, width = size
-        cut = np.clip(boxes, 0, [width, height, width, height])
-        beyond = np.abs(boxes - cut).max(axis=1, initial=0) > EDGE_TOLERANCE
-        has_area = _has_area(boxes)
-        stays = has_area & _has_area(cut)
-        is_repeated = _repeated(labels, cut, crowd) & stays
-        for k in np.flatnonzero(beyond | ~stays | is_repeated).tolist():
-            states = bool(has_area[k]), bool(stays[k]), bool(is_repeated[k])
-            self.faults.append(_fault(path, places[k], boxes[k], size, states))
-        kept = stays & ~is_repeated
-        self.counts.append(int(kept.sum()))
-        self._labels.append(labels[kept])
-        self._boxes.append(cut[kept].astype(np.float32))
-        self._crowd.append(crowd[kept])
-
-    def table(self, paths: Sequence[str], image_ids: Sequence[int], headers: Headers) -> Table:
-        """The finished table; `paths` and ids of the readable images, in the order of `add`."""
-        sizes = headers.sizes[headers.readable]
-        assert len(paths) == len(self.counts) == len(sizes), "one entry per image"
-        return Table(
-            Texts.pack(paths),
-            np.asarray(image_ids, dtype=np.int64),
-            sizes,
-            offsets_of(self.counts),
-            np.concatenate([np.zeros(0, np.int64), *self._labels]),
-            np.concatenate([np.zeros((0, 4), np.float32), *self._boxes]),
-            np.concatenate([np.zeros(0, np.bool_), *self._crowd]),
-            tuple(self.faults),
-            headers.peak,
-        )
-
-
-def _has_area(boxes: NDArray[np.float64]) -> NDArray[np.bool_]:
-    return np.asarray((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]))
-
-
-def _repeated(
-    labels: NDArray[np.int64], boxes: NDArray[np.float64], crowd: NDArray[np.bool_]
-) -> NDArray[np.bool_]:
-    """True for every object that equals an earlier one of the same image."""
-    if len(labels) < 2:
-        return np.zeros(len(labels), dtype=np.bool_)
-    rows = np.concatenate([labels[:, None], boxes, crowd[:, None]], axis=1)
-    _, first = np.unique(rows, axis=0, return_index=True)
-    repeated = np.ones(len(labels), dtype=np.bool_)
-    repeated[first] = False
-    return repeated
-
-
-def _fault(
-    path: str,
-    place: str,
-    box: NDArray[np.float64],
-    size: tuple[int, int],
-    states: tuple[bool, bool, bool],
-) -> Fault:
-    """What was wrong with a box; `states` tell if it has an area, stays, and is repeated."""
-    has_area, stays, is_repeated = states
-    corners = _corners(box)
-    if not has_area:
-        return Fault(path, place, f"got box ({corners}), expected width and height", "empty")
-    if not stays:
-        kind, problem = "away", f"got box ({corners}), expected one in {size[1]} x {size[0]}"
-    elif is_repeated:
-        kind, problem = "duplicate", f"got box ({corners}) again, expected each object once"
-    else:
-        kind, problem = "outside", f"got box ({corners}), expected one in {size[1]} x {size[0]}"
-    return Fault(path, place, problem, kind)
-
-
-def _corners(box: NDArray[Any]) -> str:
-    return ", ".join(f"{value:.6g}" for value in box)
 
 
 @dataclass(frozen=True)
@@ -247,11 +150,6 @@ class Headers:
 
     sizes: NDArray[np.int32]
     peak: int = 0
-
-    @property
-    def readable(self) -> NDArray[np.int64]:
-        """Places of the readable images."""
-        return np.flatnonzero(self.sizes[:, 0] > 0)
 
 
 def read_headers(paths: Sequence[str], faults: list[Fault]) -> Headers:
@@ -283,6 +181,121 @@ def read_headers(paths: Sequence[str], faults: list[Fault]) -> Headers:
     if len(paths) and not sizes.any():
         raise DatasetError(f"{faults[-1]} None of {len(paths)} images of the split is readable.")
     return Headers(sizes, peak)
+
+
+class Row(NamedTuple):
+    """An object as its file has it.
+
+    Attributes:
+        path: the file.
+        place: `line 3` and the like.
+        label: class index.
+        box: xyxy pixels, which may pass the image.
+        is_crowd: whether it is neither trained on nor scored.
+    """
+
+    path: str
+    place: str
+    label: int
+    box: Sequence[float]
+    is_crowd: bool = False
+
+
+def build_table(
+    images: Sequence[str],
+    headers: Headers,
+    rows_of: Callable[[int, tuple[int, int]], Iterable[Row | Fault]],
+    faults: list[Fault],
+    image_ids: Sequence[int] | None = None,
+) -> Table:
+    """The table of a split; what can be mended in its rows is mended.
+
+    Args:
+        images: files.
+        headers: of them; those that are unreadable are left out.
+        rows_of: place of an image and its height and width -> its objects, and what is wrong.
+        faults: gets those, and what was mended.
+        image_ids: of `images`; made from their names where None.
+    """
+    places = np.flatnonzero(headers.sizes[:, 0] > 0).tolist()
+    counts, labels, boxes, crowd = [], [_NO_LABELS], [_NO_BOXES], [_NO_CROWD]
+    for k in places:
+        height, width = headers.sizes[k].tolist()
+        rows = []
+        for row in rows_of(k, (height, width)):
+            if isinstance(row, Fault):
+                faults.append(row)
+            else:
+                rows.append(row)
+        own_labels, own_boxes, own_crowd = _mended(rows, (height, width), faults)
+        counts.append(len(own_labels))
+        labels.append(own_labels)
+        boxes.append(own_boxes)
+        crowd.append(own_crowd)
+    paths = [images[k] for k in places]
+    ids = image_ids_from_names(paths) if image_ids is None else [image_ids[k] for k in places]
+    return Table(
+        Texts.pack(paths),
+        np.asarray(ids, dtype=np.int64),
+        headers.sizes[places],
+        offsets_of(counts),
+        np.concatenate(labels),
+        np.concatenate(boxes),
+        np.concatenate(crowd),
+        tuple(faults),
+        headers.peak,
+    )
+
+
+def _mended(
+    rows: Sequence[Row], size: tuple[int, int], faults: list[Fault]
+) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_]]:
+    """Labels, cut boxes and crowd marks of an image without objects that are none, or stand there twice."""
+    height, width = size
+    labels = np.array([row.label for row in rows], dtype=np.int64)
+    boxes = np.array([row.box for row in rows], dtype=np.float64).reshape(-1, 4)
+    crowd = np.array([row.is_crowd for row in rows], dtype=np.bool_)
+    cut = np.clip(boxes, 0, [width, height, width, height])
+    beyond = np.abs(boxes - cut).max(axis=1, initial=0) > EDGE_TOLERANCE
+    has_area = _has_area(boxes)
+    stays = has_area & _has_area(cut)
+    is_first = _is_first(np.column_stack([labels, cut, crowd]))
+    for k in np.flatnonzero(beyond | ~stays | ~is_first).tolist():
+        kind, told = "outside", f", expected one in {width} x {height}"
+        if not has_area[k]:
+            kind, told = "empty", ", expected width and height"
+        elif not stays[k]:
+            kind = "away"
+        elif not is_first[k]:
+            kind, told = "duplicate", " again, expected each object once"
+        problem = f"got box ({_corners(boxes[k])}){told}"
+        faults.append(Fault(rows[k].path, rows[k].place, problem, kind))
+    kept = stays & is_first
+    return labels[kept], cut[kept].astype(np.float32), crowd[kept]
+
+
+def _has_area(boxes: NDArray[np.float64]) -> NDArray[np.bool_]:
+    return np.asarray((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]))
+
+
+def _is_first(rows: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """False for every row that equals an earlier one."""
+    first = np.ones(len(rows), dtype=np.bool_)
+    if len(rows) > 1:
+        first[:] = False
+        first[np.unique(rows, axis=0, return_index=True)[1]] = True
+    return first
+
+
+def _corners(box: NDArray[np.float32] | NDArray[np.float64]) -> str:
+    return ", ".join(f"{value:.6g}" for value in box)
+
+
+def size_faults(image: str, size: tuple[int, int], stated: tuple[int, int]) -> Iterator[Fault]:
+    """A remark where an annotation states another height and width than its image has."""
+    if stated != size:
+        problem = f"got {size[1]} x {size[0]}, expected {stated[1]} x {stated[0]} as annotated"
+        yield Fault(image, "", problem, "size")
 
 
 def image_ids_from_names(paths: Sequence[str]) -> list[int]:

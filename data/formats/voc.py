@@ -11,17 +11,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
-import numpy as np
-
-from data.formats.description import DataConfig, Listing, files_below
-from data.formats.faults import Fault
-from data.formats.leftovers import repeated_images
-from data.formats.table import Headers, Rows, Table, image_ids_from_names, read_headers
-from data.formats.text import read_text
+from data.formats.description import DataConfig, Listing
+from data.formats.faults import Fault, repeated_images
+from data.formats.files import files_below, read_text
+from data.formats.table import Row, Table, build_table, read_headers, size_faults
 from data.images import is_image_path
 from utils.errors import DatasetError
 
@@ -141,42 +138,35 @@ def _parse(file: str) -> ET.Element | Fault:
 
 def read(config: DataConfig, split: str, listing: Listing) -> Table:
     """Read the annotations of a split."""
-    assert listing.images is not None
+    images = listing.images
+    assert images is not None
     faults: list[Fault] = []
-    headers = read_headers(listing.images, faults)
-    rows = Rows(faults)
-    readable = headers.readable
-    for k in readable:
-        _add_image(listing.annotations[k], listing.images[k], headers, int(k), config, rows)
-    paths = [listing.images[k] for k in readable]
-    return rows.table(paths, image_ids_from_names(paths), headers)
+    headers = read_headers(images, faults)
+
+    def rows_of(k: int, size: tuple[int, int]) -> Iterator[Row | Fault]:
+        return _rows(listing.annotations[k], images[k], size, config)
+
+    return build_table(images, headers, rows_of, faults)
 
 
-def _add_image(
-    file: str, image: str, headers: Headers, k: int, config: DataConfig, rows: Rows
-) -> None:
+def _rows(
+    file: str, image: str, size: tuple[int, int], config: DataConfig
+) -> Iterator[Row | Fault]:
     root = _parse(file)
-    height, width = (int(value) for value in headers.sizes[k])
-    labels, boxes, crowd, places = [], [], [], []
     if isinstance(root, Fault):
-        rows.faults.append(root)
-    else:
-        _compare_size(image, root, (height, width), rows.faults)
-        for number, node in enumerate(root.iter("object"), 1):
-            row = _read_object(node, config)
-            if isinstance(row, str):
-                rows.faults.append(Fault(file, f"object {number}", row))
-                continue
-            labels.append(row[0])
-            boxes.append(row[1])
-            crowd.append((node.findtext("difficult") or "0").strip() == "1")
-            places.append(f"object {number}")
-    objects = (
-        np.array(labels, dtype=np.int64),
-        np.array(boxes, dtype=np.float64).reshape(-1, 4),
-        np.array(crowd, dtype=np.bool_),
-    )
-    rows.add(file, (height, width), objects, places)
+        yield root
+        return
+    texts = (root.findtext("size/height") or "", root.findtext("size/width") or "")
+    height, width = (int(text) if text.strip().isdecimal() else 0 for text in texts)
+    if height and width:  # zero is what some labelling tools write for "not known"
+        yield from size_faults(image, size, (height, width))
+    for number, node in enumerate(root.iter("object"), 1):
+        place, found = f"object {number}", _read_object(node, config)
+        if isinstance(found, str):
+            yield Fault(file, place, found)
+        else:
+            is_difficult = (node.findtext("difficult") or "0").strip() == "1"
+            yield Row(file, place, *found, is_difficult)
 
 
 def _read_object(node: ET.Element, config: DataConfig) -> tuple[int, tuple[float, ...]] | str:
@@ -199,12 +189,3 @@ def _read_object(node: ET.Element, config: DataConfig) -> tuple[int, tuple[float
         corners[0] -= 1
         corners[1] -= 1
     return config.names.index(name), tuple(corners)
-
-
-def _compare_size(image: str, root: ET.Element, size: tuple[int, int], faults: list[Fault]) -> None:
-    stated = (root.findtext("size/height"), root.findtext("size/width"))
-    numbers = tuple(int(text) if text and text.strip().isdecimal() else 0 for text in stated)
-    # Zero is what some labelling tools write for "not known".
-    if all(numbers) and numbers != size:
-        problem = f"got {size[1]} x {size[0]}, expected {numbers[1]} x {numbers[0]} as annotated"
-        faults.append(Fault(image, "", problem, "size"))

@@ -15,20 +15,16 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
-from data.formats.description import DataConfig, Listing, files_below
-from data.formats.faults import Fault
-from data.formats.leftovers import (
-    files_in,
+from data.formats.description import DataConfig, Listing
+from data.formats.faults import (
+    Fault,
     repeated_images,
     shared_labels,
     unread_files,
     unused_labels,
 )
-from data.formats.table import Rows, Table, image_ids_from_names, read_headers
-from data.formats.text import read_text
+from data.formats.files import files_below, files_in, read_text
+from data.formats.table import Row, Table, build_table, read_headers
 from data.images import is_image_path
 from utils.errors import DatasetError
 from utils.files import refuse_special
@@ -94,14 +90,11 @@ def _label_folders(
 ) -> Iterator[tuple[str, str, bool]]:
     """Folders of labels, that of their pictures, and whether those below count too."""
     whole = [str(entry) for entry in entries if entry.is_dir()]
+    tops = tuple(top + os.sep for top in whole)
     listed = {os.path.dirname(image) for image in images}
-    listed = {folder for folder in listed if not _is_below(folder, whole)}
+    listed = {folder for folder in listed if not f"{folder}{os.sep}".startswith(tops)}
     for folder in [*whole, *sorted(listed)]:
         yield os.path.dirname(label_path(os.path.join(folder, "x"))), folder, folder in whole
-
-
-def _is_below(folder: str, tops: Sequence[str]) -> bool:
-    return any(folder == top or folder.startswith(top + os.sep) for top in tops)
 
 
 def read_list(path: Path, root: Path) -> list[str]:
@@ -155,73 +148,54 @@ def read(config: DataConfig, split: str, listing: Listing) -> Table:
         DatasetError: no image has a label file, or an image is missing.
     """
     assert listing.images is not None
-    faults: list[Fault] = []
-    _check_that_labels_exist(config, split, listing)
-    headers = read_headers(listing.images, faults)
-    rows = Rows(faults)
-    readable = headers.readable
-    for k in readable:
-        size = (int(headers.sizes[k, 0]), int(headers.sizes[k, 1]))
-        _read_file(listing.annotations[k], size, config, rows)
-    paths = [listing.images[k] for k in readable]
-    return rows.table(paths, image_ids_from_names(paths), headers)
-
-
-def _check_that_labels_exist(config: DataConfig, split: str, listing: Listing) -> None:
-    if not any(os.path.exists(path) for path in listing.annotations):
+    labels = listing.annotations
+    if not any(os.path.exists(path) for path in labels):
         raise DatasetError(
-            f"{config.file}: {split} - none of {len(listing.annotations)} images has a label "
-            f"file, expected for example {listing.annotations[0]}."
+            f"{config.file}: {split} - none of {len(labels)} images has a label file, expected "
+            f"for example {labels[0]}."
         )
+    faults: list[Fault] = []
+    headers = read_headers(listing.images, faults)
+    return build_table(
+        listing.images, headers, lambda k, size: _rows(labels[k], size, config), faults
+    )
 
 
-def _read_file(path: str, size: tuple[int, int], config: DataConfig, rows: Rows) -> None:
-    nothing = (np.zeros(0, np.int64), np.zeros((0, 4)), np.zeros(0, np.bool_))
+def _rows(path: str, size: tuple[int, int], config: DataConfig) -> Iterator[Row | Fault]:
     try:
         refuse_special(path)
         with open(path, encoding="utf-8-sig") as file:
             lines = file.read().splitlines()
     except FileNotFoundError:
-        rows.faults.append(Fault(path, "", "no such file", "background"))
-        return rows.add(path, size, nothing, [])
+        yield Fault(path, "", "no such file", "background")
+        return
     except UnicodeDecodeError as error:
-        rows.faults.append(Fault(path, "", f"got bytes that are no text ({error.reason})"))
-        return rows.add(path, size, nothing, [])
+        yield Fault(path, "", f"got bytes that are no text ({error.reason})")
+        return
     except OSError as error:
         raise DatasetError(f"{path}: cannot be read - got {error.strerror}.") from error
-
-    labels, boxes, places = [], [], []
-    for number, line in enumerate(lines, 1):
-        fields = line.split()
-        if not fields:
-            continue
-        row = _read_row(fields, config.names, config.keypoints)
-        if isinstance(row, str):
-            rows.faults.append(Fault(path, f"line {number}", row))
-            continue
-        labels.append(row[0])
-        boxes.append(row[1])
-        places.append(f"line {number}")
-    return rows.add(path, size, _to_pixels(labels, boxes, size), places)
-
-
-def _to_pixels(
-    labels: list[int], boxes: list[tuple[float, float, float, float]], size: tuple[int, int]
-) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.bool_]]:
     height, width = size
-    scaled = np.array(boxes, dtype=np.float64).reshape(-1, 4) * [width, height, width, height]
-    return np.array(labels, dtype=np.int64), scaled, np.zeros(len(labels), dtype=np.bool_)
+    for number, line in enumerate(lines, 1):
+        if fields := line.split():
+            place, found = f"line {number}", _read_row(fields, config.names, config.keypoints)
+            if isinstance(found, str):
+                yield Fault(path, place, found)
+            else:
+                label, (left, top, right, bottom) = found
+                box = (left * width, top * height, right * width, bottom * height)
+                yield Row(path, place, label, box)
 
 
 def _read_row(
     fields: list[str], names: tuple[str, ...], keypoints: tuple[int, int] | None = None
 ) -> tuple[int, tuple[float, float, float, float]] | str:
     """Class and xyxy as fractions, or what is wrong with the row."""
-    try:
-        numbers = [float(field) for field in fields]
-    except ValueError:
-        wrong = next(field for field in fields if not _is_number(field))
-        return f"got {wrong!r}, expected a number"
+    numbers = []
+    for field in fields:
+        try:
+            numbers.append(float(field))
+        except ValueError:
+            return f"got {field!r}, expected a number"
     count = len(numbers)
     if keypoints and count == 5 + keypoints[0] * keypoints[1]:
         numbers, count = numbers[:5], 5
@@ -243,11 +217,3 @@ def _read_row(
         return int(label), (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
     xs, ys = points[0::2], points[1::2]
     return int(label), (min(xs), min(ys), max(xs), max(ys))
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

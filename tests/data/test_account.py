@@ -13,9 +13,9 @@ from conftest import write_image
 from PIL import Image as PillowImage
 
 from data.config import load_data_config
-from data.dataset import DetectionDataset, build_dataset
-from data.formats.description import files_below
+from data.dataset import DetectionDataset, LoadOptions, build_dataset
 from data.formats.faults import write_faults
+from data.formats.files import files_below
 from data.sources import open_source
 
 BOX = "0 .5 .5 .4 .4\n"
@@ -35,7 +35,9 @@ def yolo_set(folder: Path, images: dict[str, str], rows: str = BOX, side: int = 
 
 
 def build(file: Path, side: int = 64, **options) -> DetectionDataset:
-    return build_dataset(load_data_config(file), "train", imgsz=(side, side), **options)
+    return build_dataset(
+        load_data_config(file), "train", LoadOptions(imgsz=(side, side), **options)
+    )
 
 
 def test_a_clean_split_is_told_and_is_no_warning(tmp_path, caplog):
@@ -145,7 +147,11 @@ def test_an_object_of_two_classes_is_one_where_classes_are_taken_for_one(tiny, c
 
 
 def test_a_split_without_objects_is_a_warning_also_for_validation(tmp_path, caplog):
-    build_dataset(load_data_config(yolo_set(tmp_path, {"a.png": "PNG"}, "")), "val", imgsz=(64, 64))
+    build_dataset(
+        load_data_config(yolo_set(tmp_path, {"a.png": "PNG"}, "")),
+        "val",
+        LoadOptions(imgsz=(64, 64)),
+    )
     assert "val holds no objects at all" in caplog.text
 
 

@@ -12,7 +12,7 @@ from pycocotools.coco import COCO
 
 from data import image_cache, storage
 from data.config import load_data_config
-from data.dataset import build_dataset
+from data.dataset import LoadOptions, build_dataset
 from data.images import read_image
 from utils.errors import DatasetError
 
@@ -38,7 +38,7 @@ def equal(first, second) -> bool:
 
 
 def test_a_plain_sample_is_the_letterboxed_image(config_of):
-    dataset = build_dataset(config_of("yolo"), "val", imgsz=(64, 96))
+    dataset = build_dataset(config_of("yolo"), "val", LoadOptions(imgsz=(64, 96)))
     sample = dataset[0]
     assert sample.image.shape == (3, 64, 96) and sample.image.dtype == torch.uint8
     assert sample.labels.dtype == torch.int64 and sample.boxes.dtype == torch.float32
@@ -53,16 +53,22 @@ def test_a_plain_sample_is_the_letterboxed_image(config_of):
 
 
 def test_an_image_of_the_right_size_is_not_touched(config_of):
-    dataset = build_dataset(config_of("yolo"), "val", imgsz=(64, 64))
+    dataset = build_dataset(config_of("yolo"), "val", LoadOptions(imgsz=(64, 64)))
     sample = dataset[1]
     assert (sample.image.permute(1, 2, 0).numpy() == read_image(dataset.paths[1])).all()
 
 
 def test_samples_depend_on_seed_epoch_and_index_alone(config_of):
     config = config_of("yolo")
-    first = build_dataset(config, "train", imgsz=(64, 96), augment=True, hyp=HYP, seed=3)
-    second = build_dataset(config, "train", imgsz=(64, 96), augment=True, hyp=HYP, seed=3)
-    other = build_dataset(config, "train", imgsz=(64, 96), augment=True, hyp=HYP, seed=4)
+    first = build_dataset(
+        config, "train", LoadOptions(imgsz=(64, 96), augment=True, hyp=HYP, seed=3)
+    )
+    second = build_dataset(
+        config, "train", LoadOptions(imgsz=(64, 96), augment=True, hyp=HYP, seed=3)
+    )
+    other = build_dataset(
+        config, "train", LoadOptions(imgsz=(64, 96), augment=True, hyp=HYP, seed=4)
+    )
     keys = [(epoch, index) for epoch in (0, 1, 7) for index in range(4)]
     backwards = {key: second[key] for key in reversed(keys)}
     for key in keys:
@@ -73,7 +79,9 @@ def test_samples_depend_on_seed_epoch_and_index_alone(config_of):
 
 
 def test_augmented_boxes_lie_inside_the_image(config_of):
-    dataset = build_dataset(config_of("yolo"), "train", imgsz=(64, 96), augment=True, hyp=HYP)
+    dataset = build_dataset(
+        config_of("yolo"), "train", LoadOptions(imgsz=(64, 96), augment=True, hyp=HYP)
+    )
     count = 0
     for epoch in range(15):
         for index in range(4):
@@ -89,7 +97,9 @@ def test_augmented_boxes_lie_inside_the_image(config_of):
 
 def test_mosaic_and_mixup_end_where_they_are_closed(config_of, monkeypatch):
     dataset = build_dataset(
-        config_of("yolo"), "train", imgsz=(64, 64), augment=True, hyp=HYP, close_mosaic_epoch=5
+        config_of("yolo"),
+        "train",
+        LoadOptions(imgsz=(64, 64), augment=True, hyp=HYP, close_mosaic_epoch=5),
     )
     made = []
     original = type(dataset)._mosaic
@@ -103,8 +113,8 @@ def test_mosaic_and_mixup_end_where_they_are_closed(config_of, monkeypatch):
 
 def test_augmentation_without_hyper_parameters_changes_nothing(config_of):
     config = config_of("yolo")
-    plain = build_dataset(config, "train", imgsz=(64, 64))
-    augmented = build_dataset(config, "train", imgsz=(64, 64), augment=True, hyp={})
+    plain = build_dataset(config, "train", LoadOptions(imgsz=(64, 64)))
+    augmented = build_dataset(config, "train", LoadOptions(imgsz=(64, 64), augment=True, hyp={}))
     for index in range(4):
         assert torch.equal(plain[index].image, augmented[3, index].image)
         np.testing.assert_allclose(plain[index].boxes, augmented[3, index].boxes, atol=1e-4)
@@ -113,18 +123,13 @@ def test_augmentation_without_hyper_parameters_changes_nothing(config_of):
 def test_rect_batches_have_the_shapes_worked_by_hand(config_of):
     """Images: a 40 x 60, b 64 x 48, c 32 x 32, d 50 x 50; sorted by aspect: a, c, d, b."""
     dataset = build_dataset(
-        config_of("yolo"), "train", imgsz=(64, 96), rect=True, batch_size=2, stride=32
+        config_of("yolo"), "train", LoadOptions(imgsz=(64, 96), rect=True, batch_size=2, stride=32)
     )
     assert [path[-5] for path in dataset.paths] == ["a", "c", "d", "b"]
     # a fits 64 x 96 as 64 x 96, c and d as 64 x 64, b as 64 x 48.
     assert dataset.batch_shapes.tolist() == [[64, 96], [64, 64]]
     assert [tuple(dataset[k].image.shape[1:]) for k in range(4)] == [(64, 96)] * 2 + [(64, 64)] * 2
     assert dataset.labels.tolist() == [0, 1, 0, 0, 1, 1]
-    padded = build_dataset(
-        config_of("yolo"), "train", imgsz=(64, 64), rect=True, batch_size=1, pad=0.5
-    )
-    # a: 43 x 64 -> ceil(1.34 + .5), ceil(2 + .5); b: 64 x 48 -> ceil(2.5), ceil(1.5 + .5).
-    assert padded.batch_shapes.tolist() == [[64, 96], [96, 96], [96, 96], [96, 64]]
 
 
 def test_crowds_are_not_trained_on_but_stay_in_the_ground_truth(tiny, config_of):
@@ -132,7 +137,7 @@ def test_crowds_are_not_trained_on_but_stay_in_the_ground_truth(tiny, config_of)
     document = json.loads(path.read_text())
     document["annotations"][0]["iscrowd"] = 1
     path.write_text(json.dumps(document))
-    dataset = build_dataset(config_of("coco"), "train", imgsz=(64, 64))
+    dataset = build_dataset(config_of("coco"), "train", LoadOptions(imgsz=(64, 64)))
     assert dataset.labels.tolist() == [1, 1, 0, 0, 1]
     assert dataset.offsets.tolist() == [0, 1, 2, 2, 5]
     assert [row["iscrowd"] for row in dataset.coco_ground_truth()["annotations"]] == [1] + [0] * 5
@@ -140,7 +145,7 @@ def test_crowds_are_not_trained_on_but_stay_in_the_ground_truth(tiny, config_of)
 
 @pytest.mark.parametrize("form", ["yolo", "coco", "voc"])
 def test_the_ground_truth_is_the_same_in_every_form(tiny, config_of, form):
-    dataset = build_dataset(config_of(form), "train", imgsz=(64, 64))
+    dataset = build_dataset(config_of(form), "train", LoadOptions(imgsz=(64, 64)))
     truth = dataset.coco_ground_truth()
     file = tiny / "truth.json"
     file.write_text(json.dumps(truth))
@@ -159,7 +164,7 @@ def test_the_ground_truth_is_the_same_in_every_form(tiny, config_of, form):
 
 
 def test_a_coco_file_s_annotations_stand_unchanged_in_the_ground_truth(tiny, config_of):
-    dataset = build_dataset(config_of("coco"), "train", imgsz=(64, 64))
+    dataset = build_dataset(config_of("coco"), "train", LoadOptions(imgsz=(64, 64)))
     document = json.loads((tiny / "annotations" / "train.json").read_text())
     assert dataset.coco_ground_truth()["annotations"] == document["annotations"]
 
@@ -169,34 +174,34 @@ def test_annotation_ids_that_evaluators_misread_are_numbered_anew(tiny, config_o
     document = json.loads(path.read_text())
     document["annotations"][0]["id"] = 0
     path.write_text(json.dumps(document))
-    truth = build_dataset(config_of("coco"), "train", imgsz=(64, 64)).coco_ground_truth()
+    truth = build_dataset(
+        config_of("coco"), "train", LoadOptions(imgsz=(64, 64))
+    ).coco_ground_truth()
     assert [row["id"] for row in truth["annotations"]] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_class_that_a_coco_file_lacks_gets_an_id_of_its_own(tiny):
     (tiny / "c.yaml").write_text("val: annotations/val.json\nnames: [cow, dog, cat]\n")
-    dataset = build_dataset(load_data_config(tiny / "c.yaml"), "val", imgsz=(64, 64))
+    dataset = build_dataset(load_data_config(tiny / "c.yaml"), "val", LoadOptions(imgsz=(64, 64)))
     assert dataset.category_ids == [8, 3, 7]
     assert len(dataset.coco_ground_truth()["categories"]) == 3
 
 
 @pytest.mark.parametrize("form", ["yolo", "coco"])
 def test_single_cls_takes_all_classes_for_one(config_of, form):
-    dataset = build_dataset(config_of(form), "train", imgsz=(64, 64), single_cls=True)
+    dataset = build_dataset(config_of(form), "train", LoadOptions(imgsz=(64, 64), single_cls=True))
     assert dataset.names == ("object",) and dataset.category_ids == [1]
-    assert dataset.class_counts().tolist() == [6]
+    assert dataset.labels.tolist() == [0] * 6
     truth = dataset.coco_ground_truth()
     assert {row["category_id"] for row in truth["annotations"]} == {1}
     assert len(truth["categories"]) == 1
 
 
-def test_statistics_for_anchors_and_weights(config_of):
-    dataset = build_dataset(config_of("yolo"), "train", imgsz=(64, 64))
+def test_statistics_for_anchors(config_of):
+    dataset = build_dataset(config_of("yolo"), "train", LoadOptions(imgsz=(64, 64)))
     wh, image_sizes = dataset.box_sizes_wh()
     np.testing.assert_allclose(wh[:3], [[24, 16], [30, 20], [24, 32]], atol=1e-3)
     assert image_sizes[:3].tolist() == [[40, 60], [40, 60], [64, 48]]
-    assert dataset.class_counts().tolist() == [3, 3]
-    assert [labels.tolist() for labels in dataset.labels_per_image] == [[0, 1], [1], [], [0, 0, 1]]
 
 
 @pytest.mark.parametrize("kind", ["ram", "disk"])
@@ -204,8 +209,8 @@ def test_statistics_for_anchors_and_weights(config_of):
 def test_cached_images_give_the_same_samples(config_of, kind, augment):
     config = config_of("yolo")
     options = {"imgsz": (64, 96), "augment": augment, "hyp": HYP}
-    plain = build_dataset(config, "train", **options)
-    cached = build_dataset(config, "train", cache=kind, **options)
+    plain = build_dataset(config, "train", LoadOptions(**options))
+    cached = build_dataset(config, "train", LoadOptions(cache=kind, **options))
     assert cached.cache is not None
     for index in range(4):
         assert equal(plain[2, index], cached[2, index])
@@ -215,24 +220,24 @@ def test_cached_images_give_the_same_samples(config_of, kind, augment):
 def test_the_disk_cache_is_used_again_until_an_image_changes(tiny, config_of, monkeypatch):
     config = config_of("yolo")
     reads = []
-    original = image_cache.write_atomically
+    original = image_cache.write_cache
     monkeypatch.setattr(
-        image_cache, "write_atomically", lambda *args: reads.append(1) or original(*args)
+        image_cache, "write_cache", lambda *args: reads.append(1) or original(*args)
     )
     for _ in range(2):
-        build_dataset(config, "train", imgsz=(64, 64), cache="disk")
+        build_dataset(config, "train", LoadOptions(imgsz=(64, 64), cache="disk"))
     assert len(reads) == 1
     image = tiny / "images" / "train" / "c.png"
     image.write_bytes((tiny / "images" / "train" / "d.png").read_bytes())
-    dataset = build_dataset(config, "train", imgsz=(64, 64), cache="disk")
+    dataset = build_dataset(config, "train", LoadOptions(imgsz=(64, 64), cache="disk"))
     assert len(reads) == 2
     assert torch.equal(dataset[2].image, dataset[3].image)
-    assert len(list(tiny.rglob("*.npy"))) == 1, "the outdated file was not removed"
+    assert len(list(tiny.rglob("*.images"))) == 1, "the outdated file was not removed"
 
 
 def test_too_large_a_cache_is_refused_in_one_line(config_of, monkeypatch, caplog):
     monkeypatch.setattr(image_cache, "available_memory", lambda: 1000)
-    dataset = build_dataset(config_of("yolo"), "train", imgsz=(64, 64), cache="ram")
+    dataset = build_dataset(config_of("yolo"), "train", LoadOptions(imgsz=(64, 64), cache="ram"))
     assert dataset.cache is None and "--cache ram: not done" in caplog.text
     assert caplog.text.count("WARNING") == 1 and dataset[0].image.shape == (3, 64, 64)
 
@@ -241,7 +246,7 @@ def test_a_disk_cache_that_cannot_be_written_is_done_without(config_of, monkeypa
     (tiny / "file").write_text("")
     monkeypatch.setattr(storage, "is_writable", lambda folder: False)
     monkeypatch.setattr(storage, "FALLBACK", tiny / "file" / "x")
-    dataset = build_dataset(config_of("yolo"), "train", imgsz=(64, 64), cache="disk")
+    dataset = build_dataset(config_of("yolo"), "train", LoadOptions(imgsz=(64, 64), cache="disk"))
     assert dataset.cache is None and "--cache disk: not done" in caplog.text
 
 
@@ -264,7 +269,7 @@ def damaged(tiny):
 def test_an_image_that_turns_out_damaged_is_told_once_and_replaced(
     config_of, caplog, damaged, options
 ):
-    dataset = build_dataset(config_of("yolo"), "train", imgsz=(64, 96), **options)
+    dataset = build_dataset(config_of("yolo"), "train", LoadOptions(imgsz=(64, 96), **options))
     assert len(dataset) == 4, "the scan does not see the damage"
     place = list(dataset.paths).index(str(damaged))
     first, again = dataset[place], dataset[place]
@@ -284,9 +289,9 @@ def test_an_image_that_turns_out_damaged_is_told_once_and_replaced(
 
 def test_a_mosaic_and_the_disk_cache_do_without_a_damaged_image(config_of, caplog, damaged):
     config, options = config_of("yolo"), {"imgsz": (64, 64), "augment": True, "hyp": HYP}
-    plain = build_dataset(config, "train", **options)
+    plain = build_dataset(config, "train", LoadOptions(**options))
     for _ in range(2):
-        cached = build_dataset(config, "train", cache="disk", **options)
+        cached = build_dataset(config, "train", LoadOptions(cache="disk", **options))
         assert all(equal(plain[1, k], cached[1, k]) for k in range(4))
     assert "another image stands in" in caplog.text.lower()
 
@@ -294,13 +299,13 @@ def test_a_mosaic_and_the_disk_cache_do_without_a_damaged_image(config_of, caplo
 def test_images_none_of_which_decodes_are_an_error(tiny, config_of, damaged):
     for name in "acd":
         (tiny / "images/train" / f"{name}.png").unlink()
-    dataset = build_dataset(config_of("yolo"), "train", imgsz=(64, 64))
+    dataset = build_dataset(config_of("yolo"), "train", LoadOptions(imgsz=(64, 64)))
     with pytest.raises(DatasetError, match="got no image that decodes among 1"):
         dataset[0]
 
 
 def test_an_image_that_changed_under_a_run_is_named(tiny, config_of):
-    dataset = build_dataset(config_of("yolo"), "train", imgsz=(64, 64))
+    dataset = build_dataset(config_of("yolo"), "train", LoadOptions(imgsz=(64, 64)))
     (tiny / "images/train/c.png").write_bytes((tiny / "images/train/d.png").read_bytes())
     with pytest.raises(DatasetError, match=r"c.png: changed since it was scanned - got \(50, 50\)"):
         dataset[2]
@@ -308,13 +313,13 @@ def test_an_image_that_changed_under_a_run_is_named(tiny, config_of):
 
 def test_options_that_make_no_sense_are_named(config_of):
     with pytest.raises(DatasetError, match="--cache: got 'tape'"):
-        build_dataset(config_of("yolo"), "train", imgsz=(64, 64), cache="tape")
+        build_dataset(config_of("yolo"), "train", LoadOptions(imgsz=(64, 64), cache="tape"))
     with pytest.raises(DatasetError, match="--seed: got -1"):
-        build_dataset(config_of("yolo"), "train", imgsz=(64, 64), seed=-1)
+        build_dataset(config_of("yolo"), "train", LoadOptions(imgsz=(64, 64), seed=-1))
 
 
 def test_an_index_beyond_the_end_ends_iteration(config_of):
-    dataset = build_dataset(config_of("yolo"), "val", imgsz=(64, 64))
+    dataset = build_dataset(config_of("yolo"), "val", LoadOptions(imgsz=(64, 64)))
     with pytest.raises(IndexError):
         dataset[2]
     assert len(list(dataset)) == 2

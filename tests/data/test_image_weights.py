@@ -10,9 +10,9 @@ from conftest import write_image
 
 from data.account import Objects
 from data.config import load_data_config
-from data.dataset import DetectionDataset, build_dataset
-from data.image_weights import ImageWeights, weights_of
+from data.dataset import DetectionDataset, LoadOptions, build_dataset
 from data.loader import build_loader
+from data.sampling import ImageWeights, weights_of
 from utils.errors import DatasetError
 
 
@@ -51,7 +51,9 @@ def lopsided(tmp_path: Path) -> Path:
 def dataset_of(file: Path, **options) -> DetectionDataset:
     hyp = {"mosaic": 1.0, "mosaic9": 0.2, "mixup": 0.2}
     return build_dataset(
-        load_data_config(file), "train", imgsz=(32, 32), augment=True, hyp=hyp, **options
+        load_data_config(file),
+        "train",
+        LoadOptions(imgsz=(32, 32), augment=True, hyp=hyp, **options),
     )
 
 

@@ -12,7 +12,7 @@ from data import storage
 from data.config import load_data_config
 from data.formats import coco, voc, yolo
 from data.label_cache import load_table
-from data.storage import cache_file, is_writable, write_atomically
+from data.storage import cache_file, is_writable, write_cache
 
 READERS = {"yolo": yolo, "coco": coco, "voc": voc}
 
@@ -140,7 +140,7 @@ def test_a_broken_write_leaves_neither_file_nor_rest(tmp_path):
         stream.write(b"half")
         raise OSError("disk full")
 
-    assert not write_atomically(target, fail)
+    assert not write_cache(target, fail)
     assert target.read_bytes() == b"before" and [p.name for p in tmp_path.iterdir()] == ["a.bin"]
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.dataset import build_dataset
+from data.dataset import LoadOptions, build_dataset
 from data.loader import EpochSampler, available_cores, bounded_workers, build_loader
 from utils.errors import DatasetError
 
@@ -24,7 +24,9 @@ HYP = {"mosaic": 0.7, "mixup": 0.2, "scale": 0.4, "translate": 0.1, "hsv_s": 0.5
 
 @pytest.fixture
 def dataset(config_of):
-    return build_dataset(config_of("yolo"), "train", imgsz=(64, 96), augment=True, hyp=HYP, seed=1)
+    return build_dataset(
+        config_of("yolo"), "train", LoadOptions(imgsz=(64, 96), augment=True, hyp=HYP, seed=1)
+    )
 
 
 @pytest.fixture
@@ -63,7 +65,7 @@ def test_a_batch_holds_what_its_type_says(dataset):
 def test_a_batch_without_any_object_is_ordinary(tiny, config_of):
     for file in (tiny / "labels" / "val").iterdir():
         file.write_text("")
-    dataset = build_dataset(config_of("yolo"), "val", imgsz=(64, 64))
+    dataset = build_dataset(config_of("yolo"), "val", LoadOptions(imgsz=(64, 64)))
     batch = next(iter(build_loader(dataset, 2, workers=0)))
     assert batch.targets.image_index.dtype == torch.int64
     assert batch.targets.boxes.shape == (0, 4) and batch.targets.boxes.dtype == torch.float32
@@ -82,7 +84,9 @@ def test_workers_change_nothing_over_epochs(dataset, several_cores):
 
 def test_a_resumed_run_sees_what_an_unbroken_one_sees(config_of, several_cores):
     def fresh():
-        return build_dataset(config_of("yolo"), "train", imgsz=(64, 96), augment=True, hyp=HYP)
+        return build_dataset(
+            config_of("yolo"), "train", LoadOptions(imgsz=(64, 96), augment=True, hyp=HYP)
+        )
 
     unbroken = epochs(build_loader(fresh(), 2, workers=2, shuffle=True), range(4))
     torch.rand(7)
@@ -138,7 +142,9 @@ def test_unshuffled_shards_hold_every_image_exactly_once():
 
 
 def test_rect_batches_stay_together_when_shuffled(config_of):
-    dataset = build_dataset(config_of("yolo"), "train", imgsz=(64, 96), rect=True, batch_size=2)
+    dataset = build_dataset(
+        config_of("yolo"), "train", LoadOptions(imgsz=(64, 96), rect=True, batch_size=2)
+    )
     loader = build_loader(dataset, 2, workers=0, shuffle=True, seed=3)
     shapes = set()
     for batches in epochs(loader, range(6)):
@@ -165,7 +171,7 @@ def test_image_weights_decide_how_often_images_come():
         counts.update(key[1] for key in sampler)
     assert set(counts) == {1, 2} and counts[2] / counts[1] == pytest.approx(3, rel=0.2)
     with pytest.raises(ValueError, match="image weights"):
-        sampler.set_image_weights([1, 2])
+        EpochSampler(4, shuffle=True, image_weights=[1, 2])
 
 
 def test_no_more_workers_than_cores_or_shared_memory(dataset, monkeypatch, caplog):
@@ -244,7 +250,7 @@ def test_the_memory_of_a_worker_does_not_grow_over_epochs(tiny, config_of, sever
         (tiny / f"images/train/n{k}.png").write_bytes(pixels)
         (tiny / f"labels/train/n{k}.txt").write_text(rows)
     dataset = build_dataset(
-        config_of("yolo"), "train", imgsz=(64, 96), augment=True, hyp=HYP, cache="ram"
+        config_of("yolo"), "train", LoadOptions(imgsz=(64, 96), augment=True, hyp=HYP, cache="ram")
     )
     loader = build_loader(dataset, 16, workers=1, shuffle=True)
     private = []
@@ -261,7 +267,7 @@ DEAF = """
 import signal, sys
 sys.path.insert(0, {root!r})
 from data.config import load_data_config
-from data.dataset import DetectionDataset, build_dataset
+from data.dataset import DetectionDataset, LoadOptions, build_dataset
 from data.loader import build_loader
 
 get = DetectionDataset.__getitem__
@@ -271,7 +277,7 @@ def deaf(self, key):
     return get(self, key)
 
 DetectionDataset.__getitem__ = deaf
-dataset = build_dataset(load_data_config({data!r}), "train", imgsz=(64, 64), batch_size=2)
+dataset = build_dataset(load_data_config({data!r}), "train", LoadOptions(imgsz=(64, 64)))
 sys.kept = iter(build_loader(dataset, 2, workers=1))  # a traceback keeps its loader in this way
 next(sys.kept)
 raise SystemExit(3)

@@ -10,7 +10,7 @@ import torch
 from conftest import NAMES, coco_document, voc_text, yolo_rows
 
 from data.config import load_data_config
-from data.dataset import DetectionDataset, build_dataset
+from data.dataset import DetectionDataset, LoadOptions, build_dataset
 from engine.outputs import tell_other_score
 from utils.metrics import CocoEvaluator
 from utils.structures import Detections
@@ -55,7 +55,9 @@ def evaluate(dataset: DetectionDataset) -> CocoEvaluator:
 def test_the_forms_agree_and_the_coco_file_says_by_how_much_it_differs(faulty: Path, capsys):
     scores = {}
     for form in ("yolo", "voc", "coco"):
-        dataset = build_dataset(load_data_config(faulty / f"{form}.yaml"), "val", imgsz=(64, 64))
+        dataset = build_dataset(
+            load_data_config(faulty / f"{form}.yaml"), "val", LoadOptions(imgsz=(64, 64))
+        )
         evaluator = evaluate(dataset)
         scores[form] = evaluator.evaluate()
         told = capsys.readouterr().err
@@ -77,7 +79,9 @@ def test_categories_of_one_name_are_one_class_in_training_and_in_the_score(tiny:
     cats = [row for row in document["annotations"] if row["category_id"] == 7]
     cats[0]["category_id"] = 9
     path.write_text(json.dumps(document))
-    dataset = build_dataset(load_data_config(tiny / "coco.yaml"), "train", imgsz=(64, 64))
+    dataset = build_dataset(
+        load_data_config(tiny / "coco.yaml"), "train", LoadOptions(imgsz=(64, 64))
+    )
     assert dataset.names == NAMES and dataset.category_ids == [7, 3]
     assert dataset.labels.tolist() == [0, 1, 1, 0, 0, 1]
     truth = dataset.coco_ground_truth()
