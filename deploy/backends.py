@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deploy.runtimes.artifact import ArtifactInfo, Backend, damaged, missing_library
+from deploy.runtimes.artifact import ArtifactInfo, Backend, loading, missing_library
 from deploy.runtimes.graphs import open_artifact
 from deploy.runtimes.metadata import parse_metadata
 from models.reparam import fuse as fuse_model
@@ -132,29 +132,22 @@ def model_backend(
 def _read_safetensors(path: Path, allow_code: bool) -> DetectionModel:
     """The network of a `.safetensors` file; its config is the file's metadata."""
     try:
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
     except ImportError as error:
         raise missing_library("safetensors", path) from error
-    try:
-        with safe_open(str(path), "pt") as file:
-            metadata = file.metadata() or {}
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
-        raise damaged(path, error) from error
+    with loading(path), safe_open(str(path), "pt") as file:
+        metadata = file.metadata() or {}
+        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     if "config" not in metadata:
         raise CheckpointError(f"{path}: has no model config, expected a file written by export.py.")
     info = parse_metadata(metadata, str(path))
-    try:
+    with loading(path):
         config = json.loads(metadata["config"])
-    except (ValueError, RecursionError) as error:
-        raise damaged(path, error) from error
     with claimed(path, config, state, len(info.names)):
         model = build_model(
             config, names=info.names, imgsz=info.imgsz, allow_code=allow_code, fresh=True
         )
-    try:
+    with loading(path):
         model.load_state_dict(state)
-    except RuntimeError as error:
-        raise damaged(path, error) from error
     require_finite(model.state_dict(), path)
     return model.float().eval()

@@ -12,7 +12,7 @@ import yaml
 from deploy.exporters.network import ExportOptions, metadata
 from deploy.exporters.onnx_file import export_onnx
 from deploy.runtimes.artifact import OPENVINO_FOLDER
-from deploy.runtimes.openvino_library import import_openvino
+from deploy.runtimes.graphs import import_openvino
 from models.yolo import DetectionModel
 from utils.errors import ConfigError
 from utils.files import write_whole

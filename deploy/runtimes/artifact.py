@@ -6,7 +6,8 @@ fixed batch is fed in portions of that batch, one of a fixed size gets smaller i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from deploy.runtimes.layouts import read_detections, read_layout
 from utils.channels import as_channels
-from utils.errors import CheckpointError, ConfigError
+from utils.errors import CheckpointError, ConfigError, ForeignError, UserError, foreign_code
 from utils.structures import Decoded, Detections
 
 PAD_VALUE = 114 / 255
@@ -77,23 +78,48 @@ class Backend:
 
     Attributes:
         info: what it says about itself; its fields are attributes of the backend too.
-        run: images (B, 3, H, W) in [0, 1] on `device` -> output tensors, for sizes the artifact
-            takes.
         device: where images are expected and results come out.
         source: the file, named in messages.
+
+    Args:
+        compute: images (B, 3, H, W) in [0, 1] on `device` -> output tensors, for sizes the artifact takes.
     """
 
     def __init__(
         self,
         info: ArtifactInfo,
-        run: Callable[[Tensor], Sequence[Tensor]],
+        compute: Callable[[Tensor], Sequence[object]],
         device: torch.device,
         source: str | Path = "model",
     ) -> None:
-        self.info, self.run, self.device, self.source = info, run, device, source
+        self.info, self._compute, self.device, self.source = info, compute, device, source
         self.names, self.stride, self.imgsz = info.names, info.stride, info.imgsz
         self.batch, self.dynamic, self.family = info.batch, info.dynamic, info.family
         self.postprocess_kind, self.end2end = info.postprocess_kind, info.end2end
+
+    def run(self, images: Tensor) -> list[Tensor]:
+        """All output tensors for images (B, 3, H, W) in [0, 1] of a batch and size that the artifact takes.
+
+        Raises:
+            CheckpointError: its graph fails, or gives something else.
+        """
+        try:
+            with foreign_code(UserError):
+                outputs = self._compute(images)
+        except ForeignError as error:
+            reason = [line for line in str(error.__cause__).splitlines() if line.strip()]
+            told = " ".join(reason[-1].split())[:200] if reason else type(error.__cause__).__name__
+            raise CheckpointError(
+                f"{self.source}: fails on images of shape {tuple(images.shape)}, which its metadata say it takes - "
+                f"{told}. Export it again."
+            ) from error
+        tensors = [output for output in outputs if isinstance(output, Tensor)]
+        if len(tensors) < len(outputs):
+            other = next(o for o in outputs if not isinstance(o, Tensor))
+            raise CheckpointError(
+                f"{self.source}: got a {type(other).__name__} as output, expected a tensor. Export it again."
+            )
+        return tensors
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Decoded | list[Detections]:
@@ -174,17 +200,16 @@ def missing_library(library: str, path: Path) -> ConfigError:
     )
 
 
-def damaged(path: Path, error: Exception) -> CheckpointError:
-    """The error for a file that its library refuses."""
-    reason = " ".join(str(error).split())[:200]
-    return CheckpointError(f"{path}: cannot be loaded - {reason or type(error).__name__}.")
+@contextmanager
+def loading(path: Path) -> Iterator[None]:
+    """Whatever a library does not like about a file, told in one line.
 
-
-def not_run(path: Path, images: Tensor, error: Exception) -> CheckpointError:
-    """The error for a file whose graph fails on images that it says to take."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = " ".join((lines[-1] if lines else type(error).__name__).split())[:200]
-    return CheckpointError(
-        f"{path}: fails on images of shape {tuple(images.shape)}, which its metadata say it takes - {reason}. Export it "
-        "again."
-    )
+    Raises:
+        CheckpointError: it refuses the file.
+    """
+    try:
+        with foreign_code(UserError):
+            yield
+    except ForeignError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path}: cannot be loaded - {reason}.") from error

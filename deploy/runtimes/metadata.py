@@ -6,16 +6,18 @@ The text of a file's metadata is anybody's; sizes decide how much memory its fir
 from __future__ import annotations
 
 import ast
+import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
-from deploy.runtimes.artifact import ArtifactInfo
+from deploy.runtimes.artifact import ArtifactInfo, loading
 from deploy.runtimes.layouts import LAYOUTS
 from utils.channels import white_of
-from utils.errors import CheckpointError, ConfigError
+from utils.errors import CheckpointError, ForeignError, foreign_code
 
 T = TypeVar("T")
 LONGEST_TEXT = 1 << 21  # twenty thousand class names of a hundred characters
@@ -25,7 +27,20 @@ LARGEST_STRIDE = 1024
 LARGEST_SIDE = 1 << 14
 LARGEST_BATCH = 4096
 MOST_PIXELS = 1 << 27  # of a batch; a batch of 64 has 105 million at 1280
+IMAGE_TYPES = ("tensor(float)", "torch.float32", "f32", "Tensor")  # in the words of each library
 DYNAMIC = ("", "batch", "all")
+
+
+def decode_metadata(text: str, path: Path) -> ArtifactInfo:
+    """What the JSON `text` in a file says about it.
+
+    Raises:
+        CheckpointError: see `parse_metadata`.
+    """
+    with loading(path):
+        found = json.loads(text or "{}")
+    entries = found.items() if isinstance(found, dict) else ()
+    return parse_metadata({str(key): str(value) for key, value in entries}, str(path))
 
 
 def parse_metadata(metadata: Mapping[str, str], source: str) -> ArtifactInfo:
@@ -38,13 +53,11 @@ def parse_metadata(metadata: Mapping[str, str], source: str) -> ArtifactInfo:
     def read(key: str, convert: Callable[[str], T], expected: str) -> T:
         if key not in metadata:
             raise _wrong(source, key, "nothing", expected)
-        text = metadata[key]
         try:
-            return convert(text)
-        except (ValueError, SyntaxError, TypeError, LookupError, ConfigError, ArithmeticError):
-            raise _wrong(source, key, repr(text[:60]), expected) from None
-        except (RecursionError, MemoryError):
-            raise _wrong(source, key, "nested brackets", expected) from None
+            with foreign_code():
+                return convert(metadata[key])
+        except ForeignError:
+            raise _wrong(source, key, repr(metadata[key][:60]), expected) from None
 
     dynamic = read("dynamic", _one_of(DYNAMIC), "nothing, batch or all")
     white = thresholds = None
@@ -131,3 +144,54 @@ def _thresholds(text: str) -> tuple[float, float, int]:
     if not (0 <= conf <= 1 and 0 <= iou <= 1 and type(max_det) is int and max_det >= 1):
         raise ValueError
     return float(conf), float(iou), max_det
+
+
+class GraphInput(NamedTuple):
+    """One input of a graph.
+
+    Attributes:
+        name: its own.
+        sizes: whole numbers, anything else where a size may differ; None where nothing is known.
+        kind: type of its elements, in the library's words.
+    """
+
+    name: str
+    sizes: Sequence[object] | None
+    kind: str
+
+
+def check_inputs(inputs: Sequence[GraphInput], info: ArtifactInfo, path: Path) -> str:
+    """The name of the only input, after making sure that it takes the images that the metadata promise.
+
+    Raises:
+        CheckpointError: there are others, or it is of another type or shape.
+    """
+    if len(inputs) != 1:
+        told = ", ".join(item.name for item in inputs[:4])
+        raise _other_input(path, f"{len(inputs)} inputs ({told})", "one, of images")
+    name, sizes, kind = inputs[0]
+    if kind not in IMAGE_TYPES:
+        raise _other_input(path, f"an input of {kind}", "images of float32")
+    height, width = (None, None) if info.dynamic else info.imgsz
+    expected = (info.batch, info.channels, height, width)
+    if sizes is not None and not _fit(sizes, expected):
+        raise _other_input(
+            path, f"an input of {_told(sizes)}", f"{_told(expected)} as its metadata say"
+        )
+    return name
+
+
+def _fit(sizes: Sequence[object], expected: Sequence[int | None]) -> bool:
+    """Whether fixed sizes are the expected ones; None expects a size that may differ."""
+    return len(sizes) == len(expected) and all(
+        not isinstance(size, int) or size == wanted
+        for size, wanted in zip(sizes, expected, strict=True)
+    )
+
+
+def _told(sizes: Sequence[object]) -> str:
+    return "x".join(str(size) if isinstance(size, int) else "any" for size in sizes)
+
+
+def _other_input(path: Path, got: str, expected: str) -> CheckpointError:
+    return CheckpointError(f"{path}: got {got}, expected {expected}. Export it again.")

@@ -19,9 +19,9 @@ from deploy.exporters.torch_files import (
     export_torchscript,
 )
 from deploy.runtimes.artifact import PAD_VALUE, ArtifactInfo, Backend
-from deploy.runtimes.graphs import _move_constants
 from deploy.runtimes.layouts import read_detections, read_layout
 from deploy.runtimes.metadata import parse_metadata
+from deploy.runtimes.script_file import move_constants
 from utils.errors import CheckpointError, ConfigError
 from utils.structures import Decoded
 
@@ -164,7 +164,7 @@ def test_grids_of_a_traced_network_follow_the_device(tmp_path: Path):
     )
     network = torch.jit.load(str(path))
     assert device_constants(network) == {"cpu"}
-    _move_constants(network, torch.device("cuda:0"))
+    move_constants(network, torch.device("cuda:0"))
     assert device_constants(network) == {"cuda:0"}
 
 

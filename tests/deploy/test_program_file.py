@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deploy.runtimes.program_file import is_arithmetic, read_program
+from deploy.runtimes.program_file import is_arithmetic, program_fault, read_program
 from utils.errors import CheckpointError
 
 
@@ -87,13 +88,56 @@ def test_a_guard_that_calls_something_is_refused(program: Path, tmp_path: Path):
         read_program(path, "note")
 
 
-def test_an_operator_from_elsewhere_is_refused(program: Path, tmp_path: Path):
+@pytest.mark.parametrize(
+    "target",
+    [
+        "os.system", "torch.ops.aten.from_file.default", "torch.ops.aten.save.default", "torch.ops.aten.mul",
+        "torch.ops.higher_order.cond.default", "torch.load", "_operator.methodcaller", "_operator.call", "math.__loader__",
+    ],
+)  # fmt: skip
+def test_an_operator_that_is_no_arithmetic_of_tensors_is_refused(
+    program: Path, tmp_path: Path, target: str
+):
     def change(data: bytes) -> bytes:
-        return data.replace(b"torch.ops.aten.mul.Tensor", b"os.system")
+        return data.replace(b"torch.ops.aten.mul.Tensor", target.encode())
 
     path = rewritten(program, tmp_path / "x.pt2", "models/model.json", change)
-    with pytest.raises(CheckpointError, match=r"calls 'os\.system'"):
+    with pytest.raises(CheckpointError, match=rf"calls '{re.escape(target)}'"):
         read_program(path, "note")
+
+
+def test_a_name_that_would_run_in_the_code_that_torch_writes_is_refused(
+    program: Path, tmp_path: Path
+):
+    """The names of a program's inputs become arguments of a Python function."""
+    trace = tmp_path / "trace"
+    name = f"x, y=open('{trace}', 'w')"
+
+    def change(data: bytes) -> bytes:
+        return data.replace(b'"name": "x"', b'"name": ' + json.dumps(name).encode())
+
+    path = rewritten(program, tmp_path / "x.pt2", "models/model.json", change)
+    with pytest.raises(CheckpointError, match="it has the name"):
+        read_program(path, "note")
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    ("part", "told"),
+    [
+        ({"parameter_name": "network.model.0-a.weight"}, ""),
+        ({"parameter_name": 'a", open("b'}, "name"),
+        ({"forward_arg_names": ["images", "a, b=print()"]}, "name"),
+        ({"tensor_values": {"x": 1, "print()": 2}}, "name 'print()'"),
+        ({"inputs": [{"arg": {"as_operator": "os.system"}}]}, "calls 'os.system'"),
+        ({"inputs": [{"arg": {"as_string": "a text, as it comes()"}}]}, ""),
+        ({"in_spec": '[1, {"type": "builtins.dict", "context": "[\\"a=b()\\"]", "children_spec": []}]'}, "packs"),
+        ({"in_spec": '[1, {"type": "a.B", "context": "null", "children_spec": []}]'}, "packs"),
+    ],
+)  # fmt: skip
+def test_parts_of_a_program_are_words_and_numbers(part: dict[str, Any], told: str):
+    fault = program_fault({"graph_module": [part]})
+    assert told in fault and bool(fault) == bool(told)
 
 
 def test_weights_that_ask_to_be_unpickled_are_refused(program: Path, tmp_path: Path):
@@ -126,6 +170,10 @@ def test_a_member_that_programs_do_not_have_is_refused(program: Path, tmp_path: 
         ("exec(chr(1))", False),
         ("L['x'].__class__", False),
         ("L['x'].numpy", False),
+        ("__builtins__['exec']", False),
+        ("Symbol('exec()')", False),
+        ("[1 for a in L['x']]", False),
+        ("f'{1}'", False),
         ("(lambda: 1)()", False),
         ("Integer(1); 2", False),
         ('"a"', False),

@@ -15,9 +15,7 @@ from deploy.backends import load_backend
 from deploy.exporters.network import ExportOptions, metadata
 from deploy.exporters.torch_files import export_torchscript
 from deploy.runtimes.artifact import ArtifactInfo, Backend
-from deploy.runtimes.graphs import _torch_backend
-from deploy.runtimes.inputs import GraphInput, check_inputs
-from deploy.runtimes.metadata import parse_metadata
+from deploy.runtimes.metadata import GraphInput, check_inputs, parse_metadata
 from utils.errors import CheckpointError, UserError
 
 INFO = ArtifactInfo(("a", "b"), 32, (64, 96), 2, False, "yolo11", "nms", "channels")
@@ -145,14 +143,14 @@ def test_a_program_that_fails_on_what_it_says_to_take_is_told():
             "The following operation failed:\n  some code\nRuntimeError: too small\n"
         )
 
-    backend = _torch_backend(fails, INFO, torch.device("cpu"), Path("best.pt2"))
+    backend = Backend(INFO, lambda images: (fails(images),), torch.device("cpu"), Path("best.pt2"))
     with pytest.raises(CheckpointError) as caught:
         backend(torch.zeros(2, 3, 64, 96))
     assert str(caught.value) == (
         "best.pt2: fails on images of shape (2, 3, 64, 96), which its metadata say it takes - RuntimeError: too small. "
         "Export it again."
     )
-    backend = _torch_backend(lambda images: (images,), INFO, torch.device("cpu"), Path("best.pt2"))
+    backend = Backend(INFO, lambda images: ((images,),), torch.device("cpu"), Path("best.pt2"))
     with pytest.raises(CheckpointError, match="got a tuple as output, expected a tensor"):
         backend(torch.zeros(2, 3, 64, 96))
 
