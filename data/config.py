@@ -21,7 +21,6 @@ address, is never run.
 
 from __future__ import annotations
 
-import logging
 import os
 import reprlib
 import unicodedata
@@ -37,10 +36,10 @@ from data.shapes import draw_if_absent
 from utils.channels import white_of
 from utils.config import YamlFile, parse_yaml
 from utils.errors import ConfigError, DatasetError, nearest
+from utils.logger import get_logger
 
 __all__ = ["DataConfig", "DownloadSource", "load_data_config"]
 
-LOGGER = logging.getLogger("yoke.data")
 ROOT = Path(__file__).resolve().parents[1]
 FORMATS = ("yolo", "coco", "voc")
 ALIASES: dict[str, str] = {"valid": "val", "validation": "val"}
@@ -77,7 +76,7 @@ def load_data_config(source: str | Path) -> DataConfig:
     config = _Reader(file).config()
     others = [entries for split, entries in config.splits.items() if split != "val"]
     if file.is_dir() and config.splits.get("val") in others:
-        LOGGER.warning("%s: no val split of its own, it is scored on train or test", file)
+        get_logger().warning("%s: no val split of its own, it is scored on train or test", file)
     return config
 
 
@@ -114,7 +113,9 @@ class _Reader:
         """
         unknown = [f"{_shown(k)}.{nearest(str(k), KEYS)}" for k in self.document if k not in KEYS]
         if unknown:
-            LOGGER.warning("%s: without effect here, unknown key %s", self.file, " ".join(unknown))
+            get_logger().warning(
+                "%s: without effect here, unknown key %s", self.file, " ".join(unknown)
+            )
         splits, detected = self._splits()
         form = self.document.get("format", detected)
         if form not in FORMATS:
@@ -319,7 +320,7 @@ def _entry_path(entry: str, path: Path) -> Path:
 def _draw_shapes(config: DataConfig) -> None:
     try:
         if draw_if_absent(config.path):
-            LOGGER.info("%s: drew the built-in shapes into %s", config.file, config.path)
+            get_logger().info("%s: drew the built-in shapes into %s", config.file, config.path)
     except OSError as error:
         raise DatasetError(
             f"{config.path}: the built-in shapes cannot be written - got {error.strerror}."

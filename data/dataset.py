@@ -41,9 +41,9 @@ from data.transforms import (
     resize_to_fit,
 )
 from utils.errors import DatasetError
+from utils.logger import get_logger
 from utils.structures import Letterbox
 
-LOGGER = logging.getLogger("yoke.data")
 Key = int | tuple[int, int]
 
 
@@ -257,7 +257,7 @@ class DetectionDataset(Dataset[Sample]):
             except ImageError as error:
                 self._damaged.add(place)
                 missed = "" if self.options.augment else ", its objects count as missed"
-                LOGGER.warning("skipped %s Another image stands in for it%s.", error, missed)
+                get_logger().warning("skipped %s Another image stands in for it%s.", error, missed)
         raise DatasetError(
             f"{self.config.file}: {self.split} - got no image that decodes among {len(places)}, "
             f"expected one. Replace or remove {self.paths[first]}."
@@ -338,8 +338,8 @@ def _tell(dataset: DetectionDataset) -> None:
     """The account of the split, and what of the recipe cannot be done with it."""
     options = dataset.options
     text, is_lossy = account_of(dataset.table, dataset.objects, dataset.names, options.imgsz)
-    LOGGER.log(logging.WARNING if is_lossy else logging.INFO, "%s: %s", dataset.split, text)
+    get_logger().log(logging.WARNING if is_lossy else logging.INFO, "%s: %s", dataset.split, text)
     if options.augment and options.hyp.get("copy_paste", 0):
-        LOGGER.warning("copy_paste: not done, it needs outlines and these labels are boxes")
+        get_logger().warning("copy_paste: not done, it needs outlines and these labels are boxes")
     if not len(dataset.labels):
-        LOGGER.warning("%s: %s holds no objects at all", dataset.config.file, dataset.split)
+        get_logger().warning("%s: %s holds no objects at all", dataset.config.file, dataset.split)

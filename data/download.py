@@ -7,7 +7,6 @@ unpacked without letting an archive write outside its folder.
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import shutil
 import stat
@@ -24,8 +23,8 @@ from urllib.parse import unquote, urlsplit
 from data.config import load_data_config
 from data.formats.description import DataConfig, DownloadSource
 from utils.errors import DatasetError
+from utils.logger import get_logger
 
-LOGGER = logging.getLogger("yoke.data")
 ATTEMPTS = 5
 TIMEOUT = 60.0
 CHUNK = 1 << 20
@@ -45,7 +44,7 @@ def fetch(config: DataConfig) -> DataConfig:
         told = "holds a `download` key, which is never run here" if config.script else "names none"
         raise DatasetError(f"{config.file}: --download needs `sources`, and the file {told}.")
     if _is_complete(config):
-        LOGGER.info("%s: already there, nothing fetched", config.path)
+        get_logger().info("%s: already there, nothing fetched", config.path)
         return config
     for source in config.sources:
         fetch_source(source, config.path)
@@ -76,7 +75,7 @@ def fetch_source(source: DownloadSource, folder: Path) -> None:
     name = file_name(source)
     archive, done = folder / name, folder / f".fetched-{name}"
     if done.exists():
-        LOGGER.info("%s: already fetched", name)
+        get_logger().info("%s: already fetched", name)
         return
     if urlsplit(source.url).scheme not in ("http", "https"):
         raise DatasetError(f"{source.url}: got this address, expected http:// or https://.")
@@ -112,7 +111,7 @@ def _download(source: DownloadSource, archive: Path) -> None:
                 part.unlink(missing_ok=True)
         except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
             reason = str(getattr(error, "reason", error))
-        LOGGER.info("%s: %s, trying again", source.url, reason)
+        get_logger().info("%s: %s, trying again", source.url, reason)
     raise DatasetError(
         f"{source.url}: not fetched - got {reason}, expected the whole file. Run again to go on."
     )
@@ -173,7 +172,7 @@ def _copy(reply: BinaryIO, file: BinaryIO, span: _Span, source: DownloadSource) 
         tenth = done * 10 // span.total if span.total else done // (100 * CHUNK)
         if tenth != told:
             told = tenth
-            LOGGER.info("%s: %.0f of %.0f MB", source.url, done / 1e6, span.total / 1e6)
+            get_logger().info("%s: %.0f of %.0f MB", source.url, done / 1e6, span.total / 1e6)
 
 
 def _verify(source: DownloadSource, archive: Path) -> None:
@@ -189,7 +188,9 @@ def _verify(source: DownloadSource, archive: Path) -> None:
         archive.unlink()
         raise DatasetError(f"{source.url}: {'; '.join(wrong)}. The file was removed; fetch again.")
     if not stated:
-        LOGGER.warning("%s: no digest is known to check it with (sha256 %s)", *_told(source, got))
+        get_logger().warning(
+            "%s: no digest is known to check it with (sha256 %s)", *_told(source, got)
+        )
 
 
 def _told(source: DownloadSource, got: dict[str, str]) -> tuple[str, str]:

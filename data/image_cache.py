@@ -6,7 +6,6 @@ them stands a byte for each, 0 for those that could not be read.
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import os
 import shutil
@@ -22,8 +21,8 @@ from numpy.typing import NDArray
 from data.images import Image
 from data.storage import write_cache
 from utils.distributed import local_processes
+from utils.logger import get_logger
 
-LOGGER = logging.getLogger("yoke.data")
 MEMORY_SHARE = 0.8
 """Part of the free memory or disk that a cache may take."""
 AT_ONCE = 256
@@ -120,7 +119,7 @@ def cache_on_disk(
             stream.write(piece.data)
 
     if not write_cache(target, write):
-        LOGGER.warning("--cache disk: not done - %s cannot be written", target)
+        get_logger().warning("--cache disk: not done - %s cannot be written", target)
         return None
     for old in target.parent.glob(f"{file.name}.*.images"):
         if old != target:
@@ -132,7 +131,7 @@ def _has_room(kind: str, total: int, free: int | None, where: str) -> bool:
     """Whether `total` bytes for each process of this machine fit into `free` ones; a line in the log if not."""
     if free is None or total * local_processes(1) <= free * MEMORY_SHARE:
         return True
-    LOGGER.warning(
+    get_logger().warning(
         f"--cache {kind}: not done - the images take {total / 1e9:.1f} GB, "
         f"expected at most {MEMORY_SHARE * 100:.0f} % of the {free / 1e9:.1f} GB {where}"
     )

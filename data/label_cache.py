@@ -23,8 +23,8 @@ from data.formats.faults import Fault, raise_if_fatal, repeated_images, summaris
 from data.formats.table import Table, Texts
 from data.images import FULL_WHITE
 from data.storage import cache_file, digest_of_files, write_cache
+from utils.logger import get_logger
 
-LOGGER = logging.getLogger("yoke.data")
 VERSION = 2
 SUFFIX = ".yoke.npz"
 ARRAYS = ("image_ids", "sizes", "offsets", "labels", "boxes", "crowd")
@@ -55,12 +55,12 @@ def load_table(config: DataConfig, split: str) -> Table:
     remarks = repeated_images(table.paths) if listing.images is None else listing.remarks
     table = replace(table, faults=(*table.faults, *remarks))
     for line in [*summarise(table.faults, split), *_depth(config, split, table.peak)]:
-        LOGGER.warning(line)
+        get_logger().warning(line)
     missing = sum(fault.kind == "background" for fault in table.faults)
     if missing:
         level = logging.WARNING if missing > len(table) / 2 else logging.INFO
         told = "%s: %d of %d images have no label file (background)"
-        LOGGER.log(level, told, split, missing, len(table))
+        get_logger().log(level, told, split, missing, len(table))
     return table
 
 

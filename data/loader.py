@@ -7,7 +7,6 @@ sample is for.
 from __future__ import annotations
 
 import atexit
-import logging
 import multiprocessing
 import os
 import shutil
@@ -25,9 +24,9 @@ from data.dataset import DetectionDataset, Key, Sample
 from data.sampling import EpochSampler
 from utils.distributed import local_processes
 from utils.errors import DatasetError, worker_death
+from utils.logger import get_logger
 from utils.structures import Batch, Targets
 
-LOGGER = logging.getLogger("yoke.data")
 PREFETCH = 2
 """Batches that each worker holds ready."""
 SHARED_MEMORY = "/dev/shm"
@@ -164,7 +163,7 @@ def bounded_workers(
 @cache
 def _tell_once(message: str) -> None:
     """Training and validation loaders have the same to say."""
-    LOGGER.info(message)
+    get_logger().info(message)
 
 
 def available_cores() -> int:

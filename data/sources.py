@@ -8,7 +8,6 @@ from __future__ import annotations
 import fnmatch
 import glob
 import http.client
-import logging
 import os
 import re
 import threading
@@ -27,8 +26,8 @@ from data.formats.yolo import read_list
 from data.images import IMAGE_SUFFIXES, Image, decode_image, is_image_path, read_image
 from utils.errors import DatasetError
 from utils.files import special_kind
+from utils.logger import get_logger
 
-LOGGER = logging.getLogger("yoke.data")
 VIDEO_SUFFIXES = frozenset(
     {".asf", ".avi", ".m4v", ".mkv", ".mov", ".mp4"} | {".mpeg", ".mpg", ".ts", ".webm", ".wmv"}
 )
@@ -136,12 +135,12 @@ class Source:
                     raise
                 self.skipped.append(path)
                 if len(self.skipped) <= MOST_TOLD:
-                    LOGGER.warning("skipped %s", error)
+                    get_logger().warning("skipped %s", error)
                 continue
             yield from frames
         if len(self.skipped) > MOST_TOLD:
             told = "skipped %d files in all, the first %d of them are named above"
-            LOGGER.warning(told, len(self.skipped), MOST_TOLD)
+            get_logger().warning(told, len(self.skipped), MOST_TOLD)
 
 
 def open_source(source: str | Path, *, vid_stride: int = 1, white: float | None = None) -> Source:
@@ -232,7 +231,7 @@ def _tell_unread(found: Sequence[str]) -> None:
     left_out = [fault.path for fault in unread_files(found) if not is_video(fault.path)]
     if left_out:
         told = "--source: files left out by suffix: %d (%s)"
-        LOGGER.warning(told, len(left_out), suffixes_of(left_out))
+        get_logger().warning(told, len(left_out), suffixes_of(left_out))
 
 
 def _check(name: str, files: Sequence[str]) -> None:
@@ -305,7 +304,7 @@ def _video_frames(path: str, capture: cv2.VideoCapture, vid_stride: int) -> Iter
             index += 1
         # One less may be rounding: some containers tell their length in seconds only.
         if index + 1 < info.frames:
-            LOGGER.warning(
+            get_logger().warning(
                 "%s: got %d frames, expected %d as it announces; it may be cut off or damaged",
                 path,
                 index,

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO
 
 from utils.files import written_whole
+from utils.logger import get_logger
 
-LOGGER = logging.getLogger("yoke.data")
 FALLBACK = Path(__file__).resolve().parents[1] / "datasets" / ".cache"
 _WRITE_BITS = 0o222
 
@@ -48,7 +47,7 @@ def write_cache(path: Path, write: Callable[[BinaryIO], None]) -> bool:
         with written_whole(path) as file:
             write(file)
     except OSError as error:
-        LOGGER.info("%s: not cached - %s", path, error.strerror)
+        get_logger().info("%s: not cached - %s", path, error.strerror)
         return False
     return True
 

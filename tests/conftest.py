@@ -16,6 +16,10 @@ for _folder in (ROOT, ROOT / "tests"):
 
 from shell import TINY_MODEL, draw_data, start_script
 
+from utils.logger import get_logger
+
+get_logger()  # pytest listens to those loggers of their own handlers that are there when a test begins
+
 
 @pytest.fixture
 def small_data(tmp_path: Path) -> Path:

@@ -1,8 +1,8 @@
 """Box arithmetic: formats, clipping, overlaps.
 
 Letters: N and M numbers of boxes, `...` any leading shape; leading shapes broadcast.
-Formats: `xyxy` corners, `cxcywh` centre and size, `xywh` top left corner and size (COCO). The unit
-is the caller's; nothing here assumes pixels. Overlaps take xyxy and are computed in float32 or
+Formats: `xyxy` corners, `cxcywh` centre and size. The unit is the caller's; nothing here
+assumes pixels. Overlaps take xyxy and are computed in float32 or
 wider, whatever the inputs are, so that they hold under mixed precision.
 """
 
@@ -28,35 +28,6 @@ def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
     """Centre and size to corners, (..., 4) to (..., 4)."""
     centre, half = boxes[..., :2], boxes[..., 2:] / 2
     return torch.cat((centre - half, centre + half), dim=-1)
-
-
-def xyxy_to_xywh(boxes: Tensor) -> Tensor:
-    """Corners to top left corner and size, (..., 4) to (..., 4)."""
-    low, high = boxes[..., :2], boxes[..., 2:]
-    return torch.cat((low, high - low), dim=-1)
-
-
-def xywh_to_xyxy(boxes: Tensor) -> Tensor:
-    """Top left corner and size to corners, (..., 4) to (..., 4)."""
-    low, size = boxes[..., :2], boxes[..., 2:]
-    return torch.cat((low, low + size), dim=-1)
-
-
-def xywh_to_cxcywh(boxes: Tensor) -> Tensor:
-    """Top left corner and size to centre and size, (..., 4) to (..., 4)."""
-    low, size = boxes[..., :2], boxes[..., 2:]
-    return torch.cat((low + size / 2, size), dim=-1)
-
-
-def cxcywh_to_xywh(boxes: Tensor) -> Tensor:
-    """Centre and size to top left corner and size, (..., 4) to (..., 4)."""
-    centre, size = boxes[..., :2], boxes[..., 2:]
-    return torch.cat((centre - size / 2, size), dim=-1)
-
-
-def scale_boxes(boxes: Tensor, scale_y: float, scale_x: float) -> Tensor:
-    """Multiply y by `scale_y` and x by `scale_x`; any of the three formats, (..., 4)."""
-    return boxes * boxes.new_tensor([scale_x, scale_y, scale_x, scale_y])
 
 
 def clip_boxes(boxes: Tensor, size: tuple[int, int]) -> Tensor:
@@ -156,8 +127,7 @@ class BoxPair:
         low = torch.minimum(self.first[..., :2], self.second[..., :2])
         high = torch.maximum(self.first[..., 2:], self.second[..., 2:])
         low = torch.minimum(low, torch.minimum(self.first[..., 2:], self.second[..., 2:]))
-        high = torch.maximum(high, torch.maximum(self.first[..., :2], self.second[..., :2]))
-        return high - low
+        return torch.maximum(high, torch.maximum(self.first[..., :2], self.second[..., :2])) - low
 
     @cached_property
     def empty_share(self) -> Tensor:
@@ -181,8 +151,7 @@ class BoxPair:
     @cached_property
     def centre_distance(self) -> Tensor:
         """Squared, in squared diagonals of the hull, in [0, 1), (...): the penalty of DIoU."""
-        diagonal_squared = self.diagonal_squared
-        return self.offset.square().sum(-1) / diagonal_squared
+        return self.offset.square().sum(-1) / self.diagonal_squared
 
     @cached_property
     def aspect_difference(self) -> Tensor:
@@ -196,9 +165,8 @@ class BoxPair:
     @cached_property
     def sizes(self) -> tuple[Tensor, Tensor]:
         """Width and height of the first and of the second, (..., 2) each."""
-        return self.first[..., 2:] - self.first[..., :2], self.second[..., 2:] - self.second[
-            ..., :2
-        ]
+        first = self.first[..., 2:] - self.first[..., :2]
+        return first, self.second[..., 2:] - self.second[..., :2]
 
 
 def _wide(boxes: Tensor) -> Tensor:

@@ -53,20 +53,21 @@ HYP_RANGES = {
 """Smallest and largest value of a recipe's number; of those that are not here, 0 and what is plainly too much."""
 LARGEST_NUMBER = 1e9
 
-FAMILIES = ("yolov5", "yolov9", "yolo11", "rtdetr")
-"""A recipe may have a section of each name, with what is meant for that family alone."""
+Recipe = Mapping[str, Any]
+"""Numbers and words of a training by their keys."""
 
 
 def load_hyp(
     path: str | Path | None,
     family_default_path: str | Path,
     checks: Mapping[str, Callable[[Any], str]] = MappingProxyType({}),
-) -> Mapping[str, Any]:
+) -> Recipe:
     """Hyper-parameters: the family's file, overlaid with the user's, its section for the family last.
 
     Args:
         path: the user's file, None for the family's recipe as it stands.
-        family_default_path: the family's recipe; it says which keys there are and of what type.
+        family_default_path: the family's recipe; it says which keys there are and of what type. The files beside it
+            are the other families', whose names may stand over sections that are meant for them alone.
         checks: for keys whose values must be more than of that type, what is wrong with a value.
 
     Returns:
@@ -75,16 +76,19 @@ def load_hyp(
     Raises:
         ConfigError: unknown keys, wrong types and numbers out of range, all of them together, with their lines.
     """
-    base = load_yaml(family_default_path)
+    default = Path(family_default_path)
+    base = load_yaml(default)
     if path is None:
         return MappingProxyType(base)
-    family = Path(family_default_path).stem
+    family, families = default.stem, {file.stem for file in default.parent.glob("*.yaml")}
     problems, without_effect, merged = [], [], dict(base)
-    for key, value, line in _recipe_entries(read_yaml(path), family):
+    for key, value, line in _recipe_entries(read_yaml(path), family, families):
         where = f"{path}:{line}"
         if key in base:
-            problem = _type_problem(base[key], value) or _range_problem(key, value)
-            problem = f"{problem}." if problem else checks.get(key, _no_problem)(value)
+            if problem := _problem(key, base[key], value):
+                problem += "."
+            elif key in checks:
+                problem = checks[key](value)
             if problem:
                 problems.append(f"{where}: {key} - {problem}")
             merged[key] = float(value) if type(base[key]) is float and type(value) is int else value
@@ -99,7 +103,7 @@ def load_hyp(
     return MappingProxyType(merged)
 
 
-def check_recipe(recipe: Mapping[str, Any], default: Mapping[str, Any], source: str) -> None:
+def check_recipe(recipe: Recipe, default: Recipe, source: str) -> None:
     """Make sure that what a file holds as a recipe has the types and ranges of the family's.
 
     Raises:
@@ -108,19 +112,20 @@ def check_recipe(recipe: Mapping[str, Any], default: Mapping[str, Any], source: 
     problems = [
         f"{source}: its recipe {key} - {problem}."
         for key, value in recipe.items()
-        if key in default
-        and (problem := _type_problem(default[key], value) or _range_problem(str(key), value))
+        if key in default and (problem := _problem(key, default[key], value))
     ]
     if problems:
         raise ConfigError(*problems)
 
 
-def _recipe_entries(file: YamlFile, family: str) -> Iterator[tuple[str, Any, int]]:
+def _recipe_entries(
+    file: YamlFile, family: str, families: set[str]
+) -> Iterator[tuple[str, Any, int]]:
     """Key, value and line of what a recipe says for all families, then for `family`."""
-    for key, value in file.data.items():
-        if key not in FAMILIES or not isinstance(value, dict):
-            yield key, value, file.lines.get((key,), 0)
     own = file.data.get(family)
+    for key, value in file.data.items():
+        if key not in families or not isinstance(value, dict):
+            yield key, value, file.lines.get((key,), 0)
     for key, value in own.items() if isinstance(own, dict) else ():
         yield key, value, file.lines.get((family, key), 0)
 
@@ -163,18 +168,29 @@ def parse_imgsz(values: int | Sequence[int], stride: int, tell: bool = True) -> 
 class ArgumentParser(argparse.ArgumentParser):
     """argparse whose errors are one line with the nearest flag, exit code 2."""
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse, and name the nearest flag of each unknown one."""
-        options, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            flags = list(self._option_string_actions)
-            told = [f"{word!r}.{nearest(word.split('=')[0], flags)}" for word in unknown]
-            self.error("unknown argument " + " ".join(told))
-        return options
+    def __init__(self, description: str = "", epilog: str = "", prog: str | None = None) -> None:
+        self._recorded: list[argparse.Action] = []
+        super().__init__(prog, description=description, epilog=epilog)
+
+    def add_argument(self, *names: str, **settings: object) -> argparse.Action:  # type: ignore[override]
+        """As argparse has it."""
+        self._recorded.append(super().add_argument(*names, **settings))  # type: ignore[arg-type]
+        return self._recorded[-1]
 
     def flags(self) -> list[argparse.Action]:
         """What stands for each flag, one that has several names once."""
-        return list(dict.fromkeys(self._option_string_actions.values()))
+        return [action for action in self._recorded if action.option_strings]
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        """Parse, and name the nearest flag of each unknown one."""
+        options, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = [name for action in self.flags() for name in action.option_strings]
+            told = [f"{word!r}.{nearest(word.split('=')[0], flags)}" for word in unknown]
+            self.error("unknown argument " + " ".join(told))
+        return options
 
     def error(self, message: str) -> NoReturn:
         """Exit with one line."""
@@ -213,45 +229,36 @@ def number(minimum: float = -math.inf, maximum: float = math.inf) -> Callable[[s
     return parse
 
 
-def report_ignored_flags(options: argparse.Namespace, defaults: Mapping[str, Any]) -> None:
+def report_ignored_flags(options: argparse.Namespace, defaults: Mapping[str, object]) -> None:
     """Say in one line which flags were given that are accepted for compatibility only.
 
     Args:
         options: what the parser returned.
         defaults: attribute name of each such flag and its default.
     """
-    given = [
-        name for name, default in defaults.items() if getattr(options, name, default) != default
-    ]
+    values = {**defaults, **vars(options)}
+    given = [name for name, default in defaults.items() if values[name] != default]
     if given:
         flags = ", ".join("--" + name.replace("_", "-") for name in given)
         get_logger().info(f"accepted but without effect here: {flags}")
 
 
-def _type_problem(default: Any, value: Any) -> str:
-    """What is wrong with `value` where the recipe has `default`; empty if nothing."""
-    expected, fits = _kind(default), _kind(value) == _kind(default)
-    if default is None or (fits and (expected != "a number" or math.isfinite(value))):
-        return ""
-    return f"got {value!r}, expected {expected} such as {default!r}"
-
-
-def _range_problem(key: str, value: Any) -> str:
-    """What is wrong with a number of a recipe; empty if nothing, or if it is none."""
+def _problem(key: str, default: object, value: object) -> str:
+    """What is wrong with a value where the recipe of the family has `default`; empty if nothing."""
+    kind = _kind(default)
+    number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    is_finite = number is None or math.isfinite(number)
+    if default is not None and (kind != _kind(value) or not is_finite):
+        return f"got {value!r}, expected {kind} such as {default!r}"
     low, high = HYP_RANGES.get(key, (0.0, LARGEST_NUMBER))
-    if type(value) not in (int, float) or low <= value <= high:
+    if number is None or low <= number <= high:
         return ""
-    expected = (
-        f"{low:g} or more" if high >= LARGEST_NUMBER and value < low else f"{low:g} to {high:g}"
-    )
-    return f"got {value:g}, expected {expected}"
+    is_below = high >= LARGEST_NUMBER and number < low
+    expected = f"{low:g} or more" if is_below else f"{low:g} to {high:g}"
+    return f"got {number:g}, expected {expected}"
 
 
-def _no_problem(value: Any) -> str:
-    return ""
-
-
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     if isinstance(value, bool):
         return "true or false"
     if isinstance(value, (int, float)):

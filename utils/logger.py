@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import csv
+import io
 import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from utils.errors import printable
+from utils.files import write_whole
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 NAME = "yoke"
 
@@ -79,12 +84,9 @@ class CsvLogger:
         self.columns = tuple(columns)
         kept = self._rows_before(start_epoch) if start_epoch and self.path.exists() else []
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(self.columns)
-            writer.writerows(kept)
-        os.replace(temporary, self.path)
+        text = io.StringIO(newline="")
+        csv.writer(text, lineterminator="\n").writerows([self.columns, *kept])
+        write_whole(self.path, text.getvalue().encode())
 
     def write(self, row: Mapping[str, float | int | str]) -> None:
         """Append one epoch; a column that `row` lacks stays empty.
@@ -116,10 +118,10 @@ class CsvLogger:
 
 
 class TensorBoardLogger:
-    """Scalars and pictures for TensorBoard; does nothing where TensorBoard is not installed."""
+    """Scalars for TensorBoard; does nothing where TensorBoard is not installed."""
 
     def __init__(self, folder: str | Path, enabled: bool = True) -> None:
-        self._writer: Any = None
+        self._writer: SummaryWriter | None = None
         if not enabled:
             return
         try:
@@ -134,11 +136,6 @@ class TensorBoardLogger:
         if self._writer:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
-
-    def image(self, name: str, image: Any, step: int = 0) -> None:
-        """Write an RGB picture, (H, W, 3) uint8."""
-        if self._writer:
-            self._writer.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:
         """Flush and close the file."""

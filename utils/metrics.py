@@ -7,30 +7,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from utils.curves import Curves, ImageDetections, confidence_curves, match_detections, overlaps
 from utils.structures import Detections
 
+if TYPE_CHECKING:
+    from faster_coco_eval import COCOeval_faster
+
 Array = NDArray[np.float64]
 UNDEFINED = -1.0  # COCO's mark for an average over nothing
-STAT_NAMES = (
-    "AP",
-    "AP50",
-    "AP75",
-    "APs",
-    "APm",
-    "APl",
-    "AR1",
-    "AR10",
-    "AR100",
-    "ARs",
-    "ARm",
-    "ARl",
-)
+Json = dict[str, Any]
+State = Mapping[int, ImageDetections]
 
 
 class ClassMetrics(NamedTuple):
@@ -59,18 +51,16 @@ class Metrics(NamedTuple):
     """Result of an evaluation. Averages over nothing are -1, as in COCO.
 
     Attributes:
-        map50_95: COCO's mAP, equal to `stats[0]`.
-        map50: mAP at IoU 0.5, `stats[1]`.
-        map75: mAP at IoU 0.75, `stats[2]`.
-        small: mAP of objects under 32 x 32 pixels, `stats[3]`.
-        medium: mAP of objects between, `stats[4]`.
-        large: mAP of objects over 96 x 96 pixels, `stats[5]`.
+        map50_95: COCO's mAP.
+        map50: mAP at IoU 0.5.
         precision: mean over classes with objects, at `confidence`.
         recall: likewise.
         f1: mean F1 at `confidence`, its maximum.
         confidence: the threshold of the best mean F1 at IoU 0.5.
         per_class: one row per class index.
-        stats: the twelve numbers of pycocotools' summary, named by `STAT_NAMES`.
+        stats: the twelve numbers of pycocotools' summary: mAP, at IoU 0.5, at 0.75, of objects
+            under 32 x 32 pixels, between, over 96 x 96; recall with 1, 10 and 100 detections an
+            image, of small, medium and large objects.
         curves: for the plots.
         images: images in the ground truth.
         instances: objects, crowds not counted.
@@ -78,10 +68,6 @@ class Metrics(NamedTuple):
 
     map50_95: float
     map50: float
-    map75: float
-    small: float
-    medium: float
-    large: float
     precision: float
     recall: float
     f1: float
@@ -96,15 +82,6 @@ class Metrics(NamedTuple):
     def fitness(self) -> float:
         """What best.pt is chosen by: 0.1 mAP50 + 0.9 mAP50-95; undefined counts as 0."""
         return 0.1 * max(self.map50, 0.0) + 0.9 * max(self.map50_95, 0.0)
-
-    def scalars(self) -> dict[str, float]:
-        """The four numbers of results.csv under its column names."""
-        return {
-            "metrics/precision": self.precision,
-            "metrics/recall": self.recall,
-            "metrics/mAP_0.5": self.map50,
-            "metrics/mAP_0.5:0.95": self.map50_95,
-        }
 
 
 class CocoEvaluator:
@@ -173,33 +150,36 @@ class CocoEvaluator:
                 found.labels.detach().long().cpu().numpy()[order],
             )
 
-    def state(self) -> dict[int, tuple[Any, ...]]:
+    def state(self) -> State:
         """What this process has collected, to be sent to another one and given to its `merge`."""
-        return {number: tuple(found) for number, found in self._detections.items()}
+        return self._detections
 
-    def merge(self, states: Iterable[Mapping[int, tuple[Any, ...]]]) -> None:
+    def merge(self, states: Iterable[State]) -> None:
         """Add what other processes collected; an image that two of them had counts once."""
         for state in states:
-            for number, found in state.items():
-                self._detections[number] = ImageDetections(*found)
+            self._detections.update(state)
 
-    def predictions(self) -> list[dict[str, Any]]:
+    def predictions(self) -> list[Json]:
         """All detections in COCO's results format (xywh), by image id, unrounded."""
         return [
             {**row, "image_id": self._image_ids[row["image_id"] - 1]} for row in self._results()
         ]
 
-    def _results(self) -> list[dict[str, Any]]:
+    def _results(self) -> list[Json]:
         """The same under the numbers of the images."""
-        results = []
+        results: list[Json] = []
         for number in sorted(self._detections):
             boxes, scores, labels = self._detections[number]
             xywh = np.concatenate((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]), axis=1).tolist()
-            for box, score, label in zip(xywh, scores.tolist(), labels.tolist(), strict=True):
-                category = self.category_ids[label]
-                results.append(
-                    {"image_id": number, "category_id": category, "bbox": box, "score": score}
-                )
+            results += [
+                {
+                    "image_id": number,
+                    "category_id": self.category_ids[label],
+                    "bbox": box,
+                    "score": score,
+                }
+                for box, score, label in zip(xywh, scores.tolist(), labels.tolist())
+            ]
         return results
 
     def evaluate(self) -> Metrics:
@@ -230,10 +210,6 @@ class CocoEvaluator:
         return Metrics(
             map50_95=stats[0],
             map50=stats[1],
-            map75=stats[2],
-            small=stats[3],
-            medium=stats[4],
-            large=stats[5],
             precision=_mean(curves.precision[:, best]),
             recall=_mean(curves.recall[:, best]),
             f1=_mean(curves.f1[:, best]),
@@ -245,10 +221,10 @@ class CocoEvaluator:
             instances=int(instances.sum()),
         )
 
-    def _run_coco(self) -> Any:
+    def _run_coco(self) -> COCOeval_faster:
         from faster_coco_eval import COCO, COCOeval_faster
 
-        def silent(*_: Any) -> None:
+        def silent(*_: object) -> None:
             pass
 
         truth = COCO(copy.deepcopy(self._ground_truth), print_function=silent)
@@ -276,11 +252,9 @@ class CocoEvaluator:
         self, present: NDArray[np.int64], instances: NDArray[np.int64], precision_at_recall: Array
     ) -> Curves:
         """The curves of the classes that have objects."""
+        annotations = self._ground_truth["annotations"]
         outcomes = match_detections(
-            self._detections,
-            self._ground_truth["annotations"],
-            self.category_ids,
-            self.max_detections,
+            self._detections, annotations, self.category_ids, self.max_detections
         )
         names = tuple(self.names[c] for c in present)
         recall_axis = np.linspace(0, 1, precision_at_recall.shape[1])
@@ -302,13 +276,13 @@ class ConfusionMatrix:
         self.iou = iou
         self.matrix = np.zeros((num_classes + 1, num_classes + 1), dtype=np.int64)
 
-    def update(self, detections: Detections, labels: Any, boxes: Any) -> None:
+    def update(self, detections: Detections, labels: Tensor, boxes: Tensor) -> None:
         """Count one image.
 
         Args:
             detections: of the image, K of them; those at or under `conf` are left out.
-            labels: true class indices, (G,), a tensor.
-            boxes: xyxy in the same pixels as the detections, (G, 4), a tensor.
+            labels: true class indices, (G,).
+            boxes: xyxy in the same pixels as the detections, (G, 4).
         """
         keep = (detections.scores > self.conf).cpu().numpy()
         predicted = detections.labels.cpu().numpy()[keep]
@@ -322,25 +296,20 @@ class ConfusionMatrix:
         columns = (true[matched_g], np.full_like(alone, self.num_classes), missed)
         np.add.at(self.matrix, (np.concatenate(rows), np.concatenate(columns)), 1)
 
-    def merge(self, matrices: Iterable[NDArray[np.int64]]) -> None:
-        """Add the counts of other processes."""
-        for matrix in matrices:
-            self.matrix = self.matrix + matrix
-
 
 def _normalised(
     ground_truth: Mapping[str, Any],
     category_ids: Sequence[int],
     names: Sequence[str],
     numbers: Mapping[int, int],
-) -> dict[str, Any]:
+) -> Json:
     """A copy that holds what the evaluation reads and nothing else, `numbers` in place of ids."""
     categories = {
         int(c["id"]): str(c.get("name", c["id"])) for c in ground_truth.get("categories", [])
     }
     for category, name in zip(category_ids, names, strict=True):
         categories.setdefault(category, name)
-    annotations: list[dict[str, Any]] = []
+    annotations: list[Json] = []
     for annotation in ground_truth.get("annotations", []):
         if int(annotation["image_id"]) not in numbers:
             continue

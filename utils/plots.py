@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,11 @@ from numpy.typing import NDArray
 from utils.curves import Curves
 from utils.visualize import class_colour
 
-Array = NDArray[Any]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Array = NDArray[np.float64]
 NAMED_CLASSES = 20  # more classes than this are drawn without a legend
 
 
@@ -37,7 +41,7 @@ class StudyPoint(NamedTuple):
 
 
 def plot_labels(
-    labels: Array, boxes_cxcywhn: Array, names: Sequence[str], path: str | Path
+    labels: NDArray[np.int64], boxes_cxcywhn: Array, names: Sequence[str], path: str | Path
 ) -> Path:
     """labels.jpg: objects per class, shapes, centres, sizes.
 
@@ -48,7 +52,7 @@ def plot_labels(
         path: the file.
     """
     figure, axes = _figure(2, 2, (11, 10))
-    labels, boxes = np.asarray(labels, dtype=int), np.asarray(boxes_cxcywhn).reshape(-1, 4)
+    boxes = boxes_cxcywhn
     _plot_class_counts(axes[0], labels, names)
     _plot_shapes(axes[1], labels, boxes)
     _plot_density(axes[2], boxes[:, 0], boxes[:, 1], "x of the centre", "y of the centre")
@@ -60,7 +64,7 @@ def plot_labels(
 def plot_correlogram(boxes_cxcywhn: Array, path: str | Path) -> Path:
     """labels_correlogram.jpg: every pair of x, y, width, height, (N, 4), as a density."""
     figure, axes = _figure(4, 4, (11, 11))
-    boxes = np.asarray(boxes_cxcywhn).reshape(-1, 4)
+    boxes = boxes_cxcywhn
     words = ("x", "y", "width", "height")
     for row in range(4):
         for column in range(4):
@@ -82,6 +86,8 @@ def plot_results(csv_path: str | Path, path: str | Path | None = None) -> Path:
         csv_path: a run's results.csv.
         path: the picture, beside the file and with its name where None.
     """
+    from matplotlib.ticker import MaxNLocator
+
     csv_path = Path(csv_path)
     columns = read_results(csv_path)
     epochs = columns.pop("epoch", np.zeros(0))
@@ -103,7 +109,7 @@ def plot_results(csv_path: str | Path, path: str | Path | None = None) -> Path:
         axis.set_title(title)
         if len(members) > 1:
             axis.legend(fontsize=7, frameon=False)
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     return _save(figure, path or csv_path.with_suffix(".png"))
@@ -140,19 +146,16 @@ def plot_curves(curves: Curves, folder: str | Path, map50: float | None = None) 
 
 
 def plot_confusion_matrix(
-    matrix: Array, names: Sequence[str], path: str | Path, *, normalize: bool = True
+    matrix: NDArray[np.int64], names: Sequence[str], path: str | Path
 ) -> Path:
-    """confusion_matrix.png.
+    """confusion_matrix.png: shares of each column, of the true class.
 
     Args:
         matrix: `[predicted, true]` counts with the background last, (C + 1, C + 1).
         names: C class names.
         path: the file.
-        normalize: show shares of each column (of the true class) and not counts.
     """
-    matrix = np.asarray(matrix)
-    total = matrix.sum(0, keepdims=True)
-    shares = matrix / np.maximum(total, 1)
+    shares = matrix / np.maximum(matrix.sum(0, keepdims=True), 1)
     size = min(max(6.0, 0.45 * len(matrix) + 3.5), 24.0)
     figure, (axis,) = _figure(1, 1, (size + 1, size))
     shown = np.where(matrix > 0, shares, np.nan)
@@ -163,7 +166,12 @@ def plot_confusion_matrix(
         axis.set_xticks(range(len(words)), words, rotation=90 if len(words) > 6 else 0)
         axis.set_yticks(range(len(words)), words)
     if len(words) <= 30:
-        _write_cells(axis, matrix, shares, normalize)
+        size = 9 if len(matrix) <= 12 else 6
+        for row, column in np.argwhere(matrix > 0):
+            share = shares[row, column]
+            ink = "white" if share > 0.55 else "black"
+            text = axis.text(column, row, f"{share:.2f}", color=ink, fontsize=size)
+            text.set(ha="center", va="center")
     axis.set(xlabel="true", ylabel="predicted", title="Confusion matrix")
     axis.grid(False)
     return _save(figure, path)
@@ -188,7 +196,7 @@ def plot_study(studies: Mapping[str, Sequence[StudyPoint]], path: str | Path) ->
     return _save(figure, path)
 
 
-def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:
+def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
@@ -199,7 +207,7 @@ def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, li
     return figure, axes
 
 
-def _save(figure: Any, path: str | Path) -> Path:
+def _save(figure: Figure, path: str | Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
@@ -208,7 +216,7 @@ def _save(figure: Any, path: str | Path) -> Path:
     return path
 
 
-def _plot_class_counts(axis: Any, labels: Array, names: Sequence[str]) -> None:
+def _plot_class_counts(axis: Axes, labels: NDArray[np.int64], names: Sequence[str]) -> None:
     counts = np.bincount(labels, minlength=len(names))
     colours = [_hex(class_colour(i)) for i in range(len(counts))]
     bars = axis.bar(range(len(counts)), counts, color=colours)
@@ -220,7 +228,7 @@ def _plot_class_counts(axis: Any, labels: Array, names: Sequence[str]) -> None:
     axis.grid(False, axis="x")
 
 
-def _plot_shapes(axis: Any, labels: Array, boxes: Array, limit: int = 500) -> None:
+def _plot_shapes(axis: Axes, labels: NDArray[np.int64], boxes: Array, limit: int = 500) -> None:
     """Outlines of some boxes laid over each other at one centre."""
     from matplotlib.collections import LineCollection
 
@@ -236,7 +244,7 @@ def _plot_shapes(axis: Any, labels: Array, boxes: Array, limit: int = 500) -> No
     axis.grid(False)
 
 
-def _plot_density(axis: Any, x: Array, y: Array, x_label: str, y_label: str) -> None:
+def _plot_density(axis: Axes, x: Array, y: Array, x_label: str, y_label: str) -> None:
     from matplotlib.colors import PowerNorm
 
     if len(x):
@@ -245,7 +253,7 @@ def _plot_density(axis: Any, x: Array, y: Array, x_label: str, y_label: str) -> 
     axis.set(xlabel=x_label, ylabel=y_label, xlim=(0, 1), ylim=(0, 1), aspect="equal")
 
 
-def _plot_family(axis: Any, x: Array, values: Array, names: Sequence[str], note: str) -> None:
+def _plot_family(axis: Axes, x: Array, values: Array, names: Sequence[str], note: str) -> None:
     """Thin lines for the classes, a thick one for their mean."""
     few = len(names) <= NAMED_CLASSES
     for i, name in enumerate(names):
@@ -264,15 +272,6 @@ def _best_note(x: Array, values: Array) -> str:
     mean = values.mean(0)
     best = int(mean.argmax())
     return f" {mean[best]:.3f} at {x[best]:.3f}"
-
-
-def _write_cells(axis: Any, matrix: Array, shares: Array, normalize: bool) -> None:
-    size = 9 if len(matrix) <= 12 else 6
-    for row, column in np.argwhere(matrix > 0):
-        share = shares[row, column]
-        text = f"{share:.2f}" if normalize else str(matrix[row, column])
-        ink = "white" if share > 0.55 else "black"
-        axis.text(column, row, text, ha="center", va="center", fontsize=size, color=ink)
 
 
 def _as_number(text: str | None) -> float:

@@ -7,60 +7,48 @@ import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from utils.structures import Detections, Targets
 
+if TYPE_CHECKING:
+    from PIL import ImageDraw
+    from PIL.ImageFont import FreeTypeFont
+
 Image = NDArray[np.uint8]
 Colour = tuple[int, int, int]
+Values = Tensor | ArrayLike
+Floats = NDArray[np.float64]
 
 # Apart from each other and from photographs, for most colour-blind readers too (Okabe and Ito).
-FIRST_COLOURS: tuple[Colour, ...] = (
-    (230, 57, 70),
-    (0, 121, 191),
-    (0, 158, 96),
-    (255, 159, 28),
-    (148, 68, 196),
-    (0, 190, 214),
-    (214, 40, 160),
-    (160, 200, 30),
-    (140, 86, 50),
-    (250, 222, 40),
-)
+FIRST_COLOURS = "e63946 0079bf 009e60 ff9f1c 9444c4 00bed6 d628a0 a0c81e 8c5632 fade28".split()
 GRID_SIDE = 1920  # pixels, the longer side of a grid of images
 WIDE_FONTS = (
-    "Noto Sans CJK JP",
-    "Noto Sans CJK SC",
-    "WenQuanYi Zen Hei",
-    "Microsoft YaHei",
-    "SimHei",
-    "PingFang SC",
-    "Hiragino Sans",
-    "Malgun Gothic",
-    "Arial Unicode MS",
-    "Unifont",
-)
+    "Noto Sans CJK JP,Noto Sans CJK SC,WenQuanYi Zen Hei,Microsoft YaHei,SimHei,PingFang SC,"
+    "Hiragino Sans,Malgun Gothic,Arial Unicode MS,Unifont"
+).split(",")
 
 
 def class_colour(index: int) -> Colour:
     """The colour of a class, the same in every picture; golden-ratio hues after the first ten."""
     if index < len(FIRST_COLOURS):
-        return FIRST_COLOURS[index]
+        red, green, blue = bytes.fromhex(FIRST_COLOURS[index])
+        return red, green, blue
     hue = (index * 0.61803398875) % 1
-    red, green, blue = colorsys.hsv_to_rgb(hue, (0.85, 0.6)[index % 2], (0.85, 1.0)[index // 2 % 2])
-    return round(red * 255), round(green * 255), round(blue * 255)
+    shares = colorsys.hsv_to_rgb(hue, (0.85, 0.6)[index % 2], (0.85, 1.0)[index // 2 % 2])
+    return round(shares[0] * 255), round(shares[1] * 255), round(shares[2] * 255)
 
 
 def draw_boxes(
     image: Image,
-    boxes: Any,
-    labels: Any,
+    boxes: Values,
+    labels: Values,
     names: Sequence[str],
-    scores: Any = None,
+    scores: Values | None = None,
     *,
     line_thickness: int | None = None,
     hide_labels: bool = False,
@@ -154,38 +142,29 @@ def save_image(path: str | Path, image: Image, quality: int = 92) -> Path:
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    options: dict[str, Any] = (
-        {"quality": quality} if path.suffix.lower() in (".jpg", ".jpeg", ".webp") else {}
-    )
-    Pillow.fromarray(np.ascontiguousarray(image)).save(path, **options)
+    canvas = Pillow.fromarray(np.ascontiguousarray(image))
+    if path.suffix.lower() in (".jpg", ".jpeg", ".webp"):
+        canvas.save(path, quality=quality)
+    else:
+        canvas.save(path)
     return path
 
 
-@functools.cache
-def find_font(text_is_wide: bool = False) -> str:
-    """Path of a font file: matplotlib's DejaVu Sans, or a system font with East Asian characters.
+@functools.lru_cache(maxsize=64)
+def _font(size: int, text_is_wide: bool) -> FreeTypeFont:
+    """matplotlib's DejaVu Sans, or a font of the system with East Asian characters.
 
     Nothing is downloaded; without such a system font these characters are drawn as boxes.
     """
     import matplotlib
-
-    default = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-    return (_wide_font() if text_is_wide else None) or str(default)
-
-
-@functools.cache
-def _wide_font() -> str | None:
     from matplotlib import font_manager
-
-    files = {entry.name: entry.fname for entry in font_manager.fontManager.ttflist}
-    return next((files[name] for name in WIDE_FONTS if name in files), None)
-
-
-@functools.lru_cache(maxsize=64)
-def _font(size: int, text_is_wide: bool) -> Any:
     from PIL import ImageFont
 
-    return ImageFont.truetype(find_font(text_is_wide), size)
+    found = str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
+    if text_is_wide:
+        files = {entry.name: entry.fname for entry in font_manager.fontManager.ttflist}
+        found = next((files[name] for name in WIDE_FONTS if name in files), found)
+    return ImageFont.truetype(found, size)
 
 
 def _caption(label: int, names: Sequence[str], score: float | None) -> str:
@@ -194,7 +173,7 @@ def _caption(label: int, names: Sequence[str], score: float | None) -> str:
 
 
 def _draw_caption(
-    draw: Any,
+    draw: ImageDraw.ImageDraw,
     text: str,
     colour: Colour,
     corner: tuple[float, float],
@@ -235,7 +214,7 @@ def _with_title(tile: Image, text: str) -> Image:
 
 def _objects_of(
     objects: Targets | Sequence[Detections], index: int, conf: float
-) -> tuple[Any, Any, Any]:
+) -> tuple[Floats, Floats, Floats | None]:
     """Labels, boxes and scores (None for targets) of one image, as arrays."""
     if isinstance(objects, Targets):
         labels, boxes = objects.of_image(index)
@@ -251,7 +230,7 @@ def _arrays(images: Tensor | Sequence[Image]) -> list[Image]:
     return list(images)
 
 
-def _array(values: Any) -> NDArray[Any]:
+def _array(values: Values) -> Floats:
     if isinstance(values, Tensor):
         values = values.detach().float().cpu().numpy()
     return np.asarray(values)
@@ -266,17 +245,11 @@ def _resize(image: Image, width: int, height: int) -> Image:
     return np.asarray(Pillow.fromarray(np.ascontiguousarray(image)).resize((width, height), kind))
 
 
-def _inside(box: NDArray[Any], width: int, height: int) -> tuple[float, float, float, float]:
+def _inside(box: Floats, width: int, height: int) -> tuple[float, float, float, float]:
     """Corners in order and inside the image, as drawing needs them."""
-    x1, x2 = sorted((float(box[0]), float(box[2])))
-    y1, y2 = sorted((float(box[1]), float(box[3])))
-    right, bottom = width - 1, height - 1
-    return (
-        min(max(x1, 0), right),
-        min(max(y1, 0), bottom),
-        min(max(x2, 0), right),
-        min(max(y2, 0), bottom),
-    )
+    corners = np.sort(box.reshape(2, 2).astype(np.float64), axis=0)
+    left, top, right, bottom = np.clip(corners, 0, (width - 1, height - 1)).reshape(-1).tolist()
+    return left, top, right, bottom
 
 
 def _is_wide(text: str) -> bool:

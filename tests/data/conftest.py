@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cv2
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from data.config import DataConfig, load_data_config
+from utils.logger import get_logger
 
 NAMES = ("cat", "dog")
 # Per image: height, width and objects (class, x1, y1, x2, y2).
@@ -23,6 +25,16 @@ PICTURES = {
     },
     "val": {"e": (48, 64, [(1, 16, 12, 48, 36)]), "f": (64, 64, [(0, 32, 32, 64, 64)])},
 }
+
+
+@pytest.fixture(autouse=True)
+def _warnings_alone() -> Iterator[None]:
+    """What `caplog` has, where a test asks for no more."""
+    logger = get_logger()
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    yield
+    logger.setLevel(before)
 
 
 def write_image(path: Path, height: int, width: int, seed: int = 0) -> None:

@@ -41,7 +41,7 @@ def build(file: Path, side: int = 64, **options) -> DetectionDataset:
 
 
 def test_a_clean_split_is_told_and_is_no_warning(tmp_path, caplog):
-    with caplog.at_level(logging.INFO, logger="yoke.data"):
+    with caplog.at_level(logging.INFO, logger="yoke"):
         build(yolo_set(tmp_path, {"a.png": "PNG", "b.jpg": "JPEG"}))
     told = "train: files found: 2; images: 2; objects: 2"
     assert [(r.levelno, r.getMessage()) for r in caplog.records] == [(logging.INFO, told)]
@@ -157,7 +157,7 @@ def test_a_split_without_objects_is_a_warning_also_for_validation(tmp_path, capl
 
 def test_classes_without_an_object_are_told(tiny, config_of, caplog):
     (tiny / "yolo.yaml").write_text("train: images/train\nnames: [cat, dog, cow]\n")
-    with caplog.at_level(logging.INFO, logger="yoke.data"):
+    with caplog.at_level(logging.INFO, logger="yoke"):
         build(tiny / "yolo.yaml")
     assert "classes without an object: 1 of 3 (cow)" in caplog.text
     assert caplog.records[-1].levelno == logging.INFO

@@ -164,7 +164,7 @@ def test_missing_label_files_are_counted(tiny, config_of, caplog, missing, level
         (tiny / f"labels/train/{name}.txt").unlink()
     for _ in range(2):  # the second time from the cache
         caplog.clear()
-        with caplog.at_level(logging.INFO, logger="yoke.data"):
+        with caplog.at_level(logging.INFO, logger="yoke"):
             load_table(config_of("yolo"), "train")
         told = f"train: {len(missing)} of 4 images have no label file (background)"
         assert [(r.levelno, r.getMessage()) for r in caplog.records] == [(level, told)]

@@ -171,8 +171,10 @@ def test_known_keys_without_effect_are_said_in_one_line(base, tmp_path, messages
 def test_a_section_is_for_its_family_alone(base: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
     mine.write_text("lr0: 0.02\nyolov5:\n  lr0: 0.03\nrtdetr:\n  lr0: 0.04\n  num_denoising: 3\n")
+    base.with_name("rtdetr.yaml").write_text(BASE)
     assert load_hyp(mine, base)["lr0"] == 0.03
-    other = base.rename(base.with_name("yolo11.yaml"))
+    other = base.with_name("yolo11.yaml")
+    other.write_text(BASE)
     assert load_hyp(mine, other)["lr0"] == 0.02
     mine.write_text("yolov5: 3\nyolo11:\n  lr0: fast\n")
     with pytest.raises(ConfigError) as caught:

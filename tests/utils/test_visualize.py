@@ -141,8 +141,8 @@ def test_charts_of_nothing_are_written_too(tmp_path: Path) -> None:
     axis = np.linspace(0, 1, 1000)
     curves = Curves((), np.linspace(0, 1, 101), np.zeros((0, 101)), axis, nothing, nothing, nothing)
     plot_curves(curves, tmp_path)
-    plot_labels(np.zeros(0), np.zeros((0, 4)), ["a"], tmp_path / "labels.jpg")
-    plot_confusion_matrix(np.zeros((2, 2)), ["a"], tmp_path / "cm.png", normalize=False)
+    plot_labels(np.zeros(0, np.int64), np.zeros((0, 4)), ["a"], tmp_path / "labels.jpg")
+    plot_confusion_matrix(np.zeros((2, 2)), ["a"], tmp_path / "cm.png")
     plot_study({}, tmp_path / "study.png")
     assert len(list(tmp_path.iterdir())) == 7
 
