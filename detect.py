@@ -112,7 +112,9 @@ def _add_output_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--save-json", action="store_true", help="write predictions.json")
     parser.add_argument("--save-conf", action="store_true", help="write scores behind the labels")
     parser.add_argument(
-        "--save-crop", action="store_true", help="write each object as a picture, by class"
+        "--save-crop",
+        action="store_true",
+        help="write each object with 2 %% and 10 pixels around, by class",
     )
     parser.add_argument("--nosave", action="store_true", help="write no pictures")
     parser.add_argument(

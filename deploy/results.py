@@ -11,14 +11,13 @@ from torch import Tensor
 
 from data.images import Image
 from utils.config import increment_path
+from utils.detection_files import cut_boxes, fitting_stem, save_crops
 from utils.file_names import FreeNames
 from utils.logger import get_logger
 from utils.visualize import draw_boxes, save_image
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 CENTRES = ("xcenter", "ycenter", "width", "height")
-CROP_MARGIN = 1.02
-CROP_PAD = 10
 
 
 class Frames(NamedTuple):
@@ -157,38 +156,36 @@ class Results:
             The folder.
         """
         folder = _folder(save_dir, exist_ok)
-        for name, image in zip(self._file_names(), self.render(labels), strict=True):
-            save_image(folder / name, image)
+        for stem, image in zip(self._stems(), self.render(labels), strict=True):
+            save_image(folder / f"{stem}.jpg", image)
         get_logger().info(f"saved {len(self)} to {folder}")
         return folder
 
     def crop(
         self, save: bool = True, save_dir: str | Path = "runs/detect/exp", exist_ok: bool = False
-    ) -> list[dict[str, Any]]:
-        """Cut out every detection with a small margin; `save` writes to `<folder>/crops/<class>/`.
+    ) -> list[dict[str, object]]:
+        """Cut out every detection, see `cut_boxes`; `save` writes to `<folder>/crops/<class>/`.
 
         Returns:
             For each: `box` (xyxy), `conf`, `cls`, `label` (name and score) and `im` (RGB).
         """
         folder = _folder(save_dir, exist_ok) if save else None
-        crops, files = [], self._file_names()
-        for number, (image, rows) in enumerate(zip(self.ims, self.pred, strict=True)):
-            for place, row in enumerate(rows):
-                name = self._name(int(row[5]))
-                cut = _cut(image, row[:4].tolist())
-                if folder is not None:
-                    stem = f"{Path(files[number]).stem}_{place}.jpg"
-                    save_image(folder / "crops" / _safe(name) / stem, cut)
+        found: list[dict[str, object]] = []
+        for stem, image, rows in zip(self._stems(), self.ims, self.pred, strict=True):
+            crops, names = cut_boxes(image, rows[:, :4]), [self._name(int(i)) for i in rows[:, 5]]
+            if folder is not None:
+                save_crops(folder, stem, crops, names)
+            for row, name, crop in zip(rows, names, crops):
                 label = f"{name} {float(row[4]):.2f}"
-                crops.append(
-                    {"box": row[:4], "conf": row[4], "cls": row[5], "label": label, "im": cut}
+                found.append(
+                    {"box": row[:4], "conf": row[4], "cls": row[5], "label": label, "im": crop}
                 )
-        return crops
+        return found
 
-    def _file_names(self) -> list[str]:
+    def _stems(self) -> list[str]:
         """A name of its own for the picture of each image; a.jpg and a.png are two."""
         free = FreeNames()
-        return [free.take(Path(f).stem, str(n), ".jpg") for n, f in enumerate(self.files)]
+        return [free.take(fitting_stem(name), str(n)) for n, name in enumerate(self.files)]
 
 
 def _centres(rows: Tensor) -> Tensor:
@@ -206,21 +203,3 @@ def _divided(rows: Tensor, image: Image) -> Tensor:
 def _folder(save_dir: str | Path, exist_ok: bool) -> Path:
     path = Path(save_dir)
     return increment_path(path.parent, path.name, exist_ok)
-
-
-def _safe(name: str) -> str:
-    """A class name as the name of a folder."""
-    return "".join(c if c.isalnum() or c in " -_." else "_" for c in name).strip(". ") or "class"
-
-
-def _cut(image: Image, box: Sequence[float]) -> Image:
-    """The part of `image` under a box (xyxy), a little wider; at least one pixel."""
-    height, width = image.shape[:2]
-    centre_x, centre_y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
-    half_width = (box[2] - box[0]) * CROP_MARGIN / 2 + CROP_PAD / 2
-    half_height = (box[3] - box[1]) * CROP_MARGIN / 2 + CROP_PAD / 2
-    left = min(max(int(centre_x - half_width), 0), width - 1)
-    top = min(max(int(centre_y - half_height), 0), height - 1)
-    right = min(max(round(centre_x + half_width), left + 1), width)
-    bottom = min(max(round(centre_y + half_height), top + 1), height)
-    return image[top:bottom, left:right].copy()

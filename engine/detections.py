@@ -16,13 +16,13 @@ import numpy as np
 
 from data.sources import Frame
 from engine.outputs import write_yolo_labels
+from utils.detection_files import cut_boxes, fitting_stem, safe_name, save_crops
 from utils.errors import ConfigError
 from utils.file_names import FreeNames
 from utils.logger import get_logger
 from utils.structures import Detections
 from utils.visualize import draw_boxes, save_image
 
-LONGEST_STEM = 200  # bytes of a file name, which may have 255 with what is put behind it
 NOT_XML = re.compile("[^\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
@@ -66,7 +66,8 @@ class DetectionWriter:
                 self.folder / "voc" / f"{stem}.xml", frame, found, self.names, options.save_conf
             )
         if options.save_crop:
-            self._write_crops(stem, frame.image, found)
+            crops = cut_boxes(frame.image, found.boxes)
+            save_crops(self.folder, stem, crops, [self.names[i] for i in found.labels.tolist()])
         if options.nosave and not options.view_img:
             return
         picture = draw_boxes(
@@ -80,7 +81,7 @@ class DetectionWriter:
 
     def _stem(self, frame: Frame) -> str:
         """A file name for this frame; those of a video are not remembered one by one, a stream has no end."""
-        name = _fitting(Path(frame.path).stem)
+        name = fitting_stem(frame.path)
         if not frame.video:
             return self.free_names.take(name, frame.path)
         prefix = self.free_names.take(name, frame.path, "/frames").removesuffix("/frames")
@@ -99,22 +100,6 @@ class DetectionWriter:
             lines.append(" ".join([str(label), *numbers]))
         path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
-    def _write_crops(self, stem: str, image: np.ndarray, found: Detections) -> None:
-        height, width = image.shape[:2]
-        for number, (box, label) in enumerate(zip(found.boxes.tolist(), found.labels.tolist())):
-            x1, y1, x2, y2 = (round(v) for v in box)
-            crop = image[
-                max(y1, 0) : min(max(y2, y1 + 1), height), max(x1, 0) : min(max(x2, x1 + 1), width)
-            ]
-            if crop.size:
-                save_image(
-                    self.folder
-                    / "crops"
-                    / _safe_name(self.names[label], "class")
-                    / f"{stem}_{number}.jpg",
-                    crop,
-                )
-
     def _save(self, frame: Frame, stem: str, picture: np.ndarray) -> None:
         if not frame.video:
             suffix = Path(frame.path).suffix.lower()
@@ -124,7 +109,7 @@ class DetectionWriter:
             return
         if self.video is None or self.video[0] != frame.path:
             self._close_video()
-            stem = _safe_name(_fitting(Path(frame.path).stem), "video")
+            stem = safe_name(fitting_stem(frame.path), "video")
             name = self.folder / self.free_names.take(stem, frame.path, ".mp4")
             fps = frame.video.fps / self.options.vid_stride or 1.0
             size = (picture.shape[1], picture.shape[0])
@@ -138,12 +123,6 @@ class DetectionWriter:
         if self.video:
             self.video[1].release()
             self.video = None
-
-
-def _fitting(stem: str) -> str:
-    """The stem of a file name, so short that endings fit behind it, and more than dots."""
-    short = os.fsdecode(os.fsencode(stem)[:LONGEST_STEM]) if len(stem) > LONGEST_STEM // 4 else stem
-    return short if short.strip(".") else "image"
 
 
 def _rows(frame: Frame, found: Detections, names: Sequence[str]) -> list[dict[str, Any]]:
@@ -215,12 +194,6 @@ class JsonTable(Table):
         """Close the list and the file."""
         self.file.write("[]" if self.lead.startswith("[") else "\n]")
         super().close()
-
-
-def _safe_name(text: str, otherwise: str) -> str:
-    """`text` as the name of a file or folder: letters, digits and `- _ . space`, never `..`."""
-    safe = "".join(c if c.isalnum() or c in "-_. " else "_" for c in text).strip(". ")
-    return safe or otherwise
 
 
 def _show(title: str, picture: np.ndarray) -> None:

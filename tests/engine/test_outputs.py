@@ -169,11 +169,12 @@ def test_an_annotation_in_the_form_of_voc_has_size_names_and_corners(tmp_path: P
     assert np.abs(np.array(corners) - [10, 20, 30, 60]).max() <= 1
 
 
-def test_a_crop_is_what_lies_under_the_box(tmp_path: Path):
+def test_a_crop_is_what_lies_under_the_box_and_a_little_around_it(tmp_path: Path):
+    """20 x 40 pixels become 20.4 x 40.8 and 10 more, about their centre (20, 40)."""
     write(tmp_path, "--nosave", "--save-crop")
     crop = cv2.imread(str(tmp_path / "crops" / "dog" / "a_0.jpg"))
-    assert crop.shape == (40, 20, 3)
-    expected = picture()[20:60, 10:30]
+    assert crop.shape == (51, 31, 3)
+    expected = picture()[14:65, 4:35]
     assert np.abs(crop[..., ::-1].astype(int) - expected).max() < 12
 
 
