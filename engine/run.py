@@ -29,8 +29,8 @@ from engine.setup import (
     settle_white,
 )
 from engine.stopping import StopRequest
-from engine.weights import build_from_flags
 from models.family import build_criterion
+from models.weights.load import build_to_resume, build_to_train
 from models.yolo import DetectionModel
 from utils.config import parse_imgsz
 from utils.device import autocast_dtype
@@ -163,7 +163,7 @@ def prepare(
     """
     data = open_data(options)
     names = ("object",) if options.single_cls and len(data.names) > 1 else data.names
-    model = build_from_flags(options, names)
+    model = _model(options, names)
     data = settle_white(data, model)
     refuse_sizes(options, model)
     imgsz = parse_imgsz(options.imgsz, model.max_stride)
@@ -209,6 +209,26 @@ def prepare(
         evaluator=CocoEvaluator(val_set.coco_ground_truth(), val_set.category_ids, val_set.names),
         val_criterion=build_criterion(ema.model.head, hyp, imgsz, allow_code=options.allow_code),
     )  # fmt: skip
+
+
+def _model(options: Any, names: tuple[str, ...]) -> DetectionModel:
+    """The model of the run that is resumed, else the one that the flags mean with its first weights."""
+    imgsz = parse_imgsz(options.imgsz, 32, tell=False)
+    allow_code = options.allow_code
+    if options.config is not None:
+        return build_to_resume(
+            options.resume, options.config, names, imgsz=imgsz, allow_code=allow_code
+        )
+    return build_to_train(
+        names,
+        cfg=options.cfg,
+        weights=options.weights,
+        backbone_weights=options.backbone_weights,
+        scale=options.scale,
+        backbone=options.backbone,
+        imgsz=imgsz,
+        allow_code=allow_code,
+    )
 
 
 def _batch_size(

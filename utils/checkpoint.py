@@ -11,16 +11,11 @@ carries `format: "yoke"` and `version`. The keys that this module itself knows:
 from __future__ import annotations
 
 import os
-import pickletools
 import random
 import re
 import shutil
-import struct
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -28,30 +23,11 @@ import torch
 from torch import Tensor
 
 from utils.errors import CheckpointError
-from utils.files import special_kind
+from utils.weight_files.torch_file import open_file
+from utils.weight_files.unpickle_names import PickleError
 
 FORMAT = "yoke"
 VERSION = 1
-# What torch.load raises on a file that is cut short, damaged, or holds other objects.
-UNREADABLE = (
-    UnpicklingError,
-    RuntimeError,
-    EOFError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    LookupError,
-    OSError,
-    struct.error,
-    zipfile.BadZipFile,
-    zlib.error,
-    RecursionError,
-    MemoryError,
-    OverflowError,
-    NotImplementedError,
-)
-LARGEST_NUMBER = 1 << 60
-MOST_OPCODES = 3_000_000  # a checkpoint with 2,000 tensors, its average and optimiser: 0.5 million
 TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 TRAINING_ONLY = ("ema", "optimizer", "scaler", "criterion", "rng")
 
@@ -111,7 +87,7 @@ def _not_written(path: Path, refusal: OSError, content: Mapping[str, Any]) -> Ch
     )
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _tensors(value: object) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (Mapping, list, tuple)):
@@ -133,27 +109,23 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         ForeignCheckpointError: the file holds something else than one of our checkpoints.
         CheckpointError: it is missing, or written by a later version of the format.
     """
-    path = Path(path)
-    if kind := special_kind(path):
-        raise CheckpointError(f"{path}: got {kind}, expected a .pt file.")
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file. Give the path of a .pt checkpoint.")
     try:
-        _refuse_hostile(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        _refuse_unreal(content)
-    except UNREADABLE as error:
-        reason = _first_sentence(error)
+        with open_file(path) as file:
+            found = file.content
+            is_ours = isinstance(found, dict) and found.get("format") == FORMAT
+            content = file.plain() if is_ours else None
+    except PickleError as error:
         raise ForeignCheckpointError(
-            f"{path}: not a file of tensors and plain data, or cut short - {reason}. "
-            "Expected a checkpoint that train.py wrote."
+            f"{error} Expected a checkpoint that train.py wrote."
         ) from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        found = (
-            sorted(map(str, content))[:5] if isinstance(content, dict) else type(content).__name__
+    if not isinstance(content, dict):
+        keys = (
+            sorted(map(str, found))[:5]
+            if isinstance(found, dict)
+            else type(found).__name__.removesuffix("Ref")
         )
         raise ForeignCheckpointError(
-            f"{path}: not a checkpoint of this project - got {found}, expected format: {FORMAT!r}."
+            f"{path}: not a checkpoint of this project - got {keys}, expected format: {FORMAT!r}."
         )
     version = content.get("version")
     if not isinstance(version, int) or version > VERSION:
@@ -163,14 +135,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def finalize_checkpoint(path: str | Path, *, half: bool = False) -> None:
+def finalize_checkpoint(path: str | Path) -> None:
     """Turn a training checkpoint into one for use: averaged weights, no training state.
 
-    Running it again changes nothing.
-
-    Args:
-        path: rewritten in place, atomically.
-        half: store float weights as float16, half the size, rounded.
+    The file is rewritten in place, atomically; running it again changes nothing.
     """
     checkpoint = load_checkpoint(path)
     ema = checkpoint.get("ema")
@@ -178,11 +146,6 @@ def finalize_checkpoint(path: str | Path, *, half: bool = False) -> None:
         checkpoint["model"] = ema["model"]
     for key in TRAINING_ONLY:
         checkpoint.pop(key, None)
-    if half:
-        checkpoint["model"] = {
-            key: value.half() if value.is_floating_point() else value
-            for key, value in checkpoint["model"].items()
-        }
     save_checkpoint(path, checkpoint)
 
 
@@ -209,7 +172,7 @@ def restore_rng(state: Mapping[str, Any]) -> None:
     random.setstate((version, tuple(words), gauss))
 
 
-def _plain(value: Any, where: str) -> Any:
+def _plain(value: object, where: str) -> Any:
     """Copy containers, detach tensors, refuse everything else."""
     if isinstance(value, Tensor):
         tensor = value.detach().cpu()
@@ -231,7 +194,7 @@ def _plain(value: Any, where: str) -> Any:
     )
 
 
-def _refuse_non_finite(value: Any, where: str) -> None:
+def _refuse_non_finite(value: object, where: str) -> None:
     if isinstance(value, Mapping):
         for key, item in value.items():
             _refuse_non_finite(item, f"{where}.{key}")
@@ -240,45 +203,6 @@ def _refuse_non_finite(value: Any, where: str) -> None:
             f"{where}: weights are not finite, not written. "
             "Lower the learning rate, or train with --amp off."
         )
-
-
-def _refuse_hostile(path: Path) -> None:
-    """Refuse a file that would take far more memory or time to read than its size justifies.
-
-    Raises:
-        UnpicklingError: its parts are compressed or overlap, which torch.save never does, or its pickle has numbers
-            that can be chosen to make keys of a dictionary collide.
-    """
-    if not zipfile.is_zipfile(path):
-        raise UnpicklingError("no complete zip archive")
-    with zipfile.ZipFile(path) as archive:
-        parts = archive.infolist()
-        if any(part.compress_type or part.file_size != part.compress_size for part in parts):
-            raise UnpicklingError("it has compressed parts")
-        if sum(part.file_size for part in parts) > path.stat().st_size:
-            raise UnpicklingError("its parts claim more bytes than it has")
-        for part in parts:
-            if part.filename.endswith(".pkl"):
-                _refuse_colliding(archive.read(part))
-
-
-def _refuse_colliding(pickled: bytes) -> None:
-    """Equal hashes are whole numbers 2**61 - 1 apart; no counter or setting of a training is that large."""
-    for number, (_, value, _) in enumerate(pickletools.genops(pickled)):
-        if isinstance(value, int) and abs(value) >= LARGEST_NUMBER:
-            raise UnpicklingError("it has numbers beyond 2**60")
-        if number > MOST_OPCODES:
-            raise UnpicklingError(f"its pickle has more than {MOST_OPCODES} steps")
-
-
-def _refuse_unreal(content: Any) -> None:
-    """Refuse tensors of more numbers than are stored for them: copying one would fill the memory."""
-    for tensor in _tensors(content):
-        is_plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
-        if not is_plain or tensor.is_quantized:
-            raise UnpicklingError(f"it has a tensor of {tensor.layout} on {tensor.device}")
-        if tensor.nbytes > tensor.untyped_storage().nbytes():
-            raise UnpicklingError(f"it has a tensor {tuple(tensor.shape)} that is not stored whole")
 
 
 def require_finite(state: Mapping[str, Tensor], source: str | Path) -> None:
@@ -306,9 +230,3 @@ def _unusable(key: str, value: Tensor) -> Tensor:
         return torch.zeros(())
     wrong = ~value.isfinite()
     return wrong | (value < 0) if key.endswith("running_var") else wrong
-
-
-def _first_sentence(error: Exception) -> str:
-    """The first line of a library's message, short enough for one line of ours."""
-    text = str(error).strip().splitlines()
-    return (text[0].split(". ")[0].rstrip(".") if text else type(error).__name__)[:160]

@@ -30,8 +30,6 @@ class InputNorm(nn.Module):
         is_active: whether it does anything.
     """
 
-    is_optional = True
-    """Weights may lack its tensors."""
     mean: Tensor
     std: Tensor
 

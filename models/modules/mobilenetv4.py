@@ -30,7 +30,7 @@ from models.blocks.mobilenetv4_tables import (
     Variant,
 )
 from models.registry import LayerError, backbone, register
-from models.weights.read import read_weights, transfer
+from models.weights.transfer import load_backbone_weights
 from utils.errors import CheckpointError
 from utils.logger import get_logger
 
@@ -224,8 +224,7 @@ class MobileNetV4(nn.Module):
                 raise LayerError(
                     f"got weights beside factor {factor}, expected factor 1, the width they are made for"
                 )
-            report = transfer(self, read_weights(weights).state, only_backbone=True, source=weights)
-            get_logger().info(f"{weights}: {report.summary()}")
+            get_logger().info(f"{weights}: {load_backbone_weights(self, weights).summary()}")
 
     def _initialize(self) -> None:
         """Convolutions by fan-out, those of attention by Xavier."""

@@ -33,7 +33,7 @@ from models.timm.features import (
     statistics_of,
 )
 from models.timm.hub import cached_weights, hub_is_reachable
-from models.weights.read import read_weights, transfer
+from models.weights.transfer import load_backbone_weights
 from utils.errors import CheckpointError, ConfigError
 from utils.logger import get_logger
 
@@ -135,9 +135,7 @@ class TimmBackbone(nn.Module):
         self._add_outputs(pyramid_width)
         self._is_reparameterized = False
         if weights:
-            state = read_weights(weights).state
-            report = transfer(self, state, only_backbone=True, source=str(weights))
-            get_logger().info(f"{weights}: {report.summary()}")
+            get_logger().info(f"{weights}: {load_backbone_weights(self, weights).summary()}")
         elif pretrained:
             told = (f"{model_name}: has timm's weights", self.on_pretrained())
             get_logger().info("; ".join(filter(None, told)))

@@ -1,22 +1,19 @@
 """The backbones inside a model, and which tensors of a file are theirs.
 
 Weights of a backbone come under any prefix, from a classifier, a detector of another project or a training of its own. They
-go by the longest common suffix of their names; a module that knows other spellings of its weights may translate them
-(`read_foreign`), or tell the names that they have elsewhere (`foreign_names`), and is told when it got weights of a bare
-backbone (`on_pretrained`).
+go by the longest common suffix of their names, unless its module knows more about them: see the protocols here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from models.weights.alignment import ROW
-from models.weights.fitting import kind_of_change
-from models.weights.report import cross
-from models.weights.suffixes import Shapes, match_suffixes, nearest_key
+from models.head import Head
+from models.weights.fitting import cross, fits
+from models.weights.matching import ROW, Shapes, match_suffixes, nearest_key
 
 HALF = 0.5
 TRANSLATED = "translated: "  # in front of names that stand for no tensor of the file
@@ -25,6 +22,77 @@ CLASSIFIERS = {
     *("fc", "head", "heads", "classifier", "last", "linear", "logits", "probe", "classif"),
     *("AuxLogits", "aux", "aux1", "aux2"),
 }
+
+
+class DetectorRow(Protocol):
+    """What is asked of a row."""
+
+    @property
+    def section(self) -> str:
+        """`backbone` or `head`, of the YAML."""
+
+    @property
+    def map_slots(self) -> Sequence[int | None] | None:
+        """Where each of its maps goes; None for a row with one output."""
+
+    @property
+    def is_neck(self) -> bool:
+        """Whether it reads maps of other rows."""
+
+
+@runtime_checkable
+class Detector(Protocol):
+    """A network that is made of rows, the last one its head."""
+
+    model: nn.ModuleList
+
+    @property
+    def rows(self) -> Sequence[DetectorRow]:
+        """What its modules are."""
+
+    @property
+    def head(self) -> Head:
+        """The last row's module."""
+
+
+@runtime_checkable
+class Sized(Protocol):
+    """A network that was built for images of a size (height, width)."""
+
+    imgsz: tuple[int, int]
+
+
+@runtime_checkable
+class NamedElsewhere(Protocol):
+    """A backbone that was published under other names."""
+
+    def foreign_names(self) -> dict[str, str]:
+        """Its keys -> the names elsewhere."""
+
+
+@runtime_checkable
+class Translator(Protocol):
+    """A backbone that can translate a whole file."""
+
+    def read_foreign(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The file's tensors by its own keys, only what is there."""
+
+
+@runtime_checkable
+class Wrapper(Protocol):
+    """A backbone around a model of a library, which is what pretrained weights are for."""
+
+    pretrained_prefix: str
+    model_name: str
+    translator: str
+
+
+@runtime_checkable
+class Listener(Protocol):
+    """A backbone that wants to know of weights of a bare backbone."""
+
+    def on_pretrained(self) -> str:
+        """They have come in; what it makes of it, in words."""
 
 
 class Part(NamedTuple):
@@ -41,6 +109,11 @@ class Part(NamedTuple):
     module: nn.Module
     keys: tuple[str, ...]
     counted: frozenset[str]
+
+    @property
+    def is_rows(self) -> bool:
+        """Whether it is made of rows of a YAML."""
+        return isinstance(self.module, nn.ModuleDict)
 
 
 class PartMatch(NamedTuple):
@@ -61,37 +134,30 @@ class PartMatch(NamedTuple):
     note: str = ""
 
 
-def fits(key: str, given: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    """Whether a tensor of shape `given` serves for one of shape `wanted`."""
-    return given == wanted or bool(kind_of_change(key, given, wanted))
-
-
-def backbone_parts(model: Any, state: Mapping[str, Tensor], *, is_backbone: bool) -> list[Part]:
+def backbone_parts(model: nn.Module, state: Mapping[str, Tensor], *, alone: bool) -> list[Part]:
     """The backbones of a detector: modules that make maps from the image, else the rows of its backbone section.
 
     Args:
-        model: a detector with `rows`, or any network.
+        model: a detector, or any network.
         state: its state dict.
-        is_backbone: a network without rows is a backbone itself.
+        alone: a network that is no detector is a backbone itself.
     """
-    rows: Any = getattr(model, "rows", ())
-    if not rows:
-        return [_part("", model, state)] if is_backbone else []
-    numbers = [n for n, row in enumerate(rows) if row.section == "backbone"]
-    whole = [n for n in numbers if rows[n].map_slots is not None and not rows[n].is_neck]
+    if not isinstance(model, Detector):
+        return [_part("", model, state)] if alone else []
+    rows = [(n, row) for n, row in enumerate(model.rows) if row.section == "backbone"]
+    whole = [n for n, row in rows if row.map_slots is not None and not row.is_neck]
     if whole:
         return [_part(f"model.{n}.", model.model[n], state) for n in whole]
-    made = nn.ModuleDict({"model": nn.ModuleDict({str(n): model.model[n] for n in numbers})})
-    return [_part("", made, state)]
+    own = nn.ModuleDict({str(n): model.model[n] for n, _ in rows})
+    return [_part("", nn.ModuleDict({"model": own}), state)]
 
 
-def _part(prefix: str, module: Any, state: Mapping[str, Tensor]) -> Part:
-    own = {key for key in state if key.startswith(prefix)} if prefix else set(state)
-    if isinstance(module, nn.ModuleDict):
-        own = set(module.state_dict())
+def _part(prefix: str, module: nn.Module, state: Mapping[str, Tensor]) -> Part:
+    is_rows = isinstance(module, nn.ModuleDict)
+    own = set(module.state_dict()) if is_rows else {k for k in state if k.startswith(prefix)}
     keys = tuple(key for key in state if key in own)
-    pretrained = prefix + getattr(module, "pretrained_prefix", "")
-    counted = (key for key in keys if key.startswith(pretrained) and state[key].is_floating_point())
+    start = prefix + (module.pretrained_prefix if isinstance(module, Wrapper) else "")
+    counted = (key for key in keys if key.startswith(start) and state[key].is_floating_point())
     return Part(prefix, module, keys, frozenset(counted))
 
 
@@ -99,23 +165,23 @@ def match_part(
     part: Part, state: Mapping[str, Tensor], source: Shapes, target: Shapes
 ) -> PartMatch:
     """What `state` has for `part` by the suffixes of its names, or in a spelling that the module itself knows."""
-    own = {key[len(part.prefix) :]: key for key in part.keys}
+    module = part.module
+    own = {key.removeprefix(part.prefix): key for key in part.keys}
     found = _by_suffixes(part, own, source, target)
-    names = getattr(part.module, "foreign_names", None)
-    if names is not None and len(found.fitting) < len(part.counted):
-        elsewhere = {written: part.prefix + key for key, written in names().items()}
+    if isinstance(module, NamedElsewhere) and len(found.fitting) < len(part.counted):
+        elsewhere = {name: part.prefix + key for key, name in module.foreign_names().items()}
         other = _by_suffixes(part, elsewhere, source, target, is_ours=False)
-        found = other if len(other.fitting) > len(found.fitting) else found
-    read = getattr(part.module, "read_foreign", None)
-    if read is None or len(found.fitting) == len(part.counted):
+        found = max(found, other, key=lambda match: len(match.fitting))
+    if not isinstance(module, Translator) or len(found.fitting) == len(part.counted):
         return found
-    tensors = {part.prefix + key: tensor for key, tensor in read(dict(state)).items()}
-    if len(part.counted & tensors.keys()) <= len(found.fitting):
+    tensors = {part.prefix + key: tensor for key, tensor in module.read_foreign(state).items()}
+    fitting = part.counted & tensors.keys()
+    if len(fitting) <= len(found.fitting):
         return found
     renamed = {key: f"{TRANSLATED}{key}" for key in tensors}
-    note = f"names and shapes translated by {getattr(part.module, 'translator', 'the module')}"
+    by = module.translator if isinstance(module, Wrapper) else "the module"
     made = {renamed[key]: tensor for key, tensor in tensors.items()}
-    return PartMatch(renamed, made, part.counted & tensors.keys(), True, note)
+    return PartMatch(renamed, made, fitting, True, f"names and shapes translated by {by}")
 
 
 def _by_suffixes(
@@ -127,7 +193,7 @@ def _by_suffixes(
         own: names of the part's tensors -> their keys in the model.
         is_ours: the names are those that a detector of ours has, too.
     """
-    match = match_suffixes(source, {name: target[key] for name, key in own.items()}, fits)
+    match = match_suffixes(source, {name: target[key] for name, key in own.items()})
     is_row = ROW.match(".".join((*match.prefix, "."))) is not None
     rows = {row[1] for key in source if (row := ROW.match(key))}
     is_bare = not (is_row and (len(rows) > 1 or is_ours and not match.own_prefix))
@@ -145,12 +211,14 @@ def by_rows(part: Part, sources: Mapping[str, str], source: Shapes, target: Shap
 
 def classifier_keys(keys: Iterable[str]) -> tuple[str, ...]:
     """Those of `keys` that belong to a classifier."""
-    return tuple(key for key in keys if _is_classifier(key))
-
-
-def _is_classifier(key: str) -> bool:
-    parts = key.split(".")[:-1]
-    return any(p in CLASSIFIERS or p.startswith(("head_", "fc_", "classifier_")) for p in parts)
+    return tuple(
+        key
+        for key in keys
+        if any(
+            part in CLASSIFIERS or part.startswith(("head_", "fc_", "classifier_"))
+            for part in key.split(".")[:-1]
+        )
+    )
 
 
 def is_enough(part: Part, match: PartMatch) -> bool:
@@ -160,14 +228,13 @@ def is_enough(part: Part, match: PartMatch) -> bool:
 
 def too_few(part: Part, match: PartMatch, source: Shapes, target: Shapes) -> str:
     """Why a file is not one of this backbone, with the names that come nearest."""
-    is_rows = isinstance(part.module, nn.ModuleDict)
-    name = getattr(part.module, "model_name", None) or type(part.module).__name__
-    advice = "put the file's own under the model by --backbone, " if is_rows else ""
+    module, advice = part.module, "put the file's own under the model by --backbone, "
+    name = module.model_name if isinstance(module, Wrapper) else type(module).__name__
     got, wanted = _nearest(part, match, source, target)
     return (
-        f"does not fit {'the backbone' if is_rows else name} - has {len(match.fitting)} of its {len(part.counted)} tensors, "
-        f"expected at least half; nearest names: got {got} {cross(source[got])}, expected {wanted} "
-        f"{cross(target[wanted])}. Give weights of this very backbone, {advice}or leave them out."
+        f"does not fit {'the backbone' if part.is_rows else name} - has {len(match.fitting)} of its {len(part.counted)} "
+        f"tensors, expected at least half; nearest names: got {got} {cross(source[got])}, expected {wanted} "
+        f"{cross(target[wanted])}. Give weights of this very backbone, {advice if part.is_rows else ''}or leave them out."
     )
 
 

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,9 @@ from utils.errors import CheckpointError, ConfigError
 GROWTH, SLACK = 4, 1 << 24  # numbers that a network may take for each one in the file, and besides
 MOST_CLASSES = 100_000
 LARGEST_SIDE = 1 << 14
-FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
+FACTORIES: tuple[object, ...] = (
+    *(torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn),
+)
 
 
 class TensorBudget(TorchFunctionMode):
@@ -31,32 +32,30 @@ class TensorBudget(TorchFunctionMode):
 
     def __torch_function__(
         self,
-        function: Callable[..., Any],
+        function: Callable[..., object],
         types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         """Count what is made, before it is."""
-        kwargs = kwargs or {}
-        if function in FACTORIES:
-            self._take(args[0] if args and isinstance(args[0], (tuple, list)) else args)
-        made = function(*args, **kwargs)
-        if function in FACTORIES and made.device.type != "meta":
-            self.left -= made.numel()
-        return made
-
-    def _take(self, size: Iterable[Any]) -> None:
+        if function not in FACTORIES:
+            return function(*args, **(kwargs or {}))
+        size = args[0] if args and isinstance(args[0], (tuple, list)) else args
         wanted = math.prod(side for side in size if isinstance(side, int))
         if wanted > self.left:
             raise CheckpointError(
                 f"{self.path}: its model asks for tensors of {wanted:.3g} numbers, its weights have {self.numbers}. "
                 "Expected a model that fits its weights."
             )
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, Tensor) and not made.is_meta:
+            self.left -= made.numel()
+        return made
 
 
 @contextmanager
 def claimed(
-    path: str | Path, config: Any, state: Any, classes: int | None = None
+    path: str | Path, config: object, state: object, classes: int | None = None
 ) -> Iterator[None]:
     """Build the network of a file's own `config` inside the `with` block.
 
@@ -70,11 +69,11 @@ def claimed(
         CheckpointError: `config` or `state` is no mapping, or the network is far larger than its weights.
         ConfigError: the block raised one; its first problem is told, with the file.
     """
-    for name, value in (("config", config), ("weights", state)):
-        if not isinstance(value, Mapping):
-            raise CheckpointError(
-                f"{path}: got {name} of the type {type(value).__name__}, expected a mapping."
-            )
+    if not isinstance(config, Mapping) or not isinstance(state, Mapping):
+        name, value = ("weights", state) if isinstance(config, Mapping) else ("config", config)
+        raise CheckpointError(
+            f"{path}: got {name} of the type {type(value).__name__}, expected a mapping."
+        )
     others = [key for key, value in state.items() if not isinstance(value, Tensor)]
     if others:
         raise CheckpointError(f"{path}: its weights {others[0]!r} are no tensor, expected one.")
@@ -89,11 +88,18 @@ def claimed(
         with TensorBudget(path, numbers):
             yield
     except ConfigError as error:
-        first = str(error).partition("\n")[0]
-        raise ConfigError(f"{path}: its own model cannot be built - {first}") from error
+        raise first_problem(path, error) from error
 
 
-def model_of(path: str | Path, checkpoint: Mapping[str, Any], allow_code: bool) -> DetectionModel:
+def first_problem(path: str | Path, error: ConfigError) -> ConfigError:
+    """What is wrong with the model of a file, in one line."""
+    first = str(error).partition("\n")[0]
+    return ConfigError(f"{path}: its own model cannot be built - {first}")
+
+
+def model_of(
+    path: str | Path, checkpoint: Mapping[str, object], allow_code: bool
+) -> DetectionModel:
     """The network of one of our checkpoints, its averaged weights in it.
 
     Raises:
@@ -103,15 +109,13 @@ def model_of(path: str | Path, checkpoint: Mapping[str, Any], allow_code: bool) 
     state = ema.get("model") if isinstance(ema, Mapping) else checkpoint.get("model")
     names, imgsz = checkpoint.get("names"), checkpoint.get("imgsz", [640, 640])
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise CheckpointError(f"{path}: its names are {_shown(names)}, expected a list of words.")
-    are_sides = isinstance(imgsz, list) and len(imgsz) == 2
-    if not are_sides or not all(type(s) is int and 1 <= s <= LARGEST_SIDE for s in imgsz):
         raise CheckpointError(
-            f"{path}: its imgsz is {_shown(imgsz)}, expected height and width up to {LARGEST_SIDE}."
+            f"{path}: its names are {repr(names)[:60]}, expected a list of words."
+        )
+    sides = imgsz if isinstance(imgsz, list) and len(imgsz) == 2 else [0]
+    if not all(type(side) is int and 1 <= side <= LARGEST_SIDE for side in sides):
+        raise CheckpointError(
+            f"{path}: its imgsz is {repr(imgsz)[:60]}, expected height and width up to {LARGEST_SIDE}."
         )
     with claimed(path, checkpoint.get("config"), state, len(names)):
         return model_from_checkpoint(checkpoint, allow_code)
-
-
-def _shown(value: Any) -> str:
-    return repr(value)[:60]

@@ -1,24 +1,26 @@
-"""A tensor of another shape that still says what the model wants: what can be made to fit, and how.
+"""What of a tensor serves another one: grids, windows and image channels that are made to fit, and rows of classes.
 
 First convolutions are brought to another number of image channels, tables of positions and of relative positions to another
 grid, patch kernels to another patch; timm's own functions do the interpolation, so that the numbers are those that timm
-itself would make. Letters: O outputs, I inputs, N cells of a grid, K heads, C channels.
+itself would make. Class rows move by the classes' names: an anchor head stacks (5 + C) rows for each anchor of a cell, the
+first five the box's. Letters: O outputs, I inputs, N cells of a grid, K heads or anchors, C channels or classes.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Shape = tuple[int, ...]
+
 RGB = 3
-MOST_GIVEN, MOST_WANTED = (
-    4,
-    16,
-)  # channels of an image, in weights and in a model; more inputs are no image's
+# Channels of an image, in weights and in a model; more inputs are no image's.
+MOST_GIVEN, MOST_WANTED = 4, 16
 FIRST = "first convolution"
 POSITIONS = "position table"
 WINDOW = "window table"
@@ -30,9 +32,15 @@ LINES = (
     "height_rel",
     "width_rel",
 )  # a row for each distance along one side
+BOX_OUTPUTS = 5  # x, y, width, height, objectness
 
 
-def kind_of_change(key: str, given: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+def fits(key: str, given: Shape, wanted: Shape) -> bool:
+    """Whether a tensor of shape `given` serves for one of shape `wanted`."""
+    return given == wanted or bool(kind_of_change(key, given, wanted))
+
+
+def kind_of_change(key: str, given: Shape, wanted: Shape) -> str:
     """What a tensor of shape `given` is to one of shape `wanted`: one of the kinds above, "" if it does not fit."""
     name, rank = key.rsplit(".", 1)[-1], len(wanted)
     if given == wanted:
@@ -58,7 +66,7 @@ def kind_of_change(key: str, given: tuple[int, ...], wanted: tuple[int, ...]) ->
     return ""
 
 
-def _reads_images(given: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+def _reads_images(given: Shape, wanted: Shape) -> bool:
     """Whether two convolutions differ in nothing but the channels of their images, colour on one side."""
     from_rgb = given[1] == RGB and wanted[1] <= MOST_WANTED
     to_rgb = wanted[1] == RGB and given[1] <= MOST_GIVEN
@@ -107,18 +115,19 @@ def with_channels(weight: Tensor, channels: int) -> Tensor:
     return repeated * (inputs / channels)
 
 
-def told(kind: str, given: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+def told(kind: str, given: Shape, wanted: Shape) -> str:
     """What was done to a tensor of this kind, in words."""
     if kind == FIRST:
         how = "summed" if wanted[1] == 1 else "averaged" if wanted[1] < given[1] else "repeated"
         return f"first convolution {how} from {given[1]} to {wanted[1]} channels"
     if kind == LAYOUT:
         return "linear layer and 1x1 convolution taken as the same"
-    return f"{kind} interpolated from {_cross(given)} to {_cross(wanted)}"
+    return f"{kind} interpolated from {cross(given)} to {cross(wanted)}"
 
 
-def _cross(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))
+def cross(shape: Shape) -> str:
+    """`64x3x7x7`."""
+    return "x".join(map(str, shape)) or "one number"
 
 
 def _square(count: int) -> tuple[int, int] | None:
@@ -126,8 +135,16 @@ def _square(count: int) -> tuple[int, int] | None:
     return (side, side) if side * side == count else None
 
 
+def _sides(owner: nn.Module | None, name: str) -> tuple[int, int] | None:
+    """The size (height, width) that a module keeps under a name."""
+    match vars(owner).get(name) if owner is not None else None:
+        case [height, width]:
+            return int(height), int(width)
+    return None
+
+
 def _positions(
-    given: Tensor, wanted: Tensor, owner: Any, imgsz: tuple[int, int] | None
+    given: Tensor, wanted: Tensor, owner: nn.Module | None, imgsz: tuple[int, int] | None
 ) -> Tensor | None:
     if wanted.ndim == 4:
         return _position_maps(given, wanted)
@@ -161,9 +178,7 @@ def _position_maps(given: Tensor, wanted: Tensor) -> Tensor | None:
 
 def _blocks_to_map(table: Tensor, blocks: tuple[int, int], cells: tuple[int, int]) -> Tensor:
     """(T, N, C) to (C, H, W): blocks of cells side by side."""
-    parts = table.unflatten(1, cells).unflatten(
-        0, blocks
-    )  # rows, columns, rows within, columns within, C
+    parts = table.unflatten(1, cells).unflatten(0, blocks)  # rows, columns, both within a block, C
     return parts.permute(4, 0, 2, 1, 3).flatten(3, 4).flatten(1, 2)
 
 
@@ -173,11 +188,14 @@ def _map_to_blocks(grid: Tensor, blocks: tuple[int, int], cells: tuple[int, int]
     return parts.permute(1, 3, 2, 4, 0).flatten(2, 3).flatten(0, 1)
 
 
-def _grid_of(owner: Any, count: int, imgsz: tuple[int, int] | None) -> tuple[int, int] | None:
+def _grid_of(
+    owner: nn.Module | None, count: int, imgsz: tuple[int, int] | None
+) -> tuple[int, int] | None:
     """Height and width of the grid behind a table of `count` positions, class tokens among them perhaps."""
-    grid = getattr(getattr(owner, "patch_embed", None), "grid_size", None)
-    if isinstance(grid, (tuple, list)) and len(grid) == 2 and 0 <= count - grid[0] * grid[1] <= 8:
-        return int(grid[0]), int(grid[1])
+    children = dict(owner.named_children()) if owner is not None else {}
+    grid = _sides(children.get("patch_embed"), "grid_size")
+    if grid is not None and 0 <= count - math.prod(grid) <= 8:
+        return grid
     for cells in (count, count - 1, count - 2):
         if imgsz is not None:
             height = round(math.sqrt(max(cells, 0) * imgsz[0] / imgsz[1]))
@@ -188,15 +206,15 @@ def _grid_of(owner: Any, count: int, imgsz: tuple[int, int] | None) -> tuple[int
     return None
 
 
-def _window(given: Tensor, wanted: Tensor, owner: Any) -> Tensor | None:
+def _window(given: Tensor, wanted: Tensor, owner: nn.Module | None) -> Tensor | None:
     """A table by relative position: (N, K), (K, H, W) or (K, N) with N cells of a grid, or a line (N, C)."""
-    window = getattr(owner, "window_size", None)
+    window = _sides(owner, "window_size")
     is_line = given.shape[1:] == wanted.shape[1:]
-    if isinstance(window, (tuple, list)) and len(window) == 2 and (is_line or wanted.ndim == 3):
+    if window is not None and (is_line or wanted.ndim == 3):
         from timm.layers import resize_rel_pos_bias_table
 
         try:
-            return resize_rel_pos_bias_table(given, (window[0], window[1]), tuple(wanted.shape))
+            return resize_rel_pos_bias_table(given, window, tuple(wanted.shape))
         except (ValueError, RuntimeError, AssertionError):  # the file's window is not square
             return None
     if wanted.ndim == 3:
@@ -204,15 +222,94 @@ def _window(given: Tensor, wanted: Tensor, owner: Any) -> Tensor | None:
     if is_line:
         line = F.interpolate(given.T[None], wanted.shape[0], mode="linear", align_corners=False)
         return line[0].T
-    resolution = getattr(owner, "resolution", None)
-    new, old = _square(wanted.shape[1]), _square(given.shape[1])
-    if isinstance(resolution, (tuple, list)) and math.prod(resolution) == wanted.shape[1]:
-        new = (int(resolution[0]), int(resolution[1]))
+    new, old = _sides(owner, "resolution"), _square(given.shape[1])
+    if new is None or math.prod(new) != wanted.shape[1]:
+        new = _square(wanted.shape[1])
     if new is None or old is None:
         return None
     return _between(given.unflatten(1, old), new).flatten(1)
 
 
-def _between(grid: Tensor, size: Any) -> Tensor:
+def _between(grid: Tensor, size: Sequence[int]) -> Tensor:
     """Maps (K, H, W) at another size."""
     return F.interpolate(grid[None], tuple(size), mode="bicubic", align_corners=False)[0]
+
+
+class ClassRows(NamedTuple):
+    """Which rows go where.
+
+    Attributes:
+        given: how many classes the file has; None where its names are not known.
+        wanted: how many the model has.
+        moves: (row of the model, row of the file) of the classes that both know.
+        names: names of these, as the model writes them.
+        is_same: both have the same classes in the same order.
+    """
+
+    given: int | None
+    wanted: int
+    moves: tuple[tuple[int, int], ...]
+    names: tuple[str, ...]
+    is_same: bool
+
+    def summary(self) -> str:
+        """`person, car (2 of 5)`."""
+        shown = ", ".join(self.names[:6]) + (", ..." if len(self.names) > 6 else "")
+        return f"{shown or 'none known'} ({len(self.names)} of {self.wanted})"
+
+
+def match_classes(given: Sequence[str] | None, wanted: Sequence[str]) -> ClassRows:
+    """Classes that both lists know; capitals, spaces, dashes and underscores make no difference.
+
+    Names such as `class0`, which stand in for names that nobody gave, count as unknown lists.
+    """
+    known = given is not None and not (_are_placeholders(given) or _are_placeholders(wanted))
+    if given is None or not known:
+        return ClassRows(None, len(wanted), (), (), True)
+    rows: dict[str, int] = {}
+    for row, name in enumerate(given):
+        rows.setdefault(plain_name(name), row)
+    moves = tuple(
+        (row, rows[plain_name(name)]) for row, name in enumerate(wanted) if plain_name(name) in rows
+    )
+    is_same = len(given) == len(wanted) == len(moves) and all(a == b for a, b in moves)
+    return ClassRows(
+        len(given), len(wanted), moves, tuple(wanted[row] for row, _ in moves), is_same
+    )
+
+
+def plain_name(name: str) -> str:
+    """`Traffic_light` -> `trafficlight`."""
+    return "".join(c for c in name.casefold() if c not in " _-")
+
+
+def _are_placeholders(names: Sequence[str]) -> bool:
+    return all(name == f"class{row}" for row, name in enumerate(names))
+
+
+@torch.no_grad()
+def copy_class_rows(target: Tensor, given: Tensor, rows: ClassRows, num_anchors: int) -> int:
+    """Copy what belongs to boxes and to classes that both know; how many numbers, 0 where the shapes forbid it.
+
+    Args:
+        target: (K * (5 + C), ...) of an anchor head with K anchors, else (C, ...).
+        given: the same with the file's classes; one row more, for "no object", is left out.
+        rows: which classes both know; where the file's are not known the box rows alone are taken.
+        num_anchors: K, 0 for other heads.
+    """
+    boxes, count = BOX_OUTPUTS if num_anchors else 0, num_anchors or 1
+    are_split = all(t.ndim and t.shape[0] and t.shape[0] % count == 0 for t in (target, given))
+    if not are_split or target.shape[1:] != given.shape[1:]:
+        return 0
+    new, old = (t.unflatten(0, (count, -1)) for t in (target, given))
+    classes = old.shape[1] - boxes
+    if new.shape[1] - boxes < 1 or classes < 1:
+        return 0
+    new[:, :boxes] = old[:, :boxes].to(new)
+    copied = new[:, :boxes].numel()
+    if rows.given is None or classes not in (rows.given, rows.given + 1):
+        return copied
+    for to, come_from in rows.moves:
+        new[:, boxes + to] = old[:, boxes + come_from].to(new)
+        copied += new[:, to].numel()
+    return copied

@@ -1,7 +1,7 @@
 """A model from a weights file: architecture from the file or a YAML, numbers from the file.
 
-`load_weights` takes our own checkpoints and everybody else's; `dual_to_single` turns the weights of
-a YOLOv9 with an auxiliary branch into those of the network without it.
+`load_weights` takes our own checkpoints and everybody else's, `build_to_train` what a training may start from; `load_single`
+turns the weights of a YOLOv9 with an auxiliary branch into those of the network without it.
 """
 
 from __future__ import annotations
@@ -9,25 +9,29 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from models.weights.claimed import claimed, model_of
+from models.weights.claimed import claimed, first_problem, model_of
+from models.weights.matching import ROW, match_keys
 from models.weights.read import ForeignWeights, read_weights
-from models.weights.transfer import ROW, TransferReport, match_keys, transfer
+from models.weights.transfer import TransferReport, load_backbone_weights, transfer
 from models.yolo import DetectionModel, build_model
 from utils.checkpoint import ForeignCheckpointError, load_checkpoint, require_finite
 from utils.errors import CheckpointError, ConfigError
 from utils.logger import get_logger
 
-# The main branch of a dual head, under the names that it has in the single head.
-SINGLE_TOLERANCE = 1e-4  # pixels, and scores
-MAIN_BRANCH = {"cv4": "cv2", "cv5": "cv3", "dfl2": "dfl"}
+Config = str | Path | Mapping[str, object]
+"""The path of a model YAML, a bare name such as `yolo11s`, or what stands in one."""
 
-
+DEFAULT_CFG = "yolov5n.yaml"
 WHOLE = 0.95  # of a model's numbers
+SINGLE_TOLERANCE = 1e-4  # pixels, and scores
+# The main branch of a dual head, under the names that it has in the single head.
+MAIN_BRANCH = {"cv4": "cv2", "cv5": "cv3", "dfl2": "dfl"}
+DUAL_PARTS = ("cv2", "cv3", *MAIN_BRANCH)
 
 
 class Loaded(NamedTuple):
@@ -40,7 +44,7 @@ class Loaded(NamedTuple):
 def load_weights(
     path: str | Path,
     *,
-    cfg: str | Path | Mapping[str, Any] | None = None,
+    cfg: Config | None = None,
     num_classes: int | None = None,
     backbone: Sequence[str] | None = None,
     allow_code: bool = False,
@@ -68,8 +72,7 @@ def load_weights(
             pass  # another project's file, or none: the reader below says
     weights = read_weights(path)
     model = _build_for(path, weights, cfg, num_classes, backbone, allow_code)
-    anchors = getattr(model.head, "num_anchors", None)
-    report = transfer(model, weights.state, num_anchors=anchors, source=str(path))
+    report = transfer(model, weights.state, source=path)
     if report.backbone_only:
         raise CheckpointError(
             f"{path}: has weights for the backbone only, expected those of a whole detector. Train one from it: "
@@ -99,16 +102,16 @@ def require_whole(path: str | Path, report: TransferReport) -> None:
 def _build_for(
     path: str | Path,
     weights: ForeignWeights,
-    cfg: str | Path | Mapping[str, Any] | None,
+    cfg: Config | None,
     num_classes: int | None,
     backbone: Sequence[str] | None,
     allow_code: bool,
 ) -> DetectionModel:
     """The network for `weights`, with their class names where the counts agree."""
-    if cfg is None and weights.config is None:
+    config = cfg if cfg is not None else weights.config
+    if config is None:
         raise CheckpointError(f"{path}: carries no model YAML. Say which one it is for with --cfg.")
-    config: Any = cfg if cfg is not None else weights.config
-    classes = num_classes or (len(weights.names) if weights.names and cfg is not None else None)
+    classes = num_classes or (len(weights.names) if weights.names and cfg is None else None)
     try:
         with claimed(path, config, weights.state) if cfg is None else nullcontext():
             model = build_model(
@@ -128,6 +131,89 @@ def _build_for(
     return model
 
 
+def build_to_train(
+    names: tuple[str, ...],
+    *,
+    cfg: Config = "",
+    weights: str = "",
+    backbone_weights: str = "",
+    scale: str | None = None,
+    backbone: Sequence[str] | None = None,
+    imgsz: tuple[int, int] = (640, 640),
+    allow_code: bool = False,
+) -> DetectionModel:
+    """The model that a training starts from, its first weights loaded.
+
+    Args:
+        names: class names of the data set.
+        cfg: architecture; empty takes the model YAML that `weights` carry, else the default.
+        weights: file of a whole detector or of a backbone, of any project.
+        backbone_weights: file for the backbone alone.
+        scale, backbone, imgsz, allow_code: see `build_model`.
+
+    Raises:
+        ConfigError, CheckpointError: what a user can mend.
+    """
+    given = read_weights(weights) if weights else None
+    if not cfg and given is not None:
+        if given.config is None:
+            raise CheckpointError(
+                f"{weights}: carries no model YAML that is known here. Give it with --cfg."
+            )
+        cfg = given.config
+    cfg = cfg or DEFAULT_CFG
+    model = build_model(
+        cfg,
+        num_classes=len(names),
+        names=names,
+        scale=scale,
+        imgsz=imgsz,
+        backbone=backbone,
+        allow_code=allow_code,
+        fresh=isinstance(cfg, Mapping),
+    )
+    log = get_logger().info
+    if given is not None:
+        report = transfer(model, given.state, names=(given.names, names), source=weights)
+        log(f"{weights}: {report.summary()}")
+    if backbone_weights:
+        report = load_backbone_weights(model, backbone_weights)
+        log(f"{backbone_weights}: {report.summary()}")
+    require_finite(model.state_dict(), weights or backbone_weights or str(cfg))
+    return model
+
+
+def build_to_resume(
+    path: str | Path,
+    config: Mapping[str, object],
+    names: tuple[str, ...],
+    *,
+    imgsz: tuple[int, int],
+    allow_code: bool = False,
+) -> DetectionModel:
+    """The model of a training that goes on, before its weights come.
+
+    Args:
+        path: its checkpoint, named in messages.
+        config: the model YAML in it.
+        names, imgsz, allow_code: see `build_model`.
+
+    Raises:
+        ConfigError: it cannot be built.
+    """
+    try:
+        return build_model(
+            config,
+            num_classes=len(names),
+            names=names,
+            imgsz=imgsz,
+            allow_code=allow_code,
+            fresh=True,
+        )
+    except ConfigError as error:
+        raise first_problem(path, error) from error
+
+
 def dual_to_single(state: Mapping[str, Tensor], single: nn.Module) -> dict[str, Tensor]:
     """The main branch of a dual YOLOv9 as the state dict of the network without the auxiliary one.
 
@@ -142,14 +228,16 @@ def dual_to_single(state: Mapping[str, Tensor], single: nn.Module) -> dict[str, 
         CheckpointError: `state` is not that of a dual head, or a tensor of `single` has no
             counterpart.
     """
-    heads = _dual_heads(state)
+    parts = {key: _row_and_part(key) for key in state}
+    rows = {row for row, _ in parts.values()}
+    heads = {r for r in rows if all((r, part) in parts.values() for part in DUAL_PARTS)}
     if not heads:
         raise CheckpointError(
             "weights: have no auxiliary branch - expected a dual head with cv2 to cv5."
         )
     main = {}
     for key, value in state.items():
-        row, part = _row_and_part(key)
+        row, part = parts[key]
         if row not in heads:
             main[key] = value
         elif part in MAIN_BRANCH:
@@ -168,7 +256,13 @@ def dual_to_single(state: Mapping[str, Tensor], single: nn.Module) -> dict[str, 
     return {key: main[source] for key, source in sources.items()}
 
 
-def load_single(path: str | Path, cfg: str | Path | Mapping[str, Any]) -> DetectionModel:
+def _row_and_part(key: str) -> tuple[str, str]:
+    """`("38", "cv4")` of `model.38.cv4.0.conv.weight`."""
+    match = ROW.match(key)
+    return (match[1], match[2].partition(".")[0]) if match else ("", "")
+
+
+def load_single(path: str | Path, cfg: Config) -> DetectionModel:
     """The single form of a dual YOLOv9's weights file, checked against the dual one on a random image.
 
     Args:
@@ -191,18 +285,3 @@ def load_single(path: str | Path, cfg: str | Path | Mapping[str, Any]) -> Detect
             f"{SINGLE_TOLERANCE:.0e}. Is {cfg} of the same size?"
         )
     return single
-
-
-def _row_and_part(key: str) -> tuple[str, str]:
-    """`("38", "cv4")` of `model.38.cv4.0.conv.weight`."""
-    match = ROW.match(key)
-    return (match[1], match[2].partition(".")[0]) if match else ("", "")
-
-
-def _dual_heads(state: Mapping[str, Tensor]) -> set[str]:
-    """Numbers of the rows that have a main and an auxiliary branch."""
-    parts: dict[str, set[str]] = {}
-    for key in state:
-        row, part = _row_and_part(key)
-        parts.setdefault(row, set()).add(part)
-    return {row for row, found in parts.items() if {"cv2", "cv3", *MAIN_BRANCH} <= found}

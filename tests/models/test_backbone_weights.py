@@ -10,15 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deploy.backends import load_backend
-from engine.training_flags import parse_options
-from engine.weights import build_from_flags
 from models.modules.mobilenetv4 import MobileNetV4ConvSmall
 from models.timm.backbone import TimmBackbone
 from models.timm.features import create, quiet, statistics_of
 from models.weights.fitting import with_channels
-from models.weights.load import load_weights
-from models.weights.read import load_backbone_weights, read_weights, transfer
+from models.weights.load import build_to_train, load_weights
+from models.weights.read import read_weights
+from models.weights.transfer import load_backbone_weights, transfer
 from models.yolo import DetectionModel, build_model
 from utils.errors import CheckpointError
 
@@ -63,12 +61,9 @@ def with_statistics(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def train_flags(tmp_path: Path, *words: object) -> Any:
-    (tmp_path / "model.yaml").write_text(
-        "nc: 2\nbackbone:\n  - [-1, 1, test_resnet, []]\nhead:\n  - [[P3, P4, P5], 1, Detect, [nc]]\n"
-    )
-    flags = ["--cfg", tmp_path / "model.yaml", "--imgsz", 64, *words]
-    return parse_options([str(word) for word in flags])
+def build_with(**given: Any) -> DetectionModel:
+    """The model that a training would start from."""
+    return build_to_train(("a", "b"), cfg=CONFIG, imgsz=SIZE, **given)
 
 
 WRAPPINGS: dict[str, Any] = {
@@ -106,13 +101,12 @@ def test_a_backbone_is_found_under_every_customary_wrapping(
 def test_all_three_flags_give_the_same_tensors(full: nn.Module, tmp_path: Path):
     path = tmp_path / "w.pth"
     torch.save(WRAPPINGS["backbone."](full.state_dict()), path)
-    for words in (
-        ["--backbone", "test_resnet", f"weights={path}"],
-        ["--backbone-weights", path],
-        ["--weights", path],
+    for given in (
+        {"backbone": ["test_resnet", f"weights={path}"]},
+        {"backbone_weights": str(path)},
+        {"weights": str(path)},
     ):
-        model = build_from_flags(train_flags(tmp_path, *words), ("a", "b"))
-        assert arrived(model, full.state_dict()), words
+        assert arrived(build_with(**given), full.state_dict()), given
 
 
 def test_the_head_keeps_its_own_and_the_report_says_what_was_left_out(
@@ -134,22 +128,19 @@ def test_the_head_keeps_its_own_and_the_report_says_what_was_left_out(
 
 def test_weights_of_a_backbone_are_no_detector(full: nn.Module, tmp_path: Path):
     torch.save(full.state_dict(), tmp_path / "w.pt")
-    cfg = train_flags(tmp_path).cfg
     with pytest.raises(
         CheckpointError, match="w.pt: has weights for the backbone only, expected those of a whole"
     ) as e:
-        load_backend(tmp_path / "w.pt", cfg=cfg)
+        load_weights(tmp_path / "w.pt", cfg=CONFIG)
     assert "\n" not in str(e.value)
-    with pytest.raises(CheckpointError, match="for the backbone only"):
-        load_weights(tmp_path / "w.pt", cfg=cfg)
 
 
 @pytest.mark.parametrize(
     ("flag", "content", "message"),
     [
-        ("--weights", {"conv1.weight": torch.zeros(3, 3)}, "got conv1.weight 3x3, expected .*Give"),
-        ("--backbone-weights", "test_efficientnet", r"does not fit test_resnet - has \d+ of its \d+ tensors"),
-        ("--backbone", "test_byobnet", "expected at least half; nearest names: got"),
+        ("weights", {"conv1.weight": torch.zeros(3, 3)}, "got conv1.weight 3x3, expected .*Give"),
+        ("backbone_weights", "test_efficientnet", r"does not fit test_resnet - has \d+ of its \d+ tensors"),
+        ("backbone", "test_byobnet", "expected at least half; nearest names: got"),
     ],
 )  # fmt: skip
 def test_less_than_half_is_refused_with_the_nearest_names(
@@ -159,9 +150,9 @@ def test_less_than_half_is_refused_with_the_nearest_names(
     torch.save(
         timm.create_model(content).state_dict() if isinstance(content, str) else content, path
     )
-    words = [flag, path] if flag != "--backbone" else [flag, "test_resnet", f"weights={path}"]
+    given: Any = str(path) if flag != "backbone" else ["test_resnet", f"weights={path}"]
     with pytest.raises(CheckpointError, match=message) as caught:
-        build_from_flags(train_flags(tmp_path, *words), ("a", "b"))
+        build_with(**{flag: given})
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
 
 

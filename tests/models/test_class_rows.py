@@ -10,9 +10,8 @@ import torch
 from tiny_models import HEADS, tiny_model
 from torch import Tensor
 
-from engine.training_flags import parse_options
-from engine.weights import build_from_flags
-from models.weights.classes import copy_class_rows, match_classes
+from models.weights.fitting import copy_class_rows, match_classes
+from models.weights.load import build_to_train
 from models.weights.transfer import transfer
 from models.yolo import DetectionModel, build_model
 from utils.checkpoint import save_checkpoint
@@ -65,9 +64,9 @@ def test_rows_of_an_anchor_head_move_anchor_by_anchor():
 def test_a_row_for_no_object_behind_the_classes_is_left_out():
     rows = match_classes(("cat", "dog"), ("dog",))
     target = torch.zeros(1, 2)
-    assert copy_class_rows(target, torch.tensor([[1.0, 1], [2, 2], [9, 9]]), rows, None) == 2
+    assert copy_class_rows(target, torch.tensor([[1.0, 1], [2, 2], [9, 9]]), rows, 0) == 2
     assert target.tolist() == [[2, 2]]
-    assert copy_class_rows(target, torch.ones(4, 2), rows, None) == 0  # of neither list
+    assert copy_class_rows(target, torch.ones(4, 2), rows, 0) == 0  # of neither list
 
 
 def split(layout: str, key: str, value: Tensor) -> Tensor:
@@ -82,9 +81,7 @@ def split(layout: str, key: str, value: Tensor) -> Tensor:
 def test_every_family_keeps_the_rows_of_classes_that_it_knows(layout: str, names: tuple[str, ...]):
     source, target = tiny_model(layout), fresh(layout, names)
     before = {key: value.clone() for key, value in target.state_dict().items()}
-    report = transfer(
-        target, source.state_dict(), names=(OLD, names), num_anchors=getattr(target.head, "num_anchors", None)
-    )  # fmt: skip
+    report = transfer(target, source.state_dict(), names=(OLD, names))
     known = [name.casefold() in OLD for name in names]
     shown = ", ".join(name for name, knows in zip(names, known) if knows)
     assert report.classes == f"{shown} ({sum(known)} of {len(names)})"
@@ -132,8 +129,7 @@ def test_a_training_that_starts_from_weights_moves_them(
     source = tiny_model("anchors")
     content = {"model": source.state_dict(), "config": source.config, "names": list(OLD)}
     save_checkpoint(tmp_path / "old.pt", {**content, "imgsz": [64, 96]})
-    options = parse_options(["--weights", str(tmp_path / "old.pt"), "--imgsz", "64"])
-    model = build_from_flags(options, ("dog", "bird"))
+    model = build_to_train(("dog", "bird"), weights=str(tmp_path / "old.pt"), imgsz=(64, 64))
     new = model.head.m[0].bias.detach().view(2, 7)
     old = source.head.m[0].bias.detach().view(2, 8)
     assert torch.equal(new[:, 5], old[:, 7]) and not torch.equal(new[:, 6], old[:, 6])

@@ -19,7 +19,7 @@ import torch
 
 from models.weights.read import read_weights
 from utils.errors import CheckpointError
-from utils.weight_files.unpickle import shown
+from utils.weight_files.unpickle_names import shown
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOAT = b"ctorch\nFloatStorage\n"

@@ -16,7 +16,7 @@ from models.blocks.input_norm import InputNorm, Subtract
 from models.registry import LayerError
 from models.reparam import fuse
 from models.timm.backbone import TimmBackbone
-from models.weights.read import transfer
+from models.weights.transfer import transfer
 from models.yolo import DetectionModel, build_model, model_from_checkpoint
 
 timm = pytest.importorskip("timm")

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.weights.backbones import classifier_keys, fits
+from models.weights.backbones import classifier_keys
 from models.weights.fitting import kind_of_change, made_to_fit, with_channels
-from models.weights.suffixes import match_suffixes, nearest_key
+from models.weights.matching import match_suffixes, nearest_key
 
 pytest.importorskip("timm")
 
@@ -27,7 +27,7 @@ def renamed(prefix: str, shapes: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("own", ["", "net.", "body.model."])
 @pytest.mark.parametrize("prefix", ["", "backbone.", "module.encoder.", "model.0.", "net."])
 def test_names_are_matched_under_any_pair_of_prefixes(prefix: str, own: str):
-    match = match_suffixes(renamed(prefix, LAYERS), renamed(own, LAYERS), fits)
+    match = match_suffixes(renamed(prefix, LAYERS), renamed(own, LAYERS))
     assert match.pairs == {own + key: prefix + key for key in LAYERS}
     assert match.fitting == set(renamed(own, LAYERS))
 
@@ -36,33 +36,33 @@ def test_a_layer_never_takes_the_tensors_of_another():
     # The file lacks layer1, whose shapes layer2 has too; and it has a neck of the same shapes.
     given = {key: shape for key, shape in LAYERS.items() if "layer1" not in key}
     source = renamed("backbone.", given) | {"neck.layer1.conv.weight": (8, 8, 3, 3)}
-    match = match_suffixes(source, renamed("net.", LAYERS), fits)
+    match = match_suffixes(source, renamed("net.", LAYERS))
     assert match.pairs == {f"net.{key}": f"backbone.{key}" for key in given}
 
 
 def test_dots_and_underscores_part_names_alike_and_exact_ones_go_first():
     source = {"enc.stages.0.conv.weight": (4, 4), "enc.stages.1.conv.weight": (4, 4)}
     target = {"stages_0.conv.weight": (4, 4), "stages_1.conv.weight": (4, 4)}
-    match = match_suffixes(source, target, fits)
+    match = match_suffixes(source, target)
     assert match.pairs == dict(zip(target, source))
     both = {"a.b.weight": (4, 4), "a_b.weight": (4, 4)}
-    assert match_suffixes(both, both, fits).pairs == {key: key for key in both}
+    assert match_suffixes(both, both).pairs == {key: key for key in both}
 
 
 def test_of_two_copies_the_averaged_one_is_taken():
     source = renamed("student.backbone.", LAYERS) | renamed("teacher.backbone.", LAYERS)
-    assert match_suffixes(source, LAYERS, fits).prefix == ("teacher", "backbone")
+    assert match_suffixes(source, LAYERS).prefix == ("teacher", "backbone")
 
 
 def test_names_that_differ_in_shape_belong_together_and_do_not_fit():
     source = renamed("backbone.", LAYERS) | {"backbone.layer2.conv.weight": (16, 8, 3, 3)}
-    match = match_suffixes(source, LAYERS, fits)
+    match = match_suffixes(source, LAYERS)
     assert match.pairs["layer2.conv.weight"] == "backbone.layer2.conv.weight"
     assert match.fitting == set(LAYERS) - {"layer2.conv.weight"}
 
 
 def test_nothing_in_common_is_nothing():
-    assert not match_suffixes({"a.b": (3,)}, {"c.d": (3,)}, fits).pairs
+    assert not match_suffixes({"a.b": (3,)}, {"c.d": (3,)}).pairs
     assert (
         nearest_key("net.conv1.weight", ["fc.weight", "conv1.weight", "bn1.weight"])
         == "conv1.weight"

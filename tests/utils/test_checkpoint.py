@@ -122,8 +122,8 @@ def test_a_pickle_with_code_is_refused_and_runs_nothing(tmp_path, monkeypatch) -
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "cut short"),
-        (b"this is text", "cut short"),
+        (b"", "the file is empty"),
+        (b"this is text", "not a weights file"),
         ({"weights": torch.zeros(1)}, "expected format: 'yoke'"),
         (torch.zeros(1), "expected format: 'yoke'"),
     ],
@@ -165,10 +165,9 @@ def test_finalizing_keeps_the_average_and_drops_the_state_of_training(tmp_path: 
     }
     save_checkpoint(path, full)
     for _ in range(2):
-        finalize_checkpoint(path, half=True)
+        finalize_checkpoint(path)
         content = load_checkpoint(path)
         assert sorted(content) == ["epoch", "format", "model", "version"]
-        assert content["model"]["a.weight"].dtype == torch.float16
         assert content["model"]["a.weight"].unique().item() == 2
         assert content["model"]["a.steps"].dtype == torch.int64
 
@@ -234,7 +233,7 @@ def test_a_tensor_without_its_numbers_is_refused(tmp_path: Path) -> None:
             torch.zeros(1).expand(10**6, 10**6),
             r"a tensor \(1000000, 1000000\) that is not stored whole",
         ),
-        (torch.empty(10**9, device="meta"), "on meta"),
+        (torch.empty(10**9, device="meta"), "asks for a call of torch._utils._rebuild_meta"),
     ):
         torch.save({"format": "yoke", "version": 1, "model": [(tensor,)]}, path)
         with pytest.raises(ForeignCheckpointError, match=told):

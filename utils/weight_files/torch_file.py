@@ -18,43 +18,30 @@ import json
 import math
 import struct
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from utils.errors import CheckpointError
-from utils.files import refuse_special
-from utils.weight_files.unpickle import Interpreter, PickleError, shown
-from utils.weight_files.unpickle_names import (
-    REBUILD,
-    VALUES,
-    StorageRef,
-    Storages,
-    TensorRef,
-    update,
-)
+from utils.files import special_kind
+from utils.weight_files.unpickle import Interpreter
+from utils.weight_files.unpickle_names import PickleError, StorageRef, Storages, TensorRef, shown
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
 MAX_HEADER = 1 << 26
 GROWTH = 4  # half precision widens by 2, eight-bit floats by 4
 SLACK = 1 << 20
+MAX_DEPTH = 64
+MAX_VISITS = 1_000_000
 ZIP_ERRORS = (
-    zipfile.BadZipFile,
-    zlib.error,
-    struct.error,
-    EOFError,
-    ValueError,
-    LookupError,
-    RuntimeError,
-    OverflowError,
-    OSError,
+    *(zipfile.BadZipFile, struct.error, EOFError, ValueError, LookupError, RuntimeError),
+    *(OverflowError, OSError),
 )
 KNOWN_STARTS = {
     b"version https://": "a Git LFS pointer: fetch the real file with git lfs pull",
@@ -69,54 +56,81 @@ class TensorFile:
     """An opened file: its content as plain data, and a way to its tensors.
 
     Attributes:
-        path: where it was read.
-        content: plain data with a `TensorRef` (safetensors: a tensor) for every tensor.
+        content: plain data with a `TensorRef` (safetensors: a tensor) for every tensor, and a `Stub`
+            for every object of an unknown class.
     """
 
-    def __init__(self, path: Path, size: int, read_storage: Callable[[str], bytes]) -> None:
-        self.path = path
-        self.content: Any = None
+    def __init__(self, content: object, size: int, read_storage: Callable[[str], bytes]) -> None:
+        self.content = content
         self._read = read_storage
         self._storages: dict[str, bytearray] = {}
-        self._made: dict[tuple[Any, ...], Tensor] = {}
+        self._made: dict[str, Tensor] = {}  # by text, whose hash nobody can choose
         self._budget = GROWTH * size + SLACK
 
     def tensor(self, reference: TensorRef) -> Tensor:
-        """The tensor that `reference` describes; every floating type becomes float32.
+        """The tensor that `reference` describes.
 
         Raises:
-            CheckpointError: it reaches beyond its storage, or the file asks for more memory than
-                its size justifies.
+            PickleError: it reaches beyond its storage, or the file asks for more memory than its
+                size justifies.
         """
-        made = self._made.get(reference.identity())
+        made = self._made.get(repr(reference))
         if made is None:
-            made = self._made[reference.identity()] = self._make(reference)
+            made = self._made[repr(reference)] = self._make(reference)
         return made
 
     def _make(self, reference: TensorRef) -> Tensor:
-        key = reference.storage.key
+        dtype, key, expected = reference.dtype, reference.storage.key, reference.storage.nbytes
         if key not in self._storages:
             self._storages[key] = bytearray(self._read(key))
         buffer = self._storages[key]
-        expected = reference.storage.nbytes
         if len(buffer) < expected:
             raise PickleError(
                 f"damaged: storage {shown(key)} has {len(buffer)} bytes, expected {expected}"
             )
         count = math.prod(reference.size)
-        wide = reference.dtype.is_floating_point
-        self._budget -= count * (4 if wide else reference.dtype.itemsize)
+        self._budget -= count * max(dtype.itemsize, 4 if dtype.is_floating_point else 1)
         if self._budget < 0:
             raise PickleError(
                 "refused: its tensors take more memory than the size of the file justifies"
             )
         if count == 0:
-            return torch.zeros(reference.size, dtype=torch.float32 if wide else reference.dtype)
-        values = torch.frombuffer(
-            buffer, dtype=reference.dtype, count=len(buffer) // reference.dtype.itemsize
-        )
-        view = values.as_strided(reference.size, reference.stride, reference.offset)
-        return view.to(torch.float32 if wide else reference.dtype, copy=True).contiguous()
+            return torch.zeros(reference.size, dtype=dtype)
+        values = torch.frombuffer(buffer, dtype=dtype, count=len(buffer) // dtype.itemsize)
+        return values.as_strided(reference.size, reference.stride, reference.offset).clone()
+
+    def plain(self) -> object:
+        """The content as tensors and plain data; see `plain`."""
+        return plain(self.content, self.tensor)
+
+
+def plain(value: object, tensor: Callable[[TensorRef], Tensor] | None = None) -> object:
+    """A copy of containers, numbers and text, with None for everything else.
+
+    Args:
+        value: a part of a file's content, which may be nested and shared without end.
+        tensor: makes the tensors; None leaves them out, too.
+
+    Raises:
+        PickleError: it is too large or too deeply nested.
+    """
+    count = 0
+
+    def copied(value: object, depth: int) -> object:
+        nonlocal count
+        count += 1
+        if count > MAX_VISITS or depth > MAX_DEPTH:
+            raise PickleError("refused: its plain data are too large or too deeply nested")
+        if isinstance(value, dict):
+            keys = [key for key in value if isinstance(key, (str, int))]
+            return {key: copied(value[key], depth + 1) for key in keys}
+        if isinstance(value, (list, tuple)):
+            return [copied(item, depth + 1) for item in value]
+        if isinstance(value, TensorRef) and tensor is not None:
+            return tensor(value)
+        return value if isinstance(value, (str, int, float)) else None
+
+    return copied(value, 0)
 
 
 @contextmanager
@@ -124,18 +138,20 @@ def open_file(path: str | Path) -> Iterator[TensorFile]:
     """Open a weights file; nothing in it is run. Its tensors can be made while it is open.
 
     Raises:
-        CheckpointError: there is no such file, it is damaged, of another format, or holds something
-            other than plain data.
+        PickleError: it is damaged, of another format, or holds something other than plain data; so
+            for what goes wrong inside the `with` block.
+        CheckpointError: there is no such file, or it cannot be read.
     """
     path = Path(path)
     try:
-        refuse_special(path)
+        if kind := special_kind(path):
+            raise CheckpointError(f"{path}: got {kind}, expected a .pt file or .safetensors.")
         with path.open("rb") as stream:
             size = stream.seek(0, io.SEEK_END)
             stream.seek(0)
             yield _read_stream(path, stream, size)
     except PickleError as error:
-        raise CheckpointError(f"{path}: {error}.") from None
+        raise PickleError(f"{path}: {error}.") from None
     except FileNotFoundError:
         raise CheckpointError(
             f"{path}: no such file. Nothing is downloaded: put the weights there first."
@@ -151,11 +167,11 @@ def _read_stream(path: Path, stream: BinaryIO, size: int) -> TensorFile:
     start = stream.read(16)
     stream.seek(0)
     if start[:4] == b"PK\x03\x04":
-        return _read_zip(path, stream, size)
+        return _read_zip(stream, size)
     if len(start) >= 10 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= size - 8:
-        return _read_safetensors(path, stream, size)
+        return _read_safetensors(path, start)
     if start[:1] == b"\x80":
-        return _read_legacy(path, stream, size)
+        return _read_legacy(io.BytesIO(stream.read()))
     raise PickleError(
         f"not a weights file - {_guess(start)}. Expected a .pt of torch.save, or .safetensors"
     )
@@ -171,7 +187,7 @@ def _guess(start: bytes) -> str:
     return f"it begins with {start[:8]!r}"
 
 
-def _read_zip(path: Path, stream: BinaryIO, size: int) -> TensorFile:
+def _read_zip(stream: BinaryIO, size: int) -> TensorFile:
     """`torch.save` since 1.6: a zip of stored entries."""
     try:
         archive = zipfile.ZipFile(stream)
@@ -185,10 +201,9 @@ def _read_zip(path: Path, stream: BinaryIO, size: int) -> TensorFile:
         )
     folder = f"{prefix}/data/"
     storages = Storages({n[len(folder) :]: sizes[n] for n in sizes if n.startswith(folder)})
-    file = TensorFile(path, size, lambda key: _entry(archive, folder + key))
     pickled = io.BytesIO(_entry(archive, f"{prefix}/data.pkl"))
-    file.content = Interpreter(REBUILD, VALUES, storages, update).load(pickled)
-    return file
+    content = Interpreter(storages).load(pickled)
+    return TensorFile(content, size, lambda key: _entry(archive, folder + key))
 
 
 def _check_entries(archive: zipfile.ZipFile, size: int) -> str:
@@ -201,7 +216,7 @@ def _check_entries(archive: zipfile.ZipFile, size: int) -> str:
     if f"{folders[0]}/constants.pkl" in names:
         raise PickleError("a TorchScript program, not weights. Use the .pt it was exported from")
     if any(item.compress_type or item.file_size != item.compress_size for item in entries):
-        raise PickleError("refused: compressed entries, which torch.save never writes")
+        raise PickleError("refused: it has compressed parts, which torch.save never writes")
     if len(names) != len(entries) or sum(item.file_size for item in entries) > size:
         raise PickleError("refused: its entries claim more bytes than the file has")
     return folders[0]
@@ -217,29 +232,10 @@ def _entry(archive: zipfile.ZipFile, name: str) -> bytes:
         ) from None
 
 
-class _Clamped(io.RawIOBase):
-    """A file that is never asked for more than it has: a read allocates what it is asked for."""
-
-    def __init__(self, stream: BinaryIO, size: int) -> None:
-        self.stream = stream
-        self.size = size
-
-    def read(self, count: int = -1) -> bytes:
-        left = self.size - self.stream.tell()
-        return self.stream.read(left if count < 0 else min(count, left))
-
-    def readline(self, count: int | None = -1) -> bytes:
-        return self.stream.readline(-1 if count is None else count)
-
-    def tell(self) -> int:
-        return self.stream.tell()
-
-
-def _read_legacy(path: Path, file_stream: BinaryIO, size: int) -> TensorFile:
+def _read_legacy(stream: io.BytesIO) -> TensorFile:
     """`torch.save` before 1.6: four pickles, the storage keys, then the storages."""
-    stream = _Clamped(file_stream, size)
-    storages = Storages(None)
-    interpreter = Interpreter(REBUILD, VALUES, storages, update)
+    storages = Storages()
+    interpreter = Interpreter(storages)
     if interpreter.load(stream) != LEGACY_MAGIC:
         raise PickleError("a pickle, but not one of torch.save. Expected a .pt file")
     if interpreter.load(stream) != LEGACY_PROTOCOL:
@@ -256,50 +252,42 @@ def _read_legacy(path: Path, file_stream: BinaryIO, size: int) -> TensorFile:
             raise PickleError(
                 f"damaged: storage {shown(key)!r} belongs to no tensor, or comes twice"
             )
-        blocks[key] = _legacy_block(stream, storages.seen[key], size)
+        blocks[key] = _legacy_block(stream, storages.seen[key])
     if missing := storages.seen.keys() - blocks.keys():
         raise PickleError(f"damaged: storage {shown(min(missing))!r} is not in the file")
-    file = TensorFile(path, size, blocks.__getitem__)
-    file.content = content
-    return file
+    return TensorFile(content, stream.tell(), blocks.__getitem__)
 
 
-def _legacy_block(stream: _Clamped, storage: StorageRef, size: int) -> bytes:
+def _legacy_block(stream: io.BytesIO, storage: StorageRef) -> bytes:
     """One storage: its number of elements in 8 bytes, then the elements."""
     header = stream.read(8)
-    count = int.from_bytes(header, "little", signed=True)
-    nbytes = count * storage.dtype.itemsize
-    if len(header) < 8 or nbytes < storage.nbytes or nbytes > size - stream.tell():
+    nbytes = int.from_bytes(header, "little", signed=True) * storage.dtype.itemsize
+    block = stream.read(max(nbytes, 0))
+    if len(header) < 8 or nbytes < storage.nbytes or len(block) < nbytes:
         raise PickleError(f"damaged or cut short: storage {shown(storage.key)!r} is not whole")
-    return stream.read(nbytes)
+    return block
 
 
-def _read_safetensors(path: Path, stream: BinaryIO, size: int) -> TensorFile:
+def _read_safetensors(path: Path, start: bytes) -> TensorFile:
     """A safetensors file: tensors by name, and text about them."""
-    length = int.from_bytes(stream.read(8), "little")
+    length = int.from_bytes(start[:8], "little")
     if length > MAX_HEADER:
         raise PickleError(f"refused: a header of {length} bytes")
+    content: dict[str, object] = {}
     try:
         with safe_open(path, framework="pt") as opened:
             metadata = opened.metadata() or {}
-            keys = list(opened.keys())
-            content: dict[str, Any] = {key: _widened(opened.get_tensor(key)) for key in keys}
+            for key in opened.keys():  # noqa: SIM118
+                content[key] = opened.get_tensor(key)
     except (SafetensorError, ValueError, KeyError, RuntimeError, OSError) as error:
         raise PickleError(f"damaged: not a whole safetensors file ({shown(error)})") from None
     for key in ("config", "names"):
         if key in metadata and key not in content:
             content[key] = _json(metadata[key])
-    file = TensorFile(path, size, lambda key: b"")
-    file.content = content
-    return file
+    return TensorFile(content, 0, lambda key: b"")
 
 
-def _widened(tensor: Tensor) -> Tensor:
-    """Floating types as float32."""
-    return tensor.float() if tensor.is_floating_point() else tensor
-
-
-def _json(text: str) -> Any:
+def _json(text: str) -> object:
     """A value from text, JSON or a Python literal; None where it is neither."""
     for read in (json.loads, ast.literal_eval):
         try:

@@ -1,262 +1,215 @@
 """Pickle streams as plain data: an interpreter that can call nothing.
 
 `pickletools.genops` splits a stream into opcodes without acting on them; this file gives the
-opcodes a meaning. A name that a stream mentions is never looked up and never imported. It becomes a
-`Name`, an object of it becomes a `Stub` (its name, its arguments, its state), and the few names of
-`utils/weight_files/unpickle_names.py` are rebuilt by code of ours into containers, numbers and `TensorRef`s,
-which only describe a tensor. Names of the standard library, and calls of functions, are refused.
+opcodes a meaning. A name that a stream mentions is never looked up and never imported: it is text,
+an object of it a `Stub`, and the few names of `utils/weight_files/unpickle_names.py` are rebuilt by
+code of ours into containers, numbers and `TensorRef`s, which only describe a tensor.
 
 The work is bounded: at most `MAX_OPCODES` opcodes, at most `MAX_COPIED` bytes copied by calls (a
 few opcodes could ask for the same large list a million times), nothing is allocated by a number
-that the stream merely states, and nothing here recurses.
+that the stream merely states, no number or tuple chosen to collide is hashed, and nothing here
+recurses. `pickle.Unpickler` bounds none of that, however few names its `find_class` lets through.
 """
 
 from __future__ import annotations
 
 import io
 import pickletools
-import sys
-from collections.abc import Callable
-from typing import IO, Any, cast
 
-from utils.errors import CheckpointError
+from utils.weight_files.unpickle_names import (
+    PLAIN_CLASSES,
+    REBUILD,
+    Name,
+    PickleError,
+    Storages,
+    Stub,
+    give_state,
+    refused,
+    resolve,
+    shown,
+    store,
+)
 
 MAX_OPCODES = 3_000_000  # a checkpoint with 2,000 tensors, its average and optimiser: 0.5 million
 MAX_COPIED = 1 << 28
 BYTES_PER_ITEM = 64
-MAX_KEY_ITEMS = 8
-MAX_TEXT = 100
-# What Python 2 called modules of the standard library, and their twins in C.
-OLD_STANDARD_NAMES = frozenset(
-    {
-        "__builtin__",
-        "copy_reg",
-        "cPickle",
-        "commands",
-        "exceptions",
-        "Queue",
-        "StringIO",
-        "cStringIO",
-    }
-    | {
-        "urllib2",
-        "imp",
-        "distutils",
-        "asyncore",
-        "posix",
-        "nt",
-        "os2",
-        "ce",
-        "popen2",
-        "new",
-        "sets",
-        "sitecustomize",
-    }
-)
-STANDARD_NAMES = frozenset(sys.stdlib_module_names) | OLD_STANDARD_NAMES
-
-
-class PickleError(CheckpointError):
-    """A pickle stream is refused or damaged; the reader of the file puts its path in front."""
-
-
-class Name:
-    """A dotted name that a stream mentions; it is text, nothing stands behind it."""
-
-    __slots__ = ("module", "name")
-
-    def __init__(self, module: str, name: str) -> None:
-        self.module = module
-        self.name = name
-
-    def __str__(self) -> str:
-        return f"{self.module}.{self.name}"
-
-
-class Stub:
-    """An object of a class that is not known here.
-
-    Attributes:
-        name: dotted name of the class.
-        args: what its constructor would have been given.
-        state: what its `__setstate__` or `__dict__` would have been given, or None.
-    """
-
-    __slots__ = ("name", "args", "state")
-
-    def __init__(self, name: str, args: tuple[Any, ...] = ()) -> None:
-        self.name = name
-        self.args = args
-        self.state: Any = None
-
-    def attributes(self) -> dict[Any, Any]:
-        """The attributes that the object would have; empty when its state is no dictionary."""
-        state = self.state
-        if isinstance(state, tuple) and len(state) == 2 and isinstance(state[0], dict):
-            state = state[0]
-        return state if isinstance(state, dict) else {}
-
-
-class Mark:
-    """Marks a place on the interpreter's stack."""
-
-    __slots__ = ()
-
-
-Rebuild = Callable[[tuple[Any, ...]], Any]
-MARK = Mark()
-LITERALS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 NUMBERS_AND_TEXT = frozenset(
-    {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"}
-    | {
-        "STRING",
-        "BINSTRING",
-        "SHORT_BINSTRING",
-        "BINBYTES",
-        "SHORT_BINBYTES",
-        "BINBYTES8",
-        "BYTEARRAY8",
-    }
-    | {"UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}
+    """
+INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING BINBYTES
+SHORT_BINBYTES BINBYTES8 BYTEARRAY8 UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8
+""".split()
 )
-
-
-def shown(text: object) -> str:
-    """`text` from a file, fit for a one-line message: printable and short."""
-    plain = isinstance(text, (str, int, float, BaseException))
-    clean = ascii(str(text))[1:-1] if plain else type(text).__name__
-    return clean if len(clean) <= MAX_TEXT else f"{clean[:MAX_TEXT]}..."
-
-
-def refused(name: object) -> PickleError:
-    """The error for a name that must not occur in a weights file."""
-    return PickleError(
-        f"refused: the file asks for {shown(name)}, which weights never need. Nothing in it was run"
-    )
-
-
-def size_of(value: Any) -> int:
-    """Bytes that a copy of `value`, without what it contains, may take."""
-    if isinstance(value, (str, bytes, bytearray)):
-        return len(value)
-    return BYTES_PER_ITEM * len(value) if isinstance(value, (list, tuple, dict)) else BYTES_PER_ITEM
-
-
-def check_key(key: Any) -> None:
-    """Raise unless `key` is cheap to hash, and cannot be chosen to collide with others."""
-    parts = key if isinstance(key, tuple) and len(key) <= MAX_KEY_ITEMS else (key,)
-    for part in parts:
-        if isinstance(part, int) and abs(part) >= 1 << 60:
-            raise PickleError("damaged: a dictionary key is too large a number")
-        if not isinstance(part, (str, bytes, int, float, type(None), Name, Stub)):
-            raise PickleError(f"damaged: {type(part).__name__} as a dictionary key")
 
 
 class Interpreter:
-    """Reads one pickle stream.
+    """Reads pickle streams, one after the other.
 
     Args:
-        rebuild: what the allowed names make of their arguments, by dotted name.
-        values: allowed names that stand for a value rather than something to call, by dotted name.
-        persistent: turns a persistent id into an object (a storage of a tensor).
-        update: stores a state in an object that `rebuild` made.
+        storages: turns persistent ids into storages of tensors.
     """
 
-    def __init__(
-        self,
-        rebuild: dict[str, Rebuild],
-        values: dict[str, Any],
-        persistent: Callable[[Any], Any],
-        update: Callable[[Any, Any], None],
-    ) -> None:
-        self.rebuild = rebuild
-        self.values = values
-        self.persistent = persistent
-        self.update = update
-        self.stack: list[Any] = []
-        self.memo: dict[int, Any] = {}
+    def __init__(self, storages: Storages) -> None:
+        self.storages = storages
+        self.stack: list[object] = []
+        self.below: list[list[object]] = []  # stacks under the marks
+        self.memo: dict[int, object] = {}
         self.copied = 0
 
-    def load(self, stream: IO[bytes] | io.RawIOBase) -> Any:
+    def load(self, stream: io.BytesIO) -> object:
         """The object that the stream describes; `stream` is left behind its STOP.
-
-        Args:
-            stream: must not allocate for more bytes than it has, as `BytesIO` does not.
 
         Raises:
             PickleError: the stream is damaged, too long, or asks for more than plain data.
         """
-        self.stack, self.memo = [], {}
+        self.stack, self.below, self.memo = [], [], {}
         try:
-            for count, (opcode, arg, _) in enumerate(pickletools.genops(cast(IO[bytes], stream))):
+            for count, (opcode, arg, _) in enumerate(pickletools.genops(stream)):
                 if count >= MAX_OPCODES:
-                    raise PickleError(f"refused: more than {MAX_OPCODES:,} pickle opcodes")
-                self._step(opcode.name, arg)
-            return self._pop()
-        except (IndexError, KeyError, ValueError, TypeError, OverflowError) as error:
+                    raise PickleError(f"refused: its pickle has more than {MAX_OPCODES} steps")
+                if opcode.name in NUMBERS_AND_TEXT:
+                    self.stack.append(arg)
+                else:
+                    self._step(opcode.name, arg)
+            return self.stack.pop()
+        except (LookupError, ValueError, TypeError, OverflowError) as error:
             raise PickleError(
                 f"damaged: pickle stream breaks off or makes no sense ({shown(error)})"
             ) from None
 
-    def _spend(self, *values: Any) -> None:
+    def _step(self, name: str, arg: object) -> None:
+        """Act on one opcode: here those that only move what is there."""
+        stack = self.stack
+        match name:
+            case "BINGET" | "LONG_BINGET" | "GET":
+                stack.append(self.memo[_place(arg)])
+            case "BINPUT" | "LONG_BINPUT" | "PUT":
+                self.memo[_place(arg)] = stack[-1]
+            case "MEMOIZE":
+                self.memo[len(self.memo)] = stack[-1]
+            case "MARK":
+                self.below.append(stack)
+                self.stack = []
+            case "NONE" | "NEWTRUE" | "NEWFALSE" | "EMPTY_TUPLE":
+                stack.append(CONSTANTS[name])
+            case "POP" if stack:
+                stack.pop()
+            case "POP" | "POP_MARK":
+                self._pop_mark()
+            case "DUP":
+                stack.append(stack[-1])
+            case "PROTO" | "FRAME" | "STOP":
+                pass
+            case _:
+                self._step_containers(name, arg)
+
+    def _step_containers(self, name: str, arg: object) -> None:
+        """Opcodes of tuples, lists and dictionaries; sets are kept as lists, nothing has to be hashed."""
+        stack = self.stack
+        match name:
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                items = [stack.pop() for _ in range(int(name[-1]))]
+                stack.append(tuple(items[::-1]))
+            case "TUPLE":
+                items = self._pop_mark()
+                self.stack.append(tuple(items))
+            case "EMPTY_DICT":
+                stack.append({})
+            case "EMPTY_LIST" | "EMPTY_SET":
+                stack.append([])
+            case "LIST" | "FROZENSET":
+                items = self._pop_mark()
+                self.stack.append(items)
+            case "DICT":
+                items = self._pop_mark()
+                self.stack.append({})
+                self._store(items)
+            case "SETITEM":
+                value, key = stack.pop(), stack.pop()
+                self._store([key, value])
+            case "SETITEMS":
+                self._store(self._pop_mark())
+            case "APPEND":
+                self._extend([stack.pop()])
+            case "APPENDS" | "ADDITEMS":
+                self._extend(self._pop_mark())
+            case _:
+                self._step_objects(name, arg)
+
+    def _step_objects(self, name: str, arg: object) -> None:
+        """Opcodes of names, calls and states."""
+        stack = self.stack
+        match name, arg:
+            case "GLOBAL", str(dotted):
+                stack.append(resolve(*_split(dotted)))
+            case "STACK_GLOBAL", _:
+                what, module = stack.pop(), stack.pop()
+                if not isinstance(what, str) or not isinstance(module, str):
+                    raise PickleError("damaged: a name that is no text")
+                stack.append(resolve(module, what))
+            case "REDUCE", _:
+                args = stack.pop()
+                stack.append(self._call(stack.pop(), args))
+            case (("NEWOBJ" | "NEWOBJ_EX"), _):
+                if name == "NEWOBJ_EX":  # keywords are left out
+                    stack.pop()
+                args = stack.pop()
+                stack.append(self._call(stack.pop(), args, is_class=True))
+            case "INST", str(dotted):
+                items = self._pop_mark()
+                what = resolve(*_split(dotted))
+                self.stack.append(self._call(what, tuple(items), is_class=True))
+            case "OBJ", _:
+                what, *items = self._pop_mark()
+                self.stack.append(self._call(what, tuple(items), is_class=True))
+            case "BUILD", _:
+                self._build(stack.pop())
+            case "BINPERSID", _:
+                stack.append(self.storages.find(stack.pop()))
+            case "PERSID", _:
+                raise PickleError(
+                    f"damaged: persistent id {shown(arg)!r} is text, expected a storage"
+                )
+            case _:
+                raise PickleError(f"refused: pickle opcode {name}, which weights never need")
+
+    def _pop_mark(self) -> list[object]:
+        """Take everything above the last mark off the stack, and the mark."""
+        items, self.stack = self.stack, self.below.pop()
+        return items
+
+    def _spend(self, *values: object) -> None:
         """Count what is about to be copied."""
-        self.copied += sum(map(size_of, values))
+        for value in values:
+            is_flat = isinstance(value, (str, bytes, bytearray))
+            length = (
+                len(value) if isinstance(value, (str, bytes, bytearray, list, tuple, dict)) else 1
+            )
+            self.copied += length if is_flat else BYTES_PER_ITEM * length
         if self.copied > MAX_COPIED:
             raise PickleError(f"refused: the stream copies more than {MAX_COPIED >> 20} MiB")
 
-    def _pop(self) -> Any:
-        """Take the topmost object off the stack."""
-        item = self.stack.pop()
-        if item is MARK:
-            raise PickleError("damaged: pickle stack is out of order")
-        return item
+    def _store(self, items: list[object]) -> None:
+        target = self.stack[-1]
+        if isinstance(target, Stub):  # a dict subclass of another project
+            target.state = target.state if isinstance(target.state, dict) else {}
+            target = target.state
+        if not isinstance(target, dict):
+            raise PickleError(f"damaged: items for {type(target).__name__}")
+        store(target, items)
 
-    def _pop_mark(self) -> list[Any]:
-        """Take everything above the last mark off the stack, and the mark."""
-        stack = self.stack
-        at = len(stack) - 1
-        while stack[at] is not MARK:
-            at -= 1
-            if at < 0:
-                raise PickleError("damaged: pickle stack has no mark")
-        items = stack[at + 1 :]
-        del stack[at:]
-        return items
+    def _extend(self, items: list[object]) -> None:
+        target = self.stack[-1]
+        if isinstance(target, list):
+            target.extend(items)
+        elif not isinstance(target, Stub):  # a list subclass's items hold no weights
+            raise PickleError(f"damaged: items for {type(target).__name__}")
 
-    def _step(self, name: str, arg: Any) -> None:
-        """Act on one opcode."""
-        if name in NUMBERS_AND_TEXT:
-            self.stack.append(arg)
-        elif name in LITERALS:
-            self.stack.append(LITERALS[name])
-        elif name in ("PROTO", "FRAME", "STOP"):
-            return
-        else:
-            handler = HANDLERS.get(name)
-            if handler is None:
-                raise PickleError(f"refused: pickle opcode {name}, which weights never need")
-            handler(self, arg)
-
-    def resolve(self, module: str, name: str) -> Any:
-        """What a mentioned name stands for: an allowed value, or a `Name`.
-
-        Raises:
-            PickleError: a name of the standard library that is not allowed.
-        """
-        found = Name(module, name)
-        dotted = str(found)
-        if dotted in self.values:
-            return self.values[dotted]
-        if dotted in self.rebuild:
-            return found
-        if module.partition(".")[0] in STANDARD_NAMES:
-            raise refused(dotted)
-        if "." in name and name.partition(".")[0] in STANDARD_NAMES:
-            raise refused(dotted)
-        return found
-
-    def call(self, what: Any, args: Any) -> Any:
+    def _call(self, what: object, args: object, *, is_class: bool = False) -> object:
         """What a stream's call of `what` gives: something rebuilt by us, or a `Stub` of a class.
+
+        Args:
+            is_class: what is called must be a class, though its name may be lower case.
 
         Raises:
             PickleError: `what` is a function that is not allowed, or is nothing to call.
@@ -265,157 +218,34 @@ class Interpreter:
             raise PickleError(
                 f"refused: a call of {type(what).__name__} with {type(args).__name__}"
             )
-        dotted = str(what)
-        if dotted in self.rebuild:
+        if what.dotted in REBUILD:
             self._spend(*args)
-            return self.rebuild[dotted](args)
-        if not what.name.rpartition(".")[2].lstrip("_")[:1].isupper():
-            raise refused(f"a call of {dotted}")
-        return Stub(dotted, args)
+            return REBUILD[what.dotted](args)
+        looks_like_one = what.dotted.rpartition(".")[2].lstrip("_")[:1].isupper()
+        if not (is_class or looks_like_one or what.dotted in PLAIN_CLASSES):
+            raise refused(f"a call of {what.dotted}")
+        return Stub()
 
-    def create(self, what: Any, args: Any) -> Any:
-        """What a new object of class `what` gives; its name may be lower case here."""
-        if isinstance(what, Name) and isinstance(args, tuple) and str(what) not in self.rebuild:
-            return Stub(str(what), args)
-        return self.call(what, args)
-
-    # What the opcodes do; those of one line stand in HANDLERS.
-
-    def _tuple_of(self, count: int) -> None:
-        if len(self.stack) < count:
-            raise PickleError("damaged: pickle stack is too short")
-        items = tuple(self.stack[-count:])
-        if any(item is MARK for item in items):
-            raise PickleError("damaged: pickle stack is out of order")
-        self.stack[-count:] = [items]
-
-    def _dict(self, _: Any) -> None:
-        items = self._pop_mark()
-        self.stack.append({})
-        self._store_all(items)
-
-    def _extend(self, items: list[Any]) -> None:
+    def _build(self, state: object) -> None:
         target = self.stack[-1]
-        if isinstance(target, list):
-            target.extend(items)
-        elif not isinstance(
-            target, Stub
-        ):  # a list subclass of another project: its items hold no weights
-            raise PickleError(f"damaged: items for {type(target).__name__}")
-
-    def _set_item(self, _: Any) -> None:
-        value = self._pop()
-        self._store_all([self._pop(), value])
-
-    def _store_all(self, items: list[Any]) -> None:
-        target = self.stack[-1]
-        if isinstance(target, Stub):  # a dict subclass of another project
-            target.state = target.state if isinstance(target.state, dict) else {}
-            target = target.state
-        if not isinstance(target, dict) or len(items) % 2:
-            raise PickleError(f"damaged: items for {type(target).__name__}")
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            check_key(key)
-            target[key] = value
-
-    def _get(self, index: Any) -> None:
-        self.stack.append(self.memo[int(index)])
-
-    def _put(self, index: Any) -> None:
-        if self.stack[-1] is MARK:
-            raise PickleError("damaged: pickle stack is out of order")
-        self.memo[int(index)] = self.stack[-1]
-
-    def _memoize(self, _: Any) -> None:
-        self._put(len(self.memo))
-
-    def _global(self, arg: str) -> None:
-        module, _, name = arg.partition(" ")
-        self.stack.append(self.resolve(module, name))
-
-    def _stack_global(self, _: Any) -> None:
-        name, module = self._pop(), self._pop()
-        if not isinstance(name, str) or not isinstance(module, str):
-            raise PickleError("damaged: a name that is no text")
-        self.stack.append(self.resolve(module, name))
-
-    def _reduce(self, _: Any) -> None:
-        args = self._pop()
-        self.stack.append(self.call(self._pop(), args))
-
-    def _new_object(self, _: Any) -> None:
-        args = self._pop()
-        self.stack.append(self.create(self._pop(), args))
-
-    def _new_object_keywords(self, _: Any) -> None:
-        self._pop()
-        self._new_object(None)
-
-    def _instance(self, arg: str) -> None:
-        args = tuple(self._pop_mark())
-        module, _, name = arg.partition(" ")
-        self.stack.append(self.create(self.resolve(module, name), args))
-
-    def _object(self, _: Any) -> None:
-        what, *args = self._pop_mark()
-        self.stack.append(self.create(what, tuple(args)))
-
-    def _build(self, _: Any) -> None:
-        state = self._pop()
-        target = self.stack[-1]
-        if isinstance(target, Stub):
-            if isinstance(target.state, dict) and isinstance(state, dict):
-                self._spend(state)
-                target.state.update(state)
-            else:
-                target.state = state
-        else:
+        if not isinstance(target, Stub):
             self._spend(*state if isinstance(state, tuple) else ())
-            self.update(target, state)
+            give_state(target, state)
+        elif isinstance(target.state, dict) and isinstance(state, dict):
+            self._spend(state)
+            target.state.update(state)
+        else:
+            target.state = state
 
-    def _persistent_text(self, arg: str) -> None:
-        raise PickleError(f"damaged: persistent id {shown(arg)!r} is text, expected a storage")
+
+def _place(arg: object) -> int:
+    """A place in the memo; the numbers of a writer count up from 0."""
+    if not isinstance(arg, int) or not 0 <= arg < MAX_OPCODES:
+        raise PickleError("damaged: a place in the memo that no writer takes")
+    return arg
 
 
-Handler = Callable[[Interpreter, Any], object]
-HANDLERS: dict[str, Handler] = {
-    "MARK": lambda self, _: self.stack.append(MARK),
-    "POP": lambda self, _: self.stack.pop(),
-    "POP_MARK": lambda self, _: self._pop_mark(),
-    "DUP": lambda self, _: self.stack.append(self.stack[-1]),
-    "EMPTY_LIST": lambda self, _: self.stack.append([]),
-    "EMPTY_DICT": lambda self, _: self.stack.append({}),
-    "EMPTY_TUPLE": lambda self, _: self.stack.append(()),
-    "EMPTY_SET": lambda self, _: self.stack.append(
-        []
-    ),  # sets are kept as lists: nothing has to be hashed
-    "LIST": lambda self, _: self.stack.append(self._pop_mark()),
-    "FROZENSET": lambda self, _: self.stack.append(self._pop_mark()),
-    "TUPLE": lambda self, _: self.stack.append(tuple(self._pop_mark())),
-    "TUPLE1": lambda self, _: self._tuple_of(1),
-    "TUPLE2": lambda self, _: self._tuple_of(2),
-    "TUPLE3": lambda self, _: self._tuple_of(3),
-    "DICT": Interpreter._dict,
-    "APPEND": lambda self, _: self._extend([self._pop()]),
-    "APPENDS": lambda self, _: self._extend(self._pop_mark()),
-    "ADDITEMS": lambda self, _: self._extend(self._pop_mark()),
-    "SETITEM": Interpreter._set_item,
-    "SETITEMS": lambda self, _: self._store_all(self._pop_mark()),
-    "GET": Interpreter._get,
-    "BINGET": Interpreter._get,
-    "LONG_BINGET": Interpreter._get,
-    "PUT": Interpreter._put,
-    "BINPUT": Interpreter._put,
-    "LONG_BINPUT": Interpreter._put,
-    "MEMOIZE": Interpreter._memoize,
-    "GLOBAL": Interpreter._global,
-    "STACK_GLOBAL": Interpreter._stack_global,
-    "REDUCE": Interpreter._reduce,
-    "NEWOBJ": Interpreter._new_object,
-    "NEWOBJ_EX": Interpreter._new_object_keywords,
-    "INST": Interpreter._instance,
-    "OBJ": Interpreter._object,
-    "BUILD": Interpreter._build,
-    "PERSID": Interpreter._persistent_text,
-    "BINPERSID": lambda self, _: self.stack.append(self.persistent(self._pop())),
-}
+def _split(dotted: str) -> tuple[str, str]:
+    """Module and name of `module name`."""
+    module, _, name = dotted.partition(" ")
+    return module, name
