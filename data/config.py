@@ -29,9 +29,15 @@ from pathlib import Path
 from typing import TypeGuard
 
 from data.formats import coco, voc
-from data.formats.description import SPLITS, DataConfig, DownloadSource
+from data.formats.description import (
+    SPLITS,
+    DataConfig,
+    DownloadSource,
+    describe_folder,
+    recognise_entry,
+    yaml_in,
+)
 from data.formats.files import read_text
-from data.recognise import describe_folder, recognise_entry, yaml_in
 from data.shapes import draw_if_absent
 from utils.channels import white_of
 from utils.config import YamlFile, parse_yaml

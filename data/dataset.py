@@ -162,8 +162,8 @@ class DetectionDataset(Dataset[Sample]):
     def box_sizes_wh(self) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
         """Width and height of every box in original pixels (N, 2), and height and width of the
         image that it stands in (N, 2)."""
-        counts = np.diff(self.offsets)
-        return self.boxes[:, 2:] - self.boxes[:, :2], np.repeat(self.sizes, counts, axis=0)
+        sizes = np.repeat(self.sizes, np.diff(self.offsets), axis=0)
+        return self.boxes[:, 2:] - self.boxes[:, :2], sizes
 
     def coco_ground_truth(self, *, as_read: bool = False) -> ground_truth.Json:
         """Images, annotations and categories for a COCO evaluator; see `data.ground_truth`."""
@@ -230,12 +230,6 @@ class DetectionDataset(Dataset[Sample]):
             )
         return resize_to_fit(image, self.options.imgsz)
 
-    def _image(self, index: int) -> Image:
-        image = self.cache[index] if self.cache is not None else None
-        return (
-            self._read_resized(index) if image is None else image
-        )  # whose error says what is wrong
-
     def _decodable(self, index: int) -> tuple[Image, int]:
         """The resized image at a place, or the next one that decodes, and its place.
 
@@ -252,12 +246,14 @@ class DetectionDataset(Dataset[Sample]):
             place = places[(index - first + step) % len(places)]
             if place in self._damaged:
                 continue
+            image = self.cache[place] if self.cache is not None else None
             try:
-                return self._image(place), place
+                # The error of a file that a cache lacks says what is wrong with it.
+                return self._read_resized(place) if image is None else image, place
             except ImageError as error:
                 self._damaged.add(place)
                 missed = "" if self.options.augment else ", its objects count as missed"
-                get_logger().warning("skipped %s Another image stands in for it%s.", error, missed)
+                get_logger().warning(f"skipped {error} Another image stands in for it{missed}.")
         raise DatasetError(
             f"{self.config.file}: {self.split} - got no image that decodes among {len(places)}, "
             f"expected one. Replace or remove {self.paths[first]}."

@@ -14,10 +14,11 @@ import tarfile
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from http.client import HTTPException, HTTPMessage
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import BinaryIO, NamedTuple
+from typing import IO, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from data.config import load_data_config
@@ -87,10 +88,6 @@ def fetch_source(source: DownloadSource, folder: Path) -> None:
     done.write_text(f"{source.url}\n", encoding="utf-8")
 
 
-def _partial(file: Path) -> Path:
-    return file.with_name(f"{file.name}.part")
-
-
 def _download(source: DownloadSource, archive: Path) -> None:
     """Transfer to `<archive>.part`, resuming, then rename."""
     part = _partial(archive)
@@ -110,76 +107,68 @@ def _download(source: DownloadSource, archive: Path) -> None:
                 # The stored part is longer than the file: what it began is gone.
                 part.unlink(missing_ok=True)
         except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
-            reason = str(getattr(error, "reason", error))
-        get_logger().info("%s: %s, trying again", source.url, reason)
+            reason = str(error.reason if isinstance(error, urllib.error.URLError) else error)
+        get_logger().info(f"{source.url}: {reason}, trying again")
     raise DatasetError(
         f"{source.url}: not fetched - got {reason}, expected the whole file. Run again to go on."
     )
 
 
-class _Span(NamedTuple):
-    """Where a reply begins within the file and how long the whole file is (0 if not said)."""
-
-    start: int
-    total: int
-
-
-def _transfer(source: DownloadSource, part: Path) -> bool:
-    """One attempt; True when the file is whole."""
-    have = part.stat().st_size if part.exists() else 0
-    headers = {"User-Agent": "yoke"}
-    tag = _tag_file(part).read_text(encoding="utf-8") if _tag_file(part).exists() else ""
-    if have:
-        headers["Range"] = f"bytes={have}-"
-        if tag:
-            # Not the same file any more: the server then sends all of it.
-            headers["If-Range"] = tag
-    request = urllib.request.Request(source.url, headers=headers)
-    with urllib.request.urlopen(request, timeout=TIMEOUT) as reply:
-        span = _span(reply.status, reply.headers)
-        if span.start not in (0, have):
-            raise DatasetError(f"{source.url}: got bytes from {span.start}, expected from {have}.")
-        new_tag = reply.headers.get("ETag") or reply.headers.get("Last-Modified") or ""
-        if new_tag and not new_tag.startswith("W/"):
-            _tag_file(part).write_text(new_tag, encoding="utf-8")
-        with open(part, "ab" if span.start else "wb") as file:
-            _copy(reply, file, span, source)
-    size = part.stat().st_size
-    return size == span.total if span.total else True
+def _partial(file: Path) -> Path:
+    return file.with_name(f"{file.name}.part")
 
 
 def _tag_file(part: Path) -> Path:
     return part.with_name(f"{part.name}.tag")
 
 
-def _span(status: int, headers: HTTPMessage) -> _Span:
+def _transfer(source: DownloadSource, part: Path) -> bool:
+    """One attempt; True when the file is whole."""
+    have = part.stat().st_size if part.exists() else 0
+    headers = {"User-Agent": "yoke"}
+    if have:
+        headers["Range"] = f"bytes={have}-"
+        if _tag_file(part).exists():
+            # Not the same file any more: the server then sends all of it.
+            headers["If-Range"] = _tag_file(part).read_text(encoding="utf-8")
+    request = urllib.request.Request(source.url, headers=headers)
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as reply:
+        start, total = _span(reply.status, reply.headers)
+        if start not in (0, have):
+            raise DatasetError(f"{source.url}: got bytes from {start}, expected from {have}.")
+        tag = reply.headers.get("ETag") or reply.headers.get("Last-Modified") or ""
+        if tag and not tag.startswith("W/"):
+            _tag_file(part).write_text(tag, encoding="utf-8")
+        done, told = start, -1
+        with open(part, "ab" if start else "wb") as file:
+            while chunk := reply.read(CHUNK):
+                file.write(chunk)
+                done += len(chunk)
+                tenth = done * 10 // total if total else done // (100 * CHUNK)
+                if tenth != told:
+                    told = tenth
+                    get_logger().info(f"{source.url}: {done / 1e6:.0f} of {total / 1e6:.0f} MB")
+    return not total or part.stat().st_size == total
+
+
+def _span(status: int, headers: HTTPMessage) -> tuple[int, int]:
+    """Where a reply begins within the file and how long the whole file is (0 if not said)."""
     length = int(headers.get("Content-Length") or 0)
     if status != 206:
-        return _Span(0, length)
+        return 0, length
     unit, _, place = (headers.get("Content-Range") or "").partition(" ")
     span, _, total = place.partition("/")
     start = span.partition("-")[0]
     if unit != "bytes" or not start.isdigit():
         raise DatasetError(f"got Content-Range {place!r}, expected bytes from a number.")
-    return _Span(int(start), int(total) if total.isdigit() else int(start) + length)
-
-
-def _copy(reply: BinaryIO, file: BinaryIO, span: _Span, source: DownloadSource) -> None:
-    done, told = span.start, -1
-    while chunk := reply.read(CHUNK):
-        file.write(chunk)
-        done += len(chunk)
-        tenth = done * 10 // span.total if span.total else done // (100 * CHUNK)
-        if tenth != told:
-            told = tenth
-            get_logger().info("%s: %.0f of %.0f MB", source.url, done / 1e6, span.total / 1e6)
+    return int(start), int(total) if total.isdigit() else int(start) + length
 
 
 def _verify(source: DownloadSource, archive: Path) -> None:
     """Compare size and digests with what the data YAML states; a wrong file is removed."""
     algorithms = {"sha256": source.sha256, "md5": source.md5}
     stated = {name: value.lower() for name, value in algorithms.items() if value}
-    got = _digests(archive, stated or {"sha256": ""})
+    got = _digests(archive, stated or ["sha256"])
     size = archive.stat().st_size
     wrong = [f"{n} - got {got[n]}, expected {v}" for n, v in stated.items() if got[n] != v]
     if source.size and size != source.size:
@@ -188,16 +177,11 @@ def _verify(source: DownloadSource, archive: Path) -> None:
         archive.unlink()
         raise DatasetError(f"{source.url}: {'; '.join(wrong)}. The file was removed; fetch again.")
     if not stated:
-        get_logger().warning(
-            "%s: no digest is known to check it with (sha256 %s)", *_told(source, got)
-        )
+        told = f"no digest is known to check it with (sha256 {got['sha256']})"
+        get_logger().warning(f"{source.url}: {told}")
 
 
-def _told(source: DownloadSource, got: dict[str, str]) -> tuple[str, str]:
-    return source.url, got["sha256"]
-
-
-def _digests(file: Path, algorithms: dict[str, str]) -> dict[str, str]:
+def _digests(file: Path, algorithms: Iterable[str]) -> dict[str, str]:
     running = {name: hashlib.new(name, usedforsecurity=False) for name in algorithms}
     with open(file, "rb") as stream:
         while chunk := stream.read(CHUNK):
@@ -223,10 +207,9 @@ def unpack(archive: Path, folder: Path) -> None:
         elif tarfile.is_tarfile(archive):
             with tarfile.open(archive) as tarred:
                 _write_members(_tar_members(archive, tarred), folder)
-        elif archive.parent != folder:
-            shutil.move(archive, folder / archive.name)
-            return
         else:
+            if archive.parent != folder:
+                shutil.move(archive, folder / archive.name)
             return
     except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
         raise DatasetError(f"{archive}: got a damaged archive ({error}). Remove it.") from error
@@ -238,48 +221,35 @@ class _Member(NamedTuple):
 
     name: str
     size: int
-    container: zipfile.ZipFile | tarfile.TarFile
-    info: zipfile.ZipInfo | tarfile.TarInfo
-
-    def open(self) -> BinaryIO:
-        if isinstance(self.container, zipfile.ZipFile):
-            assert isinstance(self.info, zipfile.ZipInfo)
-            return self.container.open(self.info)  # type: ignore[return-value]
-        assert isinstance(self.info, tarfile.TarInfo)
-        stream = self.container.extractfile(self.info)
-        assert stream is not None, "only regular files are listed"
-        return stream  # type: ignore[return-value]
+    open: Callable[[], IO[bytes] | None]
 
 
 def _zip_members(archive: Path, zipped: zipfile.ZipFile) -> Iterator[_Member]:
     for info in zipped.infolist():
         kind = stat.S_IFMT(info.external_attr >> 16)
-        if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-            raise _refused(archive, info.filename, "a link or device")
-        _check_name(archive, info.filename)
+        _check_member(archive, info.filename, kind in (0, stat.S_IFREG, stat.S_IFDIR))
         if not info.is_dir():
-            yield _Member(info.filename, info.file_size, zipped, info)
+            yield _Member(info.filename, info.file_size, partial(zipped.open, info))
 
 
 def _tar_members(archive: Path, tarred: tarfile.TarFile) -> Iterator[_Member]:
     for info in tarred:
-        if not info.isreg() and not info.isdir():
-            raise _refused(archive, info.name, "a link or device")
-        _check_name(archive, info.name)
+        _check_member(archive, info.name, info.isreg() or info.isdir())
         if info.isreg():
-            yield _Member(info.name, info.size, tarred, info)
+            yield _Member(info.name, info.size, partial(tarred.extractfile, info))
 
 
-def _check_name(archive: Path, name: str) -> None:
+def _check_member(archive: Path, name: str, is_plain: bool) -> None:
     windows = PureWindowsPath(name)
-    if windows.drive or windows.root or PurePosixPath(name).is_absolute():
-        raise _refused(archive, name, "an absolute name")
-    if ".." in windows.parts:
-        raise _refused(archive, name, "a name that climbs out of the folder")
-
-
-def _refused(archive: Path, name: str, what: str) -> DatasetError:
-    return DatasetError(f"{archive}: got {name!r}, {what}, expected plain files. Nothing unpacked.")
+    if not is_plain:
+        what = "a link or device"
+    elif windows.drive or windows.root or PurePosixPath(name).is_absolute():
+        what = "an absolute name"
+    elif ".." in windows.parts:
+        what = "a name that climbs out of the folder"
+    else:
+        return
+    raise DatasetError(f"{archive}: got {name!r}, {what}, expected plain files. Nothing unpacked.")
 
 
 def _inside(folder: Path, name: str) -> Path:
@@ -290,7 +260,7 @@ def _inside(folder: Path, name: str) -> Path:
     return target
 
 
-def _write_members(members: Iterator[_Member], folder: Path) -> None:
+def _write_members(members: Iterable[_Member], folder: Path) -> None:
     listed = list(members)
     needed, free = sum(member.size for member in listed), shutil.disk_usage(folder).free
     if needed > free:
@@ -299,5 +269,7 @@ def _write_members(members: Iterator[_Member], folder: Path) -> None:
         # Resolved again at the time of writing: the folder may hold a link from before.
         target = _inside(folder, member.name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with member.open() as stream, open(target, "wb") as file:
+        stream = member.open()
+        assert stream is not None, "only regular files are listed"
+        with stream, open(target, "wb") as file:
             shutil.copyfileobj(stream, file, CHUNK)

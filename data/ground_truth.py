@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from data.formats import coco
+from data.formats.coco import Json
 from data.formats.description import DataConfig
 from data.formats.table import Table
-
-Json = dict[str, Any]
 
 
 def category_ids(config: DataConfig, split: str) -> list[int]:
@@ -51,23 +49,15 @@ def coco_ground_truth(
         as_read: the objects of `table` also for a COCO file, cut and without those that were
             dropped, as they are scored in other forms.
     """
-    images: list[Json] = [
-        {"id": int(key), "file_name": path, "height": int(height), "width": int(width)}
-        for key, path, (height, width) in zip(
-            table.image_ids, table.paths, table.sizes, strict=True
-        )
-    ]
+    identities = list(range(1, len(config.names) + 1))
     if config.format == "coco":
         document = coco.load(coco.annotation_file(config, split))
         identities = _ids_of_names(document, config.names)
-        ids = {key: identities[k] for key, k in coco.class_indices(document, config.names).items()}
-        annotations = (
-            _made_annotations(table, identities)
-            if as_read
-            else _stored_annotations(document, {image["id"] for image in images}, ids)
-        )
+    if config.format == "coco" and not as_read:
+        places = coco.class_indices(document, config.names)
+        ids = {key: identities[k] for key, k in places.items()}
+        annotations = _stored_annotations(document, set(table.image_ids.tolist()), ids)
     else:
-        identities = list(range(1, len(config.names) + 1))
         annotations = _made_annotations(table, identities)
     categories = [{"id": k, "name": n} for k, n in zip(identities, config.names, strict=True)]
     if single_class:
@@ -76,7 +66,12 @@ def coco_ground_truth(
     _number_if_needed(annotations)
     return {
         "info": {"description": f"{config.file} {split}"},
-        "images": [{**row, "file_name": Path(str(row["file_name"])).name} for row in images],
+        "images": [
+            {"id": key, "file_name": Path(path).name, "height": height, "width": width}
+            for key, path, (height, width) in zip(
+                table.image_ids.tolist(), table.paths, table.sizes.tolist(), strict=True
+            )
+        ],
         "annotations": annotations,
         "categories": categories,
     }
@@ -93,28 +88,26 @@ def _stored_annotations(
             continue
         kept = {key: value for key, value in row.items() if key != "segmentation"}
         kept["bbox"], kept["category_id"] = list(box), categories[row["category_id"]]
-        if kept.get("area") is None:
-            kept["area"] = box[2] * box[3]
+        kept["area"] = box[2] * box[3] if kept.get("area") is None else kept["area"]
         kept["iscrowd"] = kept.get("iscrowd") or 0
         rows.append(kept)
     return rows
 
 
 def _made_annotations(table: Table, identities: Sequence[int]) -> list[Json]:
+    images = table.image_ids[table.image_of_objects()].tolist()
     rows: list[Json] = []
-    for k, image_id in enumerate(table.image_ids):
-        for row in range(table.offsets[k], table.offsets[k + 1]):
-            left, top, right, bottom = (float(value) for value in table.boxes[row])
-            rows.append(
-                {
-                    "id": row + 1,
-                    "image_id": int(image_id),
-                    "category_id": identities[table.labels[row]],
-                    "bbox": [left, top, right - left, bottom - top],
-                    "area": (right - left) * (bottom - top),
-                    "iscrowd": int(table.crowd[row]),
-                }
-            )
+    for row, (left, top, right, bottom) in enumerate(table.boxes.tolist()):
+        rows.append(
+            {
+                "id": row + 1,
+                "image_id": images[row],
+                "category_id": identities[table.labels[row]],
+                "bbox": [left, top, right - left, bottom - top],
+                "area": (right - left) * (bottom - top),
+                "iscrowd": int(table.crowd[row]),
+            }
+        )
     return rows
 
 

@@ -21,7 +21,7 @@ import os
 import struct
 import zlib
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import cv2
 import numpy as np
@@ -34,6 +34,8 @@ from utils.files import refuse_special
 
 Image: TypeAlias = NDArray[np.uint8]
 """An RGB image, (H, W, 3)."""
+Pixels: TypeAlias = NDArray[np.generic]
+"""Numbers of any kind, mostly (H, W, C)."""
 
 EXTRA_DECODER = frozenset({".heic", ".heif", ".hif", ".jxl"})
 """Formats that Pillow reads with a plug-in only; without it such a file is unreadable, and told."""
@@ -143,7 +145,7 @@ def from_pillow(image: PillowImage.Image, white: float | None = None) -> Image:
     return _turn(rgb, _orientation(image))
 
 
-def from_array(array: NDArray[Any], white: float | None = None) -> Image:
+def from_array(array: Pixels, white: float | None = None) -> Image:
     """An array as `read_image` gives a file with these pixels.
 
     Args:
@@ -164,11 +166,6 @@ def from_array(array: NDArray[Any], white: float | None = None) -> Image:
     if not array.size or not (is_grey or (is_colour and array.dtype in (np.uint8, np.uint16))):
         raise ValueError(f"got {array.dtype} {array.shape}")
     return _from_channels(array, white)
-
-
-def image_size(path: str | Path) -> tuple[int, int]:
-    """Height and width of the upright image; see `image_header`."""
-    return image_header(path)[:2]
 
 
 def image_header(path: str | Path) -> Header:
@@ -250,7 +247,7 @@ def _on_white(rgba: PillowImage.Image) -> PillowImage.Image:
     return PillowImage.alpha_composite(page, rgba).convert("RGB")
 
 
-def _deep_colours(image: PillowImage.Image) -> NDArray[Any] | None:
+def _deep_colours(image: PillowImage.Image) -> Pixels | None:
     """Channels (H, W, C) of 16 bits, of which Pillow would keep the upper half; else None."""
     file = getattr(image, "fp", None)
     if file is None or not _is_deep(image):
@@ -290,7 +287,7 @@ def _peak(image: PillowImage.Image) -> int:
     return 0 if deep is None else int(deep[:, :, :3].max())
 
 
-def _from_channels(values: NDArray[Any], white: float | None) -> Image:
+def _from_channels(values: Pixels, white: float | None) -> Image:
     """Grey, grey and alpha, RGB or RGBA, (H, W, C), as RGB of 8 bits."""
     count = values.shape[2]
     colours = _to_bytes(values[:, :, : count - 1 if count in (2, 4) else count], white)
@@ -302,7 +299,7 @@ def _from_channels(values: NDArray[Any], white: float | None) -> Image:
     return np.array(_on_white(PillowImage.fromarray(rgba)), dtype=np.uint8)
 
 
-def _to_bytes(values: NDArray[Any], white: float | None) -> Image:
+def _to_bytes(values: Pixels, white: float | None) -> Image:
     """Bring values deeper than 8 bits to 0..255 (see the head of this file)."""
     if values.dtype == np.uint8:
         return np.asarray(values, dtype=np.uint8)

@@ -1,13 +1,15 @@
-"""Devices: which one, in which precision, how much of its memory."""
+"""Devices: which one, in which precision, how much of its memory, from which seed."""
 
 from __future__ import annotations
 
 import os
+import random
 import re
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from utils.errors import ConfigError, nearest
@@ -184,3 +186,10 @@ def _of_rank(numbers: list[int], local_rank: int | None, text: str) -> int:
             f"Start torchrun with --nproc_per_node {len(numbers)}."
         )
     return numbers[local_rank]
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch (all devices); `seed` is any whole number from 0."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import PurePath
 from types import FrameType
+from typing import NoReturn
 
 MOST_PROBLEMS = 30
 LONGEST_WORD, LONGEST_LINE = 300, 1200  # characters
 LONG_WORD = re.compile(rf"\S{{{LONGEST_WORD + 1},}}")
-HANDED_OVER = "Original Traceback"  # what torch makes of an error in a worker: the text of the whole traceback
 
 
 class UserError(Exception):
@@ -33,9 +33,6 @@ class UserError(Exception):
 
     def __init__(self, *problems: object) -> None:
         told = [str(problem) for problem in problems]
-        if len(told) == 1 and HANDED_OVER in told[0]:
-            super().__init__(told[0])
-            return
         more = [f"and {len(told) - MOST_PROBLEMS} more"] if len(told) > MOST_PROBLEMS else []
         super().__init__("\n".join([*map(printable, told[:MOST_PROBLEMS]), *more]))
 
@@ -133,13 +130,11 @@ def _told(error: BaseException, users: tuple[str, ...]) -> str:
 def nearest(word: str, candidates: Iterable[str]) -> str:
     """Return `" Did you mean 'X'?"` for the candidate closest to `word`, or an empty string."""
     names = list(candidates)
-    found = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
-    if not found:
-        lowered = {name.lower(): name for name in names}
-        found = [
-            lowered[m] for m in difflib.get_close_matches(word.lower(), lowered, n=1, cutoff=0.6)
-        ]
-    return f" Did you mean {found[0]!r}?" if found else ""
+    lowered = {name.lower(): name for name in names}
+    for text, known in ((word, dict(zip(names, names))), (word.lower(), lowered)):
+        if found := difflib.get_close_matches(text, known, n=1, cutoff=0.6):
+            return f" Did you mean {known[found[0]]!r}?"
+    return ""
 
 
 def run_cli(main: Callable[[], None]) -> None:
@@ -155,8 +150,7 @@ def run_cli(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _end(f"error: {error}", 2)
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -164,16 +158,19 @@ def run_cli(main: Callable[[], None]) -> None:
         place = f"{name}: " if name else ""
         reason = " ".join((error.strerror or str(error)).split())
         told = printable(f"{place}{reason}. Check the path, its rights and the disk.")
-        print(f"error: {told}", file=sys.stderr)
-        sys.exit(2)
+        _end(f"error: {told}", 2)
     except RuntimeError as error:
         if not (told := worker_death(error)):
             raise
-        print(f"error: {told}", file=sys.stderr)
-        sys.exit(2)
+        _end(f"error: {told}", 2)
     except KeyboardInterrupt as error:
-        print(str(error) or "interrupted", file=sys.stderr)
-        sys.exit(128 + getattr(error, "number", signal.SIGINT))
+        number = error.number if isinstance(error, StoppedError) else int(signal.SIGINT)
+        _end(str(error) or "interrupted", 128 + number)
+
+
+def _end(told: str, code: int) -> NoReturn:
+    print(told, file=sys.stderr)
+    sys.exit(code)
 
 
 def _path_in_hand(error: BaseException) -> PurePath | None:

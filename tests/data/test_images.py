@@ -18,7 +18,6 @@ from data.images import (
     from_array,
     from_pillow,
     image_header,
-    image_size,
     read_image,
 )
 from utils.errors import DatasetError
@@ -57,7 +56,7 @@ def test_exif_orientation_is_applied_in_every_format(tmp_path, orientation, suff
     save_with_orientation(path, orientation)
     image = read_image(path)
     assert image.shape == UPRIGHT.shape
-    assert image_size(path) == UPRIGHT.shape[:2]
+    assert image_header(path)[:2] == UPRIGHT.shape[:2]
     difference = np.abs(image.astype(int) - UPRIGHT)
     assert np.median(difference) < 12, "the picture lies another way"
     assert difference[:4, :4].mean() < 25 and difference[-4:].mean() < 25
@@ -247,14 +246,14 @@ def test_a_file_that_was_cut_off_is_no_whole_image(tmp_path, suffix):
     with pytest.raises(ImageError, match=f"cut.{suffix}"):
         read_image(path)
     with pytest.raises(ImageError, match=f"cut.{suffix}"):
-        image_size(path)
+        image_header(path)
 
 
 @pytest.mark.parametrize("data", [b"", b"no image at all", b"\xff\xd8\xff\xe0 broken"])
 def test_bytes_that_are_no_image_are_named(tmp_path, data):
     path = tmp_path / "bad.jpg"
     path.write_bytes(data)
-    for read in (read_image, image_size):
+    for read in (read_image, image_header):
         with pytest.raises(ImageError, match="bad.jpg"):
             read(path)
 
@@ -264,11 +263,11 @@ def test_bytes_after_the_end_of_a_jpeg_do_no_harm(tmp_path):
     path = tmp_path / "a.jpg"
     path.write_bytes(path.read_bytes() + b"maker's note " * 20)
     assert read_image(path).shape == UPRIGHT.shape
-    assert image_size(path) == UPRIGHT.shape[:2]
+    assert image_header(path)[:2] == UPRIGHT.shape[:2]
 
 
 def test_a_missing_file_is_no_decode_error(tmp_path):
-    for read in (read_image, image_size):
+    for read in (read_image, image_header):
         with pytest.raises(DatasetError) as caught:
             read(tmp_path / "none.jpg")
         assert not isinstance(caught.value, ImageError)

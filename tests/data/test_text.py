@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from data.formats import coco, voc, yolo
+from data.formats.description import describe_folder, recognise_entry
 from data.label_cache import load_table
-from data.recognise import describe_folder, recognise_entry
 from utils.errors import DatasetError
 
 

@@ -9,7 +9,14 @@ import torch
 import torch.multiprocessing as mp
 from torch import nn
 
-from utils.device import agrees_with_float32, autocast, autocast_dtype, memory_used, select_device
+from utils.device import (
+    agrees_with_float32,
+    autocast,
+    autocast_dtype,
+    memory_used,
+    seed_everything,
+    select_device,
+)
 from utils.distributed import (
     World,
     all_gather_objects,
@@ -23,7 +30,6 @@ from utils.distributed import (
     unwrap,
 )
 from utils.errors import ConfigError
-from utils.seed import seed_everything
 
 CPU = torch.device("cpu")
 
