@@ -1,33 +1,78 @@
-"""Running a module on the `meta` device: shapes without arithmetic, memory or random numbers."""
+"""Running a module on the `meta` device: shapes without arithmetic, memory or random numbers.
+
+What PyTorch keeps to itself and this project uses stands here alone: dispatch modes (`torch.utils._python_dispatch`), tensors
+that say they are on the CPU (`torch._subclasses`) and the hooks of a module; seen in torch 2.4 to 2.14.
+"""
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils._pytree import tree_map
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from utils.errors import ForeignError, foreign_code
+from utils.trees import map_tensors, tensors_in
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody watches the calls of `module`."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
+class PeakMemory(TorchDispatchMode):
+    """Bytes of the tensors that are made in the block and live at one time, at most; what a kernel borrows is not seen.
+
+    Attributes:
+        held: bytes alive now.
+        peak: the most so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = self.peak = 0
+        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        outputs = func(*args, **(kwargs or {}))
+        for tensor in tensors_in(outputs):
+            storage = tensor.untyped_storage()  # the memory itself, which views share
+            if storage not in self._known:
+                self._known.add(storage)
+                self._hold(storage.nbytes())
+                weakref.finalize(storage, self._hold, -storage.nbytes())
+        return outputs
+
+    def _hold(self, count: int) -> None:
+        self.held += count
+        self.peak = max(self.peak, self.held)
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put `module` in eval mode for a while; every submodule gets its own mode back."""
+def evaluating(module: nn.Module, training: bool = False) -> Iterator[None]:
+    """Put `module` in eval mode (or training) for a while; every submodule gets its own mode back."""
     modes = {m: m.training for m in module.modules()}
-    module.eval()
+    module.train(training)
     try:
         yield
     finally:
-        for submodule, training in modes.items():
-            submodule.training = training
+        for submodule, was_training in modes.items():
+            submodule.training = was_training
 
 
-def run_on_meta(module: nn.Module, *inputs: Any) -> Any:
+def run_on_meta(module: nn.Module, *inputs: object) -> Any:
     """The outputs of `module` for meta tensors `inputs`, in eval mode.
 
     Parameters and buffers are replaced by meta tensors for the call: nothing is computed, no running
@@ -39,19 +84,21 @@ def run_on_meta(module: nn.Module, *inputs: Any) -> Any:
             return _call_with(module, shapes, inputs)
         except RuntimeError:  # code that asks for the type of the device, as `torch.autocast` does
             with suppress(ForeignError), foreign_code(), _fake_tensors():
-                outputs = _call_with(module, _faked(shapes), tree_map(_fake, inputs))
-                return tree_map(_as_meta, outputs)
+                outputs = _call_with(module, map_tensors(_fake, shapes), map_tensors(_fake, inputs))
+                return map_tensors(_as_meta, outputs)
             raise
 
 
-def run_for_real(module: nn.Module, *inputs: Any) -> Any:
+def run_for_real(module: nn.Module, *inputs: object) -> Any:
     """As `run_on_meta`, for code that asks for values: a copy of `module` computes on random numbers on the CPU."""
     with evaluating(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        outputs = copy.deepcopy(module)(*tree_map(_random, inputs))
-    return tree_map(_as_meta, outputs)
+        outputs = copy.deepcopy(module)(*map_tensors(_random, inputs))
+    return map_tensors(_as_meta, outputs)
 
 
-def idle_parameters(module: nn.Module, inputs: tuple[Any, ...], kept: Sequence[int]) -> list[str]:
+def idle_parameters(
+    module: nn.Module, inputs: tuple[object, ...], kept: Sequence[int]
+) -> list[str]:
     """Names of the parameters that the outputs number `kept` of `module` do not depend on.
 
     Found by a backward pass of meta tensors in eval mode; empty for code that cannot be run so.
@@ -60,12 +107,14 @@ def idle_parameters(module: nn.Module, inputs: tuple[Any, ...], kept: Sequence[i
     with suppress(ForeignError), foreign_code(), evaluating(module):
         return _without_gradient(module, shapes, inputs, kept)
     with suppress(ForeignError), foreign_code(), _fake_tensors(), evaluating(module):
-        return _without_gradient(module, _faked(shapes), tree_map(_fake, inputs), kept)
+        return _without_gradient(
+            module, map_tensors(_fake, shapes), map_tensors(_fake, inputs), kept
+        )
     return []
 
 
 def train_on_meta(
-    module: nn.Module, inputs: tuple[Any, ...], memory_format: torch.memory_format
+    module: nn.Module, inputs: tuple[object, ...], memory_format: torch.memory_format
 ) -> None:
     """One forward and backward pass in training mode on the meta device; `module` is not changed.
 
@@ -73,31 +122,23 @@ def train_on_meta(
         Whatever its code raises.
     """
 
-    def laid_out(value: Any) -> Any:
-        is_map = isinstance(value, torch.Tensor) and value.ndim == 4
-        return value.to(memory_format=memory_format) if is_map else value
+    def laid_out(value: Tensor) -> Tensor:
+        return value.to(memory_format=memory_format) if value.ndim == 4 else value
 
-    modes = {m: m.training for m in module.modules()}
-    try:
-        tensors = {key: laid_out(value) for key, value in _meta_tensors(module).items()}
-        _without_gradient(module.train(), tensors, tree_map(laid_out, inputs), None)
-    finally:
-        for submodule, training in modes.items():
-            submodule.training = training
+    tensors = {key: laid_out(value) for key, value in _meta_tensors(module).items()}
+    with evaluating(module, training=True):
+        _without_gradient(module, tensors, map_tensors(laid_out, inputs), None)
 
 
-def train_for_real(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+def train_for_real(module: nn.Module, inputs: tuple[object, ...]) -> None:
     """As `train_on_meta`, with random numbers on the CPU and a copy of `module`."""
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        outputs = copy.deepcopy(module).train()(*tree_map(_random, inputs))
+        outputs = copy.deepcopy(module).train()(*map_tensors(_random, inputs))
         _total(outputs, None).backward()
 
 
 def _without_gradient(
-    module: nn.Module,
-    tensors: dict[str, torch.Tensor],
-    inputs: tuple[Any, ...],
-    kept: Sequence[int] | None,
+    module: nn.Module, tensors: dict[str, Tensor], inputs: object, kept: Sequence[int] | None
 ) -> list[str]:
     parameters = {
         key: tensors[key].requires_grad_()
@@ -111,22 +152,24 @@ def _without_gradient(
     return [key for key, tensor in parameters.items() if tensor.grad is None]
 
 
-def _total(outputs: Any, kept: Sequence[int] | None) -> torch.Tensor:
+def _total(outputs: Any, kept: Sequence[int] | None) -> Tensor:
     """The sum of the maps number `kept`, or of all."""
     maps = list(outputs.values()) if isinstance(outputs, Mapping) else outputs
-    maps = [maps] if isinstance(maps, torch.Tensor) else maps
+    maps = [maps] if isinstance(maps, Tensor) else maps
     return torch.stack([maps[k].sum() for k in (range(len(maps)) if kept is None else kept)]).sum()
 
 
-def _meta_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+def _meta_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, one that stands under two names of a submodule twice."""
     return {
         f"{prefix}.{key}" if prefix else key: torch.empty_like(value, device="meta")
         for prefix, submodule in module.named_modules()  # each once, however many names it has
-        for key, value in _own_tensors(submodule)
+        for own in (submodule.named_parameters, submodule.named_buffers)
+        for key, value in own(recurse=False, remove_duplicate=False)
     }
 
 
-def _call_with(module: nn.Module, tensors: dict[str, torch.Tensor], inputs: Any) -> Any:
+def _call_with(module: nn.Module, tensors: dict[str, Tensor], inputs: Any) -> Any:
     # Following ties would swap a shared module's tensors once for each of its names, and put the wrong ones back.
     return torch.func.functional_call(module, tensors, inputs, tie_weights=False)
 
@@ -145,27 +188,13 @@ def _fake_tensors() -> Iterator[None]:
         log.disabled = was_disabled
 
 
-def _faked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {key: _fake(value) for key, value in tensors.items()}
+def _fake(value: Tensor) -> Tensor:
+    return torch.empty(value.shape, dtype=value.dtype)
 
 
-def _fake(value: Any) -> Any:
-    return torch.empty(value.shape, dtype=value.dtype) if isinstance(value, torch.Tensor) else value
-
-
-def _random(value: Any) -> Any:
-    if not isinstance(value, torch.Tensor):
-        return value
+def _random(value: Tensor) -> Tensor:
     return torch.rand(value.shape, dtype=value.dtype)
 
 
-def _as_meta(value: Any) -> Any:
-    if not isinstance(value, torch.Tensor):
-        return value
+def _as_meta(value: Tensor) -> Tensor:
     return torch.empty(value.shape, dtype=value.dtype, device="meta")
-
-
-def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and buffers that hang on `module` itself, one parameter under two names twice."""
-    yield from module.named_parameters(recurse=False, remove_duplicate=False)
-    yield from module.named_buffers(recurse=False, remove_duplicate=False)

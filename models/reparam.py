@@ -2,13 +2,11 @@
 
 `fuse` works in place, `reparameterize_model` on a copy. In this order it
 
-1. drops what the outputs do not need: rows that only an auxiliary branch reads, found by walking
-   back from the main head;
-2. lets every module that can re-parameterize itself do so (`reparameterize()`,
-   `switch_to_deploy()` or `fuse()`, ours or foreign);
-3. runs the network once, recorded operation by operation, and folds every BatchNorm and layer scale
-   into the convolution or linear layer before it, or a BatchNorm into the one behind it, where the
-   record proves that nothing else reads what lies between;
+1. drops what the outputs do not need: rows that only an auxiliary branch reads, found by walking back from the main head;
+2. lets every module that can re-parameterize itself do so (`reparameterize()`, `switch_to_deploy()` or `fuse()`, ours or
+   foreign);
+3. runs the network once, watched, and folds every BatchNorm and layer scale into the convolution or linear layer before it,
+   or a BatchNorm into the one behind it, where nothing else reads what lies between;
 4. removes modules that inference never touches (embeddings for denoising);
 5. compares its outputs with those from before, and names the first module that differs.
 """
@@ -17,25 +15,29 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from models.fusing.dataflow import Call, Record, record_run
-from models.fusing.pairs import Folder
-from models.fusing.precision import default_type, in_type, own_type, widest_type
-from models.parser.wiring import with_releases
+from models.fusing.flow import Prints, Record, prints_of, record_run
+from models.fusing.pairs import Folder, put
+from models.head import Head
+from models.parser.wiring import Row, with_releases
 from models.table import count_params
+from utils.structures import Decoded
+from utils.trees import tensors_in
 
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-4}
 HALF_TOLERANCE = 1e-2
 OWN_ROUNDINGS = 4
 """Where float64 cannot be asked: how many times what one rounding of the input changes is allowed, as for exported files."""
 PROTOCOLS = ("reparameterize", "switch_to_deploy", "fuse")
+WIDEN_UP_TO = 200_000_000
+"""Parameters of the largest network that is checked in float64 (which doubles its memory for a moment)."""
 
 
 class FuseError(RuntimeError):
@@ -89,7 +91,40 @@ def reparameterize_model(
     return duplicate
 
 
-@torch.inference_mode(False)  # which would hide operations from the record, and taint parameters
+@runtime_checkable
+class Detector(Protocol):
+    """A `DetectionModel`, as far as it is brought into its deployed form here; its row modules stand under `model`."""
+
+    rows: tuple[Row, ...]
+    imgsz: tuple[int, int]
+
+    @property
+    def head(self) -> Head[NamedTuple]: ...
+    @property
+    def channels(self) -> int: ...
+    @property
+    def any_size(self) -> bool: ...
+    @property
+    def max_stride(self) -> int: ...
+    def decode(self, raw: NamedTuple) -> Decoded: ...
+
+
+@runtime_checkable
+class Reparameterizable(Protocol):
+    """A module that can bring itself into its deployed form."""
+
+    def reparameterize(self) -> None:
+        """In place; once more changes nothing."""
+
+
+@runtime_checkable
+class FoldsInside(Protocol):
+    """A module whose `reparameterize()` speaks for everything inside."""
+
+    reparameterizes_inside: bool
+
+
+@torch.inference_mode(False)  # which would taint parameters
 def fuse(model: nn.Module, *, check: bool = True, sample: Tensor | None = None) -> FuseReport:
     """Bring `model` into its deployed form, in place; it is in eval mode afterwards.
 
@@ -104,237 +139,71 @@ def fuse(model: nn.Module, *, check: bool = True, sample: Tensor | None = None) 
         FuseError: an output changed; the first module whose own output changed is named.
     """
     model.eval()
-    sample = _sample_for(model) if sample is None else sample
+    images = _sample_for(model) if sample is None else sample
+    names = {module: name for name, module in model.named_modules()}
     report = FuseReport(count_params(model))
-    wide = widest_type(model)
-    before = _run_before(model, sample, wide) if check else None
-    running = before.dtype if before else own_type(model)
-    with in_type(model, running):
-        _convert(model, sample, wide, before, report)
+    own, wide = _types(model)
+    before = _run_before(model, images, own, wide) if check else None
+    with in_type(model, before.dtype if before else own):
+        report.dropped += _drop_rows(model)
+        with in_type(model, wide), _default_type(wide):
+            report.reparameterized += _call_protocols(model)
+        typed = _typed(model, images)
+        record = record_run(model, lambda: _predict(model, typed))
+        folder = Folder(model, record, names)
+        with in_type(model, wide):
+            folder.run()
+        report.folded, report.left = folder.folded, folder.left
+        report.dropped += _drop_idle(model, record, images)
+        if before:
+            _compare(model, images, before, folder, report)
     report.after = count_params(model)
     return report
 
 
-def _convert(
-    model: nn.Module, sample: Tensor, wide: torch.dtype, before: _Before | None, report: FuseReport
-) -> None:
-    """Drop, re-parameterize and fold; the arithmetic of weights is done in `wide`."""
-    names = {module: name for name, module in model.named_modules()}
-    report.dropped += _drop_rows(model)
-    with in_type(model, wide), default_type(wide):
-        report.reparameterized += _call_protocols(model)
-    _, record = _run(model, sample)
-    folder = Folder(model, record, names)
-    with in_type(model, wide):
-        folder.run()
-    report.folded, report.left = folder.folded, folder.left
-    _drop_idle(model, record, report, lambda: _run(model, sample))
-    record.forget_tensors()
-    if before:
-        _compare(before, _run(model, sample), folder, report)
-
-
 class _Before(NamedTuple):
-    """What the network did: its outputs, the record of the run, the type it ran in, and what one rounding of the
-    input alone changes in the outputs where that type is not the widest."""
+    """What the network did: its outputs, prints of its modules, the type it ran in, and what one rounding of the input
+    alone changes in the outputs where that type is not the widest."""
 
     outputs: list[Tensor]
-    record: Record
+    prints: Prints
     dtype: torch.dtype
     rounding: float = 0.0
 
 
-def _run(model: nn.Module, sample: Tensor) -> tuple[list[Tensor], Record]:
-    """Outputs and record of one run."""
-    images = sample.to(next((p for p in model.parameters()), sample))
-    return record_run(model, lambda: _predict(model, images))
-
-
-def _run_before(model: nn.Module, sample: Tensor, wide: torch.dtype) -> _Before:
+def _run_before(model: nn.Module, images: Tensor, own: torch.dtype, wide: torch.dtype) -> _Before:
     """The run to compare with: in the widest type, or in the network's own where its code insists on that."""
-    own, rounding = own_type(model), 0.0
     try:
         with in_type(model, wide):
-            outputs, record = _run(model, sample)
+            return _Before(*prints_of(model, lambda: _predict(model, images)), wide)
     except (RuntimeError, TypeError):
         if wide == own:
             raise
-        wide = own
-        outputs, record = _run(model, sample)
-        rounding = _largest_difference(outputs, _run(model, _rounded(sample))[0])
-    record.forget_tensors()
-    return _Before(outputs, record, wide, rounding)
+    outputs, prints = prints_of(model, lambda: _predict(model, images))
+    moved = _predict(model, _rounded(images))
+    return _Before(outputs, prints, own, _largest_difference(outputs, moved))
 
 
-def _rounded(sample: Tensor) -> Tensor:
+def _rounded(images: Tensor) -> Tensor:
     """Every other pixel's value moved to the next one that float32 has."""
-    moved = sample.clone()
-    moved[..., ::2] = torch.nextafter(sample[..., ::2], torch.zeros_like(sample[..., ::2]))
+    moved = images.clone()
+    moved[..., ::2] = torch.nextafter(images[..., ::2], torch.zeros_like(images[..., ::2]))
     return moved
 
 
 def _compare(
-    before: _Before, after: tuple[list[Tensor], Record], folder: Folder, report: FuseReport
+    model: nn.Module, images: Tensor, before: _Before, folder: Folder, report: FuseReport
 ) -> None:
-    found, last = after
     own = min(OWN_ROUNDINGS * before.rounding, HALF_TOLERANCE)  # a network may amplify rounding
     report.tolerance = max(TOLERANCES.get(before.dtype, HALF_TOLERANCE), own)
-    report.difference = _largest_difference(before.outputs, found)
+    outputs, prints = prints_of(model, lambda: _predict(model, images))
+    report.difference = _largest_difference(before.outputs, outputs)
     if not report.difference <= report.tolerance:
-        culprit = _first_different(before.record, last, folder, report)
+        culprit = _first_different(before.prints, prints, folder, report)
         raise FuseError(
             f"fuse: the fused network differs - got max |difference| {report.difference:.1e}, expected at most "
             f"{report.tolerance:.0e}. The first module that differs is {culprit}."
         )
-
-
-def _sample_for(model: Any) -> Tensor:
-    """A random image, small but not square; large enough for a head that ranks 300 candidates."""
-    is_ranking = getattr(getattr(model, "head", None), "postprocess", "nms") == "topk"
-    stride = getattr(model, "max_stride", 32)
-    height, width = (5 * stride, 6 * stride) if is_ranking else (2 * stride, 3 * stride)
-    own: tuple[int, int] = getattr(model, "imgsz", (height, width))
-    is_fixed = any(
-        getattr(module, "any_size", True) is False for module in model.modules()
-    )  # the model among them
-    shape = (1, getattr(model, "channels", 3))
-    generator = torch.Generator().manual_seed(0)
-    sample = torch.rand(*shape, height, width, generator=generator)
-    if is_fixed or not _takes(model, sample):
-        sample = torch.rand(*shape, *own, generator=generator)
-    return sample
-
-
-def _takes(model: nn.Module, sample: Tensor) -> bool:
-    """Whether the network runs on `sample`, which may be too small for its kernels."""
-    try:
-        with torch.no_grad():
-            model(sample.to(next((p for p in model.parameters()), sample)))
-    except RuntimeError:
-        return False
-    return True
-
-
-def _predict(model: nn.Module, sample: Tensor) -> list[Tensor]:
-    """What inference makes of `sample`: decoded, if the model can decode."""
-    raw = model(sample)
-    decode = getattr(model, "decode", None)
-    result = decode(raw) if callable(decode) else raw
-    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-
-
-# --- dropping -------------------------------------------------------------------------------------
-
-
-def _drop_rows(model: Any) -> list[str]:
-    """Keep the main head and the rows it is fed by, found by walking back from it."""
-    rows: Any = getattr(model, "rows", None)
-    head: Any = getattr(model, "head", None)
-    if not rows or head.main_head() is head:
-        return []
-    last = rows[-1]._replace(inputs=tuple(rows[-1].inputs[head.main_inputs]))
-    modules = [*model.model[:-1], head.main_head()]
-    rows = (*rows[:-1], last)
-    needed = set(last.inputs)
-    kept = [len(rows) - 1]
-    for number in range(len(rows) - 2, -1, -1):
-        slots = rows[number].map_slots or (rows[number].index,)
-        if needed & set(slots):
-            needed |= set(rows[number].inputs)
-            kept.append(number)
-    kept.reverse()
-    dropped = [f"model.{n} ({row.module})" for n, row in enumerate(rows) if n not in set(kept)]
-    model.model = nn.ModuleList(modules[number] for number in kept)
-    model.rows = with_releases([rows[number] for number in kept])
-    return [*dropped, f"model.{len(rows) - 1} (auxiliary part)"]
-
-
-def _drop_idle(
-    model: nn.Module, record: Record, report: FuseReport, run: Callable[[], Any]
-) -> None:
-    """Remove modules with parameters that the run neither called nor read."""
-    called = {call.module for call in record.calls}
-    read = {value[0] for operation in record.operations for value in operation.reads}
-    removed: list[tuple[nn.Module, str, nn.Module]] = []
-    _find_idle(model, "", called, read, removed, report.dropped)
-    for parent, name, _ in removed:
-        parent._modules[name] = nn.Identity()
-    if not removed:
-        return
-    try:
-        run()
-    except (AttributeError, TypeError):  # something asks an unused module for its type or size
-        for parent, name, module in removed:
-            parent._modules[name] = module
-        del report.dropped[-len(removed) :]
-
-
-def _find_idle(
-    module: nn.Module,
-    prefix: str,
-    called: set[nn.Module],
-    read: set[int],
-    removed: list[tuple[nn.Module, str, nn.Module]],
-    names: list[str],
-) -> None:
-    for name, child in module.named_children():
-        parameters = list(child.parameters())
-        touched = any(m in called for m in child.modules()) or any(
-            id(p) in read for p in parameters
-        )
-        if parameters and not touched:
-            removed.append((module, name, child))
-            names.append(f"{prefix}{name}")
-        else:
-            _find_idle(child, f"{prefix}{name}.", called, read, removed, names)
-
-
-# --- modules that fold themselves -----------------------------------------------------------------
-
-
-def _call_protocols(model: nn.Module, prefix: str = "") -> list[str]:
-    """Call `reparameterize()`, `switch_to_deploy()` or `fuse()` of every module that has one."""
-    done = []
-    own = getattr(model, "reparameterize", None)
-    if not prefix and callable(own) and not hasattr(model, "decode"):
-        own()
-        done.append("(the network)")
-    for name, child in list(model.named_children()):
-        path = f"{prefix}{name}"
-        before = sum(1 for _ in child.parameters())
-        result = _call_protocol(child)
-        if isinstance(result, nn.Module) and result is not child:
-            result.train(child.training)
-            model._modules[name] = child = result
-        if sum(1 for _ in child.parameters()) != before:
-            done.append(path)
-        if not getattr(child, "reparameterizes_inside", False):
-            done += _call_protocols(child, f"{path}.")
-    return done
-
-
-def _call_protocol(module: nn.Module) -> Any:
-    if isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule)):
-        return None
-    for name in PROTOCOLS:
-        method = getattr(module, name, None)
-        if callable(method) and not isinstance(method, nn.Module) and _takes_nothing(method):
-            return method()
-    return None
-
-
-def _takes_nothing(method: Callable[..., Any]) -> bool:
-    """Whether it can be called as it is; `fuse(a, b)` of a module that merges maps cannot."""
-    try:
-        inspect.signature(method).bind()
-    except TypeError:
-        return False
-    except ValueError:  # built in, without a signature
-        return True
-    return True
-
-
-# --- checking -------------------------------------------------------------------------------------
 
 
 def _largest_difference(expected: list[Tensor], found: list[Tensor]) -> float:
@@ -349,19 +218,179 @@ def _largest_difference(expected: list[Tensor], found: list[Tensor]) -> float:
     return max(ratios, default=0.0)
 
 
-def _first_different(before: Record, after: Record, folder: Folder, report: FuseReport) -> str:
+def _first_different(before: Prints, after: Prints, folder: Folder, report: FuseReport) -> str:
     """The name of the first module whose output differs, among those that exist in both forms."""
-    earlier: dict[nn.Module, list[Call]] = {}
-    for call in before.calls:
-        earlier.setdefault(call.module, []).append(call)
-    changed = folder.changed_modules()
+    earlier: dict[nn.Module, list[list[Tensor]]] = {}
+    for module, prints in before:
+        earlier.setdefault(module, []).append(prints)
+    changed = {c.module for c in folder.record.calls if not folder.changed.isdisjoint(c.results)}
     inside = tuple(f"{name}." for name in report.reparameterized)
-    for call in after.calls:
-        module = folder.replaced.get(call.module, call.module)
+    for module, prints in after:
+        module = folder.replaced.get(module, module)
         if module not in earlier or module in changed or folder.names[module].startswith(inside):
             continue
-        for (a, size), (b, _) in zip(earlier[module].pop(0).print, call.print):
-            limit = report.tolerance * max(size, 1e-30)
-            if a.shape != b.shape or not bool((a - b).abs().max() <= limit):
-                return f"{folder.names[module]!r} ({type(module).__name__})"
+        if not _largest_difference(earlier[module].pop(0), prints) <= report.tolerance:
+            return f"{folder.names[module]!r} ({type(module).__name__})"
     return "the network itself"
+
+
+def _sample_for(model: nn.Module) -> Tensor:
+    """A random image, small but not square; large enough for a head that ranks 300 candidates."""
+    generator = torch.Generator().manual_seed(0)
+    if not isinstance(model, Detector):
+        return torch.rand(1, 3, 64, 96, generator=generator)
+    rows, columns = (5, 6) if model.head.postprocess == "topk" else (2, 3)
+    size = (rows * model.max_stride, columns * model.max_stride)
+    images = torch.rand(1, model.channels, *size, generator=generator)
+    with suppress(RuntimeError):  # too small for its kernels
+        if model.any_size:
+            _predict(model, images)
+            return images
+    return torch.rand(1, model.channels, *model.imgsz, generator=generator)
+
+
+def _typed(model: nn.Module, images: Tensor) -> Tensor:
+    return images.to(next((p for p in model.parameters()), images))
+
+
+@torch.no_grad()
+def _predict(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """What inference makes of `images`: decoded, if the model can decode."""
+    raw = model(_typed(model, images))
+    return list(tensors_in(model.decode(raw) if isinstance(model, Detector) else raw))
+
+
+# --- the type of the weights, for a while ---------------------------------------------------------
+
+
+def _types(model: nn.Module) -> tuple[torch.dtype, torch.dtype]:
+    """The type of the parameters, and float64 where memory and device allow: rounding then hides no fault."""
+    parameter = next((p for p in model.parameters()), None)
+    if parameter is None:
+        return torch.float32, torch.float32
+    fits = parameter.dtype == torch.float32 and count_params(model) <= WIDEN_UP_TO
+    widens = fits and parameter.device.type != "mps"
+    return parameter.dtype, torch.float64 if widens else parameter.dtype
+
+
+@contextmanager
+def in_type(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Run with float32 parameters and buffers widened to `dtype`; they are float32 afterwards, and the same objects.
+
+    Inside another such block nothing changes: what is made there stays wide until the outer one ends.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    narrow = [t for t in tensors if t.dtype == torch.float32]
+    if dtype != torch.float64 or not narrow:
+        yield
+        return
+    stays = {id(t) for t in tensors if t.dtype == torch.float64}
+    for tensor in narrow:
+        tensor.data = tensor.data.double()
+    try:
+        yield
+    finally:
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.dtype == torch.float64 and id(tensor) not in stays:
+                tensor.data = tensor.data.float()
+
+
+@contextmanager
+def _default_type(dtype: torch.dtype) -> Iterator[None]:
+    """Layers that foreign code makes meanwhile have `dtype`, so that it rounds nothing."""
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(usual)
+
+
+# --- dropping -------------------------------------------------------------------------------------
+
+
+def _drop_rows(model: nn.Module) -> list[str]:
+    """Keep the main head and the rows it is fed by, found by walking back from it."""
+    if not isinstance(model, Detector):
+        return []
+    head = model.head
+    last = model.rows[-1]._replace(inputs=tuple(model.rows[-1].inputs[head.main_inputs]))
+    rows = (*model.rows[:-1], last)
+    needed = set(last.inputs)
+    kept = [len(rows) - 1]
+    for number in range(len(rows) - 2, -1, -1):
+        slots = rows[number].map_slots or (rows[number].index,)
+        if needed & set(slots):
+            needed |= set(rows[number].inputs)
+            kept.insert(0, number)
+    main = head.main_head()
+    if len(kept) == len(rows) and main is head:
+        return []
+    dropped = [f"model.{n} ({row.module})" for n, row in enumerate(rows) if n not in kept]
+    modules = model.get_submodule("model")
+    assert isinstance(modules, nn.ModuleList)
+    model.register_module("model", nn.ModuleList([*(modules[n] for n in kept[:-1]), main]))
+    model.rows = with_releases([rows[number] for number in kept])
+    return [*dropped, f"model.{len(rows) - 1} (auxiliary part)"]
+
+
+def _drop_idle(model: nn.Module, record: Record, images: Tensor) -> list[str]:
+    """Remove modules with parameters that the run neither called nor read."""
+    used = {call.module for call in record.calls}
+    read = {identity for identity, _ in record.readers}
+    removed: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        parameters = [id(p) for p in module.parameters()]
+        is_idle = read.isdisjoint(parameters) and used.isdisjoint(module.modules())
+        if parameters and is_idle and not name.startswith(tuple(f"{n}." for n in removed)):
+            removed[name] = module
+    for name in removed:
+        put(model, name, nn.Identity())
+    try:
+        if removed:
+            _predict(model, images)
+        return list(removed)
+    except (AttributeError, TypeError):  # something asks an unused module for its type or size
+        for name, module in removed.items():
+            put(model, name, module)
+        return []
+
+
+# --- modules that fold themselves -----------------------------------------------------------------
+
+
+def _call_protocols(model: nn.Module, prefix: str = "") -> list[str]:
+    """Let every module that has one of the `PROTOCOLS` re-parameterize itself; the names of those that changed."""
+    done = []
+    if not prefix and isinstance(model, Reparameterizable):
+        model.reparameterize()
+        done.append("(the network)")
+    for name, child in list(model.named_children()):
+        path = f"{prefix}{name}"
+        before = sum(1 for _ in child.parameters())
+        result = _call_protocol(child)
+        if isinstance(result, nn.Module) and result is not child:
+            result.train(child.training)
+            child = result
+            model.register_module(name, child)
+        if sum(1 for _ in child.parameters()) != before:
+            done.append(path)
+        if not isinstance(child, FoldsInside):
+            done += _call_protocols(child, f"{path}.")
+    return done
+
+
+def _call_protocol(module: nn.Module) -> object:
+    """What the first of the `PROTOCOLS` that can be called as it is gives; `fuse(a, b)` of a module that merges maps cannot."""
+    if isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule)):
+        return None
+    for name in PROTOCOLS:
+        method = getattr(module, name, None)
+        if not callable(method) or isinstance(method, nn.Module):
+            continue
+        with suppress(TypeError):
+            inspect.signature(method).bind()
+            break
+    else:
+        return None
+    return method()

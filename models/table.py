@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from models.meta import run_for_real, run_on_meta
+from models.meta import PeakMemory, run_for_real, run_on_meta
 
 
 class Totals(NamedTuple):
@@ -26,38 +23,6 @@ class Totals(NamedTuple):
     params: int
     gflops: float
     memory: float = 0.0
-
-
-class PeakMemory(TorchDispatchMode):
-    """Bytes of the tensors that are made in the block and live at one time, at most; what a kernel borrows is not seen.
-
-    Attributes:
-        held: bytes alive now.
-        peak: the most so far.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.held = self.peak = 0
-        self._known: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        outputs = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(outputs):
-            if isinstance(tensor, Tensor):
-                self._hold(tensor.untyped_storage())
-        return outputs
-
-    def _hold(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata  # of the memory itself, which views share
-        if key not in self._known:
-            self._known[key] = storage
-            self.held += storage.nbytes()
-            self.peak = max(self.peak, self.held)
-            weakref.finalize(storage, self._release, storage.nbytes())
-
-    def _release(self, count: int) -> None:
-        self.held -= count
 
 
 def count_params(module: nn.Module) -> int:

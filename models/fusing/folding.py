@@ -1,17 +1,18 @@
-"""The arithmetic of folding: a per-channel `x * scale + shift` moves into the layer before or
-behind it.
+"""The arithmetic of folding: a per-channel `x * scale + shift` moves into the layer before or behind it.
 
 All sums are made in float64 and rounded once, to the type of the weight they go to.
 """
 
 from __future__ import annotations
 
-from types import MethodType
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+Layer: TypeAlias = (
+    nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d | nn.Linear
+)  # fmt: skip
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 FOLDABLE = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
@@ -33,47 +34,57 @@ class Affine(NamedTuple):
     rest: nn.Module | None
 
 
+@runtime_checkable
+class TellsAffine(Protocol):
+    """A module that knows what it does to each channel, and can do its shift alone."""
+
+    def affine(self) -> Affine | None:
+        """Its scale and shift; None for nothing."""
+
+    def without_scale(self) -> nn.Module:
+        """What is left of it where the layer behind has taken the scale."""
+
+
+def fold_norm(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """Scale and shift (C,), float64, of a norm on running statistics: `(x - mean) / sqrt(variance + eps) * weight + bias`.
+
+    Read from the tensors that it holds, so BatchNorm of any make is one; None for what is none.
+    """
+    held = {**dict(norm.named_parameters(recurse=False)), **dict(norm.named_buffers(recurse=False))}
+    mean, variance, eps = held.get("running_mean"), held.get("running_var"), vars(norm).get("eps")
+    if mean is None or variance is None or not isinstance(eps, float):
+        return None
+    scale = (variance.detach().double() + eps).rsqrt()
+    if "weight" in held:
+        scale = scale * held["weight"].detach().double()
+    shift = -mean.detach().double() * scale
+    return scale, shift + held["bias"].detach().double() if "bias" in held else shift
+
+
 def read_affine(module: nn.Module, shape: torch.Size) -> Affine | None:
     """How `module` maps an input of `shape` in eval mode, if that is a scale and shift per channel.
 
-    BatchNorm of any make (with running statistics), frozen BatchNorm and layer scale are
-    recognised by what they hold; others may say it themselves (`affine()`). What was recognised is
-    tried on random numbers, so a look-alike is not taken for one.
+    Norms on running statistics and layer scale are recognised by what they hold; others may say it themselves. What was
+    recognised is tried on random numbers, so a look-alike is not taken for one.
     """
     if not any(True for _ in (*module.parameters(), *module.buffers())) or len(shape) < 2:
         return None
-    tells = getattr(module, "affine", None)
-    if isinstance(tells, MethodType):
-        candidates = [tells()]
-    elif getattr(module, "running_mean", None) is not None:
-        candidates = [_read_norm(module)]
+    norm = fold_norm(module)
+    if isinstance(module, TellsAffine):
+        candidates = [module.affine()]
+    elif norm is not None:
+        after = [m for m in module.children() if not isinstance(m, (nn.Identity, nn.Dropout))]
+        rest = None if not after else after[0] if len(after) == 1 else nn.Sequential(*after)
+        candidates = [] if module.training else [Affine(*norm, 1, rest)]
     else:
         candidates = _read_scale(module, shape)
-    fitting = [c for c in candidates if isinstance(c, Affine) and _agrees(module, c, shape)]
-    return fitting[0] if fitting else None
-
-
-def _read_norm(module: Any) -> Affine | None:
-    variance, eps = getattr(module, "running_var", None), getattr(module, "eps", None)
-    if not isinstance(variance, Tensor) or not isinstance(eps, float) or module.training:
-        return None
-    mean = module.running_mean.detach().double()
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    scale = (variance.detach().double() + eps).rsqrt()
-    if weight is not None:
-        scale = scale * weight.detach().double()
-    shift = -mean * scale
-    if bias is not None:
-        shift = shift + bias.detach().double()
-    after = [m for m in module.children() if not isinstance(m, (nn.Identity, nn.Dropout))]
-    rest = None if not after else after[0] if len(after) == 1 else nn.Sequential(*after)
-    return Affine(scale, shift, 1, rest)
+    return next((c for c in candidates if c is not None and _agrees(module, c, shape)), None)
 
 
 def _read_scale(module: nn.Module, shape: torch.Size) -> list[Affine | None]:
     """A module of one parameter as a scale along either channel axis that it fits."""
     own = list(module.parameters())
-    others = sum(1 for _ in module.buffers()) + sum(1 for _ in module.children())
+    others = any(True for _ in (*module.buffers(), *module.children()))
     if len(own) != 1 or others or isinstance(module, FOLDABLE):
         return []
     scale = own[0].detach().double().flatten()
@@ -83,21 +94,15 @@ def _read_scale(module: nn.Module, shape: torch.Size) -> list[Affine | None]:
     return [Affine(scale, torch.zeros_like(scale), axis, None) for axis in fitting]
 
 
-def apply_affine(affine: Affine, x: Tensor) -> Tensor:
-    """`x * scale + shift` along the channel axis, in the type of `x`, without `rest`."""
-    view = [1] * x.ndim
-    view[affine.axis] = -1
-    return x * affine.scale.to(x).view(view) + affine.shift.to(x).view(view)
-
-
 @torch.no_grad()
 def _agrees(module: nn.Module, affine: Affine, shape: torch.Size) -> bool:
     reference = next(t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point())
     if shape[affine.axis] != affine.scale.numel():
         return False
-    generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(shape, generator=generator).to(reference)
-    expected = apply_affine(affine, probe)
+    probe = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(reference)
+    view = [1] * probe.ndim
+    view[affine.axis] = -1
+    expected = probe * affine.scale.to(probe).view(view) + affine.shift.to(probe).view(view)
     if affine.rest is not None:
         expected = affine.rest(expected)
     found = module(probe.clone())
@@ -108,12 +113,10 @@ def _agrees(module: nn.Module, affine: Affine, shape: torch.Size) -> bool:
 
 
 @torch.no_grad()
-def fold_behind(layer: Any, affine: Affine) -> None:
-    """Change `layer` (convolution or linear) so that it does what it did, then `affine`."""
+def fold_behind(layer: Layer, affine: Affine) -> None:
+    """Change `layer` so that it does what it did, then `affine`."""
     weight = layer.weight.double()
-    if isinstance(
-        layer, TRANSPOSED
-    ):  # (in, out / groups, ...): the outputs of a group stand together
+    if isinstance(layer, TRANSPOSED):  # (in, out / groups, ...): a group's outputs stand together
         grouped = weight.view(layer.groups, weight.shape[0] // layer.groups, *weight.shape[1:])
         scale = affine.scale.view(layer.groups, 1, -1, *[1] * (weight.ndim - 2))
         scaled = (grouped * scale).view_as(weight)
@@ -124,11 +127,10 @@ def fold_behind(layer: Any, affine: Affine) -> None:
 
 
 @torch.no_grad()
-def fold_before(layer: Any, affine: Affine) -> None:
-    """Change `layer` so that it does `affine`, then what it did; exact without padding, or shift
-    0."""
+def fold_before(layer: Layer, affine: Affine) -> None:
+    """Change `layer` so that it does `affine`, then what it did; exact where `can_fold_before` says so."""
     weight = layer.weight.double()
-    groups = getattr(layer, "groups", 1)
+    groups = 1 if isinstance(layer, nn.Linear) else layer.groups
     grouped = weight.view(groups, weight.shape[0] // groups, *weight.shape[1:])
     view = (groups, 1, -1, *[1] * (weight.ndim - 2))
     scaled = (grouped * affine.scale.view(view)).view_as(weight)
@@ -136,19 +138,18 @@ def fold_before(layer: Any, affine: Affine) -> None:
     _assign(layer, scaled, added if layer.bias is None else layer.bias.double() + added)
 
 
-def can_fold_before(layer: Any, affine: Affine) -> bool:
-    """Whether `fold_before` is exact for `layer`."""
+def can_fold_before(layer: Layer, affine: Affine) -> bool:
+    """Whether the layer can take `affine` exactly: it pads with nothing, or nothing is shifted."""
     if isinstance(layer, nn.Linear):
         return True
     if not isinstance(layer, CONVOLUTIONS):
         return False
-    pads = layer.padding not in ("valid",) and any(p != 0 for p in layer.padding)
+    pads = layer.padding != "valid" and any(p != 0 for p in layer.padding)
     return not pads or not bool(affine.shift.any())
 
 
-def _assign(layer: Any, weight: Tensor, bias: Tensor) -> None:
-    """Round to the layer's type; weight stays the same parameter, a bias is made where there is
-    none."""
+def _assign(layer: Layer, weight: Tensor, bias: Tensor) -> None:
+    """Round to the layer's type; weight stays the same parameter, a bias is made where there is none."""
     layer.weight.copy_(weight)
     if layer.bias is None:
         made = bias.to(layer.weight)
