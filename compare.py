@@ -11,27 +11,26 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from data.dataset import build_dataset
-from data.loader import build_loader
+from data.dataset import LoadOptions
 from deploy.backends import Backend, load_backend
-from engine.evaluation import evaluate
-from engine.flags import add_data_flag, add_device_flag, add_run_flags, add_size_flag
-from engine.outputs import tell_other_score
-from engine.setup import check_classes, open_data
+from engine.evaluation import Validation, tell_other_score
+from engine.flags import read_flags
+from engine.options import CompareOptions
 from models.reparam import reparameterize_model
 from models.table import Totals, measure
 from models.weights.load import load_weights
-from models.yolo import build_model
-from utils.config import ArgumentParser, increment_path, integer, parse_imgsz
+from models.yolo import DetectionModel, build_model
+from utils.config import parse_imgsz
 from utils.device import select_device, synchronize
 from utils.errors import ConfigError, run_cli
 from utils.logger import get_logger
-from utils.metrics import CocoEvaluator
+
+CONFIG_SIZE = 640  # of models without weights, which have no size of their own
 
 
 class Line(NamedTuple):
@@ -58,61 +57,72 @@ class Line(NamedTuple):
     map50_95: float | None
 
 
-CONFIG_SIZE = 640  # of models without weights, which have no size of their own
-
-
 class Candidate(NamedTuple):
     """A model to compare: how it is called, how large it is, and the image size it is measured at."""
 
     name: str
     imgsz: tuple[int, int]
-    run: Callable[[Tensor], Any]
-    backend: Backend | None
-    trained: Totals | None
-    deployed: Totals | None
+    run: Callable[[Tensor], object]
+    backend: Backend | None = None
+    trained: Totals | None = None
+    deployed: Totals | None = None
 
 
-def load_candidate(name: str, options: Any, device: torch.device) -> Candidate:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Compare from the command line."""
+    options = read_flags(CompareOptions, arguments)
+    device = select_device(options.device)
+    candidates = [load_candidate(name, options, device) for name in options.models]
+    times = latencies(candidates, device, options.runs)
+    lines = [
+        line_of(candidate, latency, options, device)
+        for candidate, latency in zip(candidates, times, strict=True)
+    ]
+    folder = options.make_folder()
+    print(format_lines(lines))
+    with (folder / "compare.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(Line._fields)
+        writer.writerows(lines)
+    plot(lines, folder / "compare.png")
+    sizes = ", ".join(dict.fromkeys(f"{h}x{w}" for h, w in (c.imgsz for c in candidates)))
+    get_logger().info(f"at {sizes} on {device}; table and picture in {folder}")
+
+
+def load_candidate(name: str, options: CompareOptions, device: torch.device) -> Candidate:
     """A weights file, an exported file, or a config (with `--backbone`); weights at their own size unless a flag says another."""
-    path = Path(name)
-    if path.suffix in (".pt", ".safetensors"):
-        if options.backbone:
-            raise ConfigError(
-                f"--backbone: belongs to configs; {name} says what it is. Leave one of them out."
-            )
-        allow = options.allow_code
-        model = load_weights(path, allow_code=allow).model if path.suffix == ".pt" else None
-        backend = load_backend(name, device, allow_code=allow)
-        imgsz = _size(options, backend)
-        totals = (
-            (measure(model, imgsz), measure(reparameterize_model(model), imgsz))
-            if model
-            else (None, None)
+    path, allow = Path(name), options.allow_code
+    is_weights = path.suffix in (".pt", ".safetensors")
+    if is_weights and options.backbone:
+        raise ConfigError(
+            f"--backbone: belongs to configs; {name} says what it is. Leave one of them out."
         )
-        run = path.resolve().parent.parent.name if path.parent.name == "weights" else ""
-        shown = f"{run}/{path.name}" if run else path.name
-        return Candidate(shown, imgsz, backend, backend, *totals)
-    if path.exists() and path.suffix not in (".yaml", ".yml"):
-        backend = load_backend(name, device)
-        return Candidate(path.name, _size(options, backend), backend, backend, None, None)
+    if not is_weights and (not path.exists() or path.suffix in (".yaml", ".yml")):
+        return _of_config(name, options, device)
+    backend = load_backend(name, device, allow_code=allow)
+    imgsz = parse_imgsz(options.imgsz, backend.stride) if options.imgsz else backend.imgsz
+    run = path.resolve().parent.parent.name if path.parent.name == "weights" else ""
+    shown = f"{run}/{path.name}" if is_weights and run else path.name
+    if path.suffix != ".pt":
+        return Candidate(shown, imgsz, backend, backend)
+    model = load_weights(path, allow_code=allow).model
+    return Candidate(shown, imgsz, backend, backend, *_totals(model, imgsz))
+
+
+def _of_config(name: str, options: CompareOptions, device: torch.device) -> Candidate:
     imgsz = parse_imgsz(options.imgsz or CONFIG_SIZE, 32)
     model = build_model(
         name, imgsz=imgsz, backbone=options.backbone, allow_code=options.allow_code
     ).eval()
+    totals = _totals(model, imgsz)
     deployed = reparameterize_model(model).to(device)
+    assert isinstance(deployed, DetectionModel)
     shown = f"{name} + {options.backbone[0]}" if options.backbone else name
-    return Candidate(
-        shown,
-        imgsz,
-        lambda x: deployed.decode(deployed(x)),
-        None,
-        measure(model, imgsz),
-        measure(deployed, imgsz),
-    )
+    return Candidate(shown, imgsz, lambda x: deployed.decode(deployed(x)), None, *totals)
 
 
-def _size(options: Any, backend: Backend) -> tuple[int, int]:
-    return parse_imgsz(options.imgsz, backend.stride) if options.imgsz else backend.imgsz
+def _totals(model: DetectionModel, imgsz: tuple[int, int]) -> tuple[Totals, Totals]:
+    return measure(model, imgsz), measure(reparameterize_model(model), imgsz)
 
 
 @torch.inference_mode()
@@ -131,32 +141,22 @@ def latencies(candidates: Sequence[Candidate], device: torch.device, runs: int) 
     return [statistics.median(taken) for taken in times]
 
 
-def measure_map(
-    candidate: Candidate, options: Any, device: torch.device
-) -> tuple[float, float] | None:
-    """mAP50 and mAP50-95 on the validation split, for models with weights."""
-    backend = candidate.backend
-    if not options.data or backend is None:
-        return None
-    dataset = build_dataset(
-        open_data(options, backend.info.white),
-        "val",
-        imgsz=candidate.imgsz,
-        batch_size=16,
-        stride=backend.stride,
-    )
-    check_classes(backend.names, dataset.names, candidate.name, options.data)
-    loader = build_loader(dataset, 16, workers=options.workers)
-    evaluator = CocoEvaluator(dataset.coco_ground_truth(), dataset.category_ids, dataset.names)
-    result = evaluate(
-        lambda images, targets: backend(images),
-        backend.postprocess_kind,
-        loader,
-        evaluator,
-        device=device,
-    )
-    tell_other_score(dataset, evaluator)
-    return result.metrics.map50, result.metrics.map50_95
+def line_of(
+    candidate: Candidate, latency: float, options: CompareOptions, device: torch.device
+) -> Line:
+    """What is told of a model; mAP on the validation split for models with weights, if there is `--data`."""
+    name, imgsz, _, backend, trained, deployed = candidate
+    found: tuple[float | None, float | None] = (None, None)
+    if options.data and backend is not None:
+        load = LoadOptions(imgsz=imgsz, batch_size=16, stride=backend.stride)
+        validation = Validation(backend, name, options, "val", load, options.workers)
+        metrics, _ = validation.run(device)
+        tell_other_score(validation.dataset, validation.evaluator)
+        found = (metrics.map50, metrics.map50_95)
+    params = trained.params if trained else None
+    if deployed is None:
+        return Line(name, params, None, None, latency, None, *found)
+    return Line(name, params, deployed.params, deployed.gflops, latency, deployed.memory, *found)
 
 
 def format_lines(lines: Sequence[Line]) -> str:
@@ -178,6 +178,7 @@ def _format_line(line: Line) -> str:
 
 def plot(lines: Sequence[Line], path: Path) -> None:
     """Latency against mAP where it was measured, else against GFLOPs; the area is the parameters."""
+    from matplotlib.collections import PathCollection
     from matplotlib.figure import Figure
 
     with_map = all(line.map50_95 is not None for line in lines)
@@ -198,67 +199,12 @@ def plot(lines: Sequence[Line], path: Path) -> None:
             axis.set_major_formatter("{x:g}")
             axis.set_minor_formatter("{x:g}")
     for mark in axes.legend(fontsize=9, title="area: parameters").legend_handles:
-        mark.set_sizes([40])
+        if isinstance(mark, PathCollection):
+            mark.set_sizes([40])
     axes.set(xlabel="latency of one image, ms", ylabel="mAP50-95" if with_map else "GFLOPs")
     axes.margins(0.2)
     axes.grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=130)
-
-
-def parse_options(arguments: Sequence[str] | None = None) -> Any:
-    """Read the command line."""
-    parser = ArgumentParser(description="Compare models: parameters, GFLOPs, latency, memory, mAP.")
-    parser.add_argument(
-        "--models",
-        "--weights",
-        "--cfg",
-        nargs="+",
-        required=True,
-        help="configs, weights, exported files",
-    )
-    parser.add_argument(
-        "--backbone",
-        nargs="+",
-        default=None,
-        metavar="NAME",
-        help="put this backbone under every config",
-    )
-    parser.add_argument("--allow-code", action="store_true", help="let a YAML's imports run")
-    add_data_flag(parser)
-    add_size_flag(parser, None)
-    add_device_flag(parser)
-    parser.add_argument("--runs", type=integer(1), default=10, help="timed calls of each model")
-    parser.add_argument("--workers", type=integer(0), default=2, help="processes that load images")
-    add_run_flags(parser, "runs/compare")
-    parser.set_defaults(data=None)
-    return parser.parse_args(arguments)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Compare from the command line."""
-    options = parse_options(arguments)
-    device = select_device(options.device)
-    candidates = [load_candidate(name, options, device) for name in options.models]
-    times = latencies(candidates, device, options.runs)
-    lines = []
-    for candidate, latency in zip(candidates, times, strict=True):
-        found = measure_map(candidate, options, device) or (None, None)
-        params = candidate.trained.params if candidate.trained else None
-        deployed = candidate.deployed
-        lines.append(Line(
-            candidate.name, params, deployed.params if deployed else None, deployed.gflops if deployed else None,
-            latency, deployed.memory if deployed else None, *found,
-        ))  # fmt: skip
-    folder = increment_path(options.project, options.name, options.exist_ok)
-    folder.mkdir(parents=True, exist_ok=True)
-    print(format_lines(lines))
-    with (folder / "compare.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(Line._fields)
-        writer.writerows(lines)
-    plot(lines, folder / "compare.png")
-    sizes = ", ".join(dict.fromkeys(f"{h}x{w}" for h, w in (c.imgsz for c in candidates)))
-    get_logger().info(f"at {sizes} on {device}; table and picture in {folder}")
 
 
 if __name__ == "__main__":

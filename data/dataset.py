@@ -11,7 +11,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -314,17 +314,13 @@ class DetectionDataset(Dataset[Sample]):
         return random_affine(canvas, self.options.imgsz, self.options.hyp, rng)
 
 
-def build_dataset(
-    config: DataConfig, split: str, options: LoadOptions | None = None, **given: Any
-) -> DetectionDataset:
+def build_dataset(config: DataConfig, split: str, options: LoadOptions) -> DetectionDataset:
     """Read the labels of a split (`train`, `val` or `test`) and make its data set.
 
     Raises:
         DatasetError: files are missing, or labels hold faults that cannot be mended.
     """
-    dataset = DetectionDataset(
-        config, split, load_table(config, split), options or LoadOptions(**given)
-    )
+    dataset = DetectionDataset(config, split, load_table(config, split), options)
     _tell(dataset)
     dataset.fill_cache()
     return dataset

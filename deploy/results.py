@@ -12,7 +12,7 @@ from torch import Tensor
 from data.images import Image
 from utils.config import increment_path
 from utils.detection_files import cut_boxes, fitting_stem, save_crops
-from utils.file_names import FreeNames
+from utils.files import FreeNames
 from utils.logger import get_logger
 from utils.visualize import draw_boxes, save_image
 

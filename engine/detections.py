@@ -9,16 +9,17 @@ import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import cv2
-import numpy as np
 
+from data.images import Image
 from data.sources import Frame
+from engine.options import DetectOptions
 from engine.outputs import write_yolo_labels
 from utils.detection_files import cut_boxes, fitting_stem, safe_name, save_crops
 from utils.errors import ConfigError
-from utils.file_names import FreeNames
+from utils.files import FreeNames
 from utils.logger import get_logger
 from utils.structures import Detections
 from utils.visualize import draw_boxes, save_image
@@ -26,17 +27,24 @@ from utils.visualize import draw_boxes, save_image
 NOT_XML = re.compile("[^\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
+class Row(NamedTuple):
+    """One detection: its box (xyxy, pixels), score and class."""
+
+    box: list[float]
+    score: float
+    label: int
+    name: str
+
+
 class DetectionWriter:
     """Opened for a run, fed frame by frame, closed at its end."""
 
-    def __init__(self, folder: Path, names: Sequence[str], options: Any) -> None:
+    def __init__(self, folder: Path, names: Sequence[str], options: DetectOptions) -> None:
         self.folder, self.names, self.options = folder, tuple(names), options
-        self.tables: list[Table] = []
-        if options.save_csv:
-            self.tables.append(CsvTable(folder / "predictions.csv"))
-        if options.save_json:
-            self.tables.append(JsonTable(folder / "predictions.json"))
-        self.video: tuple[str, Any] | None = None
+        wanted = {"predictions.csv": options.save_csv, "predictions.json": options.save_json}
+        self.tables = [Table(folder / name) for name, is_on in wanted.items() if is_on]
+        self.video: cv2.VideoWriter | None = None
+        self.video_of = ""
         self.free_names = FreeNames()
 
     def __enter__(self) -> DetectionWriter:
@@ -51,31 +59,40 @@ class DetectionWriter:
 
     def write(self, frame: Frame, found: Detections) -> None:
         """Everything the flags ask for, of one frame."""
-        options, stem = self.options, self._stem(frame)
-        size = (frame.image.shape[0], frame.image.shape[1])
+        options, folder, stem = self.options, self.folder, self._stem(frame)
+        columns = (found.boxes.tolist(), found.scores.tolist(), found.labels.tolist())
+        rows = [Row(*values, self.names[values[2]]) for values in zip(*columns)]
         for table in self.tables:
-            table.write(_rows(frame, found, self.names))
+            table.write(frame, rows)
+        labels = folder / "labels" / f"{stem}.txt"
         if options.save_txt and options.save_format == 0:
-            write_yolo_labels(
-                self.folder / "labels" / f"{stem}.txt", found, size, options.save_conf
-            )
+            size = (frame.image.shape[0], frame.image.shape[1])
+            write_yolo_labels(labels, found, size, options.save_conf)
         elif options.save_txt:
-            self._write_corners(self.folder / "labels" / f"{stem}.txt", found)
+            write_corners(labels, rows, options.save_conf)
         if options.save_voc:
-            write_voc(
-                self.folder / "voc" / f"{stem}.xml", frame, found, self.names, options.save_conf
-            )
+            write_voc(folder / "voc" / f"{stem}.xml", frame, rows, options.save_conf)
         if options.save_crop:
             crops = cut_boxes(frame.image, found.boxes)
-            save_crops(self.folder, stem, crops, [self.names[i] for i in found.labels.tolist()])
+            save_crops(folder, stem, crops, [row.name for row in rows])
         if options.nosave and not options.view_img:
             return
         picture = draw_boxes(
-            frame.image, found.boxes, found.labels, self.names, found.scores, line_thickness=options.line_thickness,
-            hide_labels=options.hide_labels, hide_conf=options.hide_conf,
-        )  # fmt: skip
-        if not options.nosave:
-            self._save(frame, stem, picture)
+            frame.image,
+            found.boxes,
+            found.labels,
+            self.names,
+            found.scores,
+            line_thickness=options.line_thickness,
+            hide_labels=options.hide_labels,
+            hide_conf=options.hide_conf,
+        )
+        if not options.nosave and frame.video:
+            self._write_video(frame, picture, frame.video.fps)
+        elif not options.nosave:
+            suffix = Path(frame.path).suffix.lower()
+            suffix = suffix if suffix in (".png", ".webp") else ".jpg"
+            save_image(folder / f"{stem}{suffix}", picture)
         if options.view_img:
             _show(frame.path, picture)
 
@@ -87,116 +104,23 @@ class DetectionWriter:
         prefix = self.free_names.take(name, frame.path, "/frames").removesuffix("/frames")
         return self.free_names.find(f"{prefix}_{frame.index + 1}", frame.path)
 
-    def _write_corners(self, path: Path, found: Detections) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = []
-        for box, score, label in zip(
-            found.boxes.tolist(), found.scores.tolist(), found.labels.tolist()
-        ):
-            numbers = [
-                *(f"{v:.2f}" for v in box),
-                *([f"{score:.5f}"] if self.options.save_conf else []),
-            ]
-            lines.append(" ".join([str(label), *numbers]))
-        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-
-    def _save(self, frame: Frame, stem: str, picture: np.ndarray) -> None:
-        if not frame.video:
-            suffix = Path(frame.path).suffix.lower()
-            save_image(
-                self.folder / f"{stem}{suffix if suffix in ('.png', '.webp') else '.jpg'}", picture
-            )
-            return
-        if self.video is None or self.video[0] != frame.path:
+    def _write_video(self, frame: Frame, picture: Image, fps: float) -> None:
+        if self.video is None or self.video_of != frame.path:
             self._close_video()
             stem = safe_name(fitting_stem(frame.path), "video")
-            name = self.folder / self.free_names.take(stem, frame.path, ".mp4")
-            fps = frame.video.fps / self.options.vid_stride or 1.0
-            size = (picture.shape[1], picture.shape[0])
-            self.video = (
-                frame.path,
-                cv2.VideoWriter(str(name), cv2.VideoWriter_fourcc(*"mp4v"), fps, size),
-            )
-        self.video[1].write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+            path = self.folder / self.free_names.take(stem, frame.path, ".mp4")
+            code, size = cv2.VideoWriter.fourcc(*"mp4v"), (picture.shape[1], picture.shape[0])
+            fps = fps / self.options.vid_stride or 1.0
+            self.video, self.video_of = cv2.VideoWriter(str(path), code, fps, size), frame.path
+        self.video.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
 
     def _close_video(self) -> None:
         if self.video:
-            self.video[1].release()
+            self.video.release()
             self.video = None
 
 
-def _rows(frame: Frame, found: Detections, names: Sequence[str]) -> list[dict[str, Any]]:
-    """What is told of each detection of a frame."""
-    return [
-        {
-            "image": frame.path,
-            "frame": frame.index + 1 if frame.video else 0,
-            "class": names[label],
-            "label": label,
-            "confidence": round(score, 5),
-            "box": [round(v, 2) for v in box],
-        }  # fmt: skip
-        for box, score, label in zip(
-            found.boxes.tolist(), found.scores.tolist(), found.labels.tolist()
-        )
-    ]
-
-
-class Table:
-    """A file to which rows are written as they come: a stream has no end, and its end may be a signal."""
-
-    def __init__(self, path: Path, encoding: str) -> None:
-        self.path = path
-        # File names that are no UTF-8 stand in the table byte for byte.
-        self.file = path.open("w", newline="", encoding=encoding, errors="surrogateescape")
-
-    def write(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Add the rows of a frame."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Finish the file; a full disk is told here at the latest, by the system without a name."""
-        try:
-            self.file.close()
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.path)) from error
-
-
-class CsvTable(Table):
-    """`predictions.csv`."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, "utf-8")
-        self.writer = csv.writer(self.file, lineterminator="\n")
-        self.writer.writerow(
-            ("image", "frame", "class", "label", "confidence", "x1", "y1", "x2", "y2")
-        )
-
-    def write(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Add the rows of a frame."""
-        self.writer.writerows((*list(row.values())[:-1], *row["box"]) for row in rows)
-
-
-class JsonTable(Table):
-    """`predictions.json`, a list; ASCII escapes also carry file names that are no UTF-8."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, "ascii")
-        self.lead = "[\n "
-
-    def write(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Add the rows of a frame, each in a line of its own."""
-        for row in rows:
-            self.file.write(self.lead + json.dumps(row))
-            self.lead = ",\n "
-
-    def close(self) -> None:
-        """Close the list and the file."""
-        self.file.write("[]" if self.lead.startswith("[") else "\n]")
-        super().close()
-
-
-def _show(title: str, picture: np.ndarray) -> None:
+def _show(title: str, picture: Image) -> None:
     try:
         cv2.imshow(title, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
         cv2.waitKey(1)
@@ -206,27 +130,73 @@ def _show(title: str, picture: np.ndarray) -> None:
         ) from error
 
 
-def write_voc(
-    path: Path, frame: Frame, found: Detections, names: Sequence[str], with_score: bool
-) -> None:
+class Table:
+    """`predictions.csv` or `predictions.json`, written row by row: a stream has no end, and its end may be a signal."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.is_json = path, path.suffix == ".json"
+        # File names that are no UTF-8 stand in the CSV byte for byte, in the JSON as ASCII escapes.
+        encoding = "ascii" if self.is_json else "utf-8"
+        self.file = path.open("w", newline="", encoding=encoding, errors="surrogateescape")
+        self.lead = "[\n "
+        self.csv = csv.writer(self.file, lineterminator="\n")
+        if not self.is_json:
+            self.csv.writerow("image frame class label confidence x1 y1 x2 y2".split())
+
+    def write(self, frame: Frame, rows: Sequence[Row]) -> None:
+        """Add the rows of a frame, each in a line of its own."""
+        number = frame.index + 1 if frame.video else 0
+        for row in rows:
+            score, box = round(row.score, 5), [round(value, 2) for value in row.box]
+            values = (frame.path, number, row.name, row.label, score)
+            if not self.is_json:
+                self.csv.writerow((*values, *box))
+                continue
+            names = ("image", "frame", "class", "label", "confidence", "box")
+            self.file.write(self.lead + json.dumps(dict(zip(names, (*values, box)))))
+            self.lead = ",\n "
+
+    def close(self) -> None:
+        """Finish the file; a full disk is told here at the latest, by the system without a name."""
+        try:
+            if self.is_json:
+                self.file.write("[]" if self.lead.startswith("[") else "\n]")
+            self.file.close()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+
+
+def write_corners(path: Path, rows: Sequence[Row], with_score: bool) -> None:
+    """`class x1 y1 x2 y2 [score]` lines in pixels."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for row in rows:
+        numbers = [f"{value:.2f}" for value in row.box] + [f"{row.score:.5f}"] * with_score
+        lines.append(" ".join([str(row.label), *numbers]) + "\n")
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def write_voc(path: Path, frame: Frame, rows: Sequence[Row], with_score: bool) -> None:
     """One image's detections as a Pascal VOC annotation."""
+
+    def add(parent: ElementTree.Element, **texts: str) -> None:
+        for tag, text in texts.items():
+            ElementTree.SubElement(parent, tag).text = text
+
     root = ElementTree.Element("annotation")
-    # Neither has it one for bytes that are no UTF-8: they stand there as \xff.
+    # XML has no form either for bytes that are no UTF-8: they stand there as \xff.
     name = os.fsencode(Path(frame.path).name).decode("utf-8", "backslashreplace")
-    ElementTree.SubElement(root, "filename").text = _in_xml(name)
-    size = ElementTree.SubElement(root, "size")
-    for tag, value in zip(("height", "width", "depth"), frame.image.shape, strict=True):
-        ElementTree.SubElement(size, tag).text = str(value)
-    for box, score, label in zip(
-        found.boxes.tolist(), found.scores.tolist(), found.labels.tolist()
-    ):
+    add(root, filename=_in_xml(name))
+    height, width, depth = map(str, frame.image.shape)
+    add(ElementTree.SubElement(root, "size"), height=height, width=width, depth=depth)
+    for row in rows:
         item = ElementTree.SubElement(root, "object")
-        ElementTree.SubElement(item, "name").text = _in_xml(names[label])
+        add(item, name=_in_xml(row.name))
         if with_score:
-            ElementTree.SubElement(item, "confidence").text = f"{score:.5f}"
+            add(item, confidence=f"{row.score:.5f}")
+        corners = zip(("xmin", "ymin", "xmax", "ymax"), row.box, strict=True)
         bounds = ElementTree.SubElement(item, "bndbox")
-        for tag, value in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True):
-            ElementTree.SubElement(bounds, tag).text = f"{value:.2f}"
+        add(bounds, **{tag: f"{value:.2f}" for tag, value in corners})
     ElementTree.indent(root)
     path.parent.mkdir(parents=True, exist_ok=True)
     ElementTree.ElementTree(root).write(path, encoding="unicode")

@@ -1,188 +1,60 @@
-"""What a run leaves behind: tables, pictures, label files."""
+"""What a measurement leaves behind: a table, pictures of its first batches, plots, label files."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from torch import Tensor
-
-from data.dataset import DetectionDataset
-from data.formats.faults import write_faults
-from engine.run import Run
 from utils.boxes import xyxy_to_cxcywh
-from utils.channels import as_channels
-from utils.config import save_yaml
-from utils.file_names import FreeNames
-from utils.logger import CsvLogger, TensorBoardLogger, get_logger, results_columns
-from utils.metrics import CocoEvaluator, ConfusionMatrix, Metrics
-from utils.plots import (
-    plot_confusion_matrix,
-    plot_correlogram,
-    plot_curves,
-    plot_labels,
-    plot_results,
-)
-from utils.structures import Batch, Detections, Targets
+from utils.files import FreeNames
+from utils.metrics import ConfusionMatrix, Metrics
+from utils.plots import plot_confusion_matrix, plot_curves
+from utils.structures import Batch, Detections
 from utils.visualize import plot_batch
 
 PICTURED_BATCHES = 3
 
 
-def save_faults(folder: Path, splits: Mapping[str, DetectionDataset]) -> None:
-    """Leave what was mended or skipped in labels and images as `faults.csv`, and say so."""
-    path = folder / "faults.csv"
-    count = write_faults(path, {split: dataset.faults for split, dataset in splits.items()})
-    if count:
-        get_logger().warning(f"{path}: all {count} faults of labels and images")
-
-
-def tell_other_score(dataset: DetectionDataset, evaluator: CocoEvaluator) -> None:
-    """Say what the mAP is without the faults of a COCO file, which is scored as pycocotools scores it.
+class Witness:
+    """Sees the batches of a measurement: pictures the first ones, counts confusions, writes labels.
 
     Args:
-        dataset: what was measured.
-        evaluator: with the detections in it.
+        folder: where the files go.
+        names: of the classes.
+        plots: whether there are pictures.
+        labels: writes what was found, on request.
     """
-    if not dataset.scored_otherwise:
-        return
-    truth = dataset.coco_ground_truth(as_read=True)
-    other = CocoEvaluator(truth, dataset.category_ids, dataset.names)
-    other.merge([evaluator.state()])
-    found = other.evaluate()
-    get_logger().warning(
-        f"{dataset.config.file}: {dataset.split} - {dataset.scored_otherwise} objects that were cut or dropped on reading "
-        f"are scored as the COCO file has them; as in other forms, without that, mAP50 {found.map50:.4f}, "
-        f"mAP50-95 {found.map50_95:.4f}"
-    )
 
-
-class RunRecorder:
-    """Writes a training's files as it goes; does nothing on processes other than the main one."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.is_main = run.world.is_main
-        self.plots = self.is_main and not run.options.noplots
-        self.csv: CsvLogger | None = None
-        self.confusion = ConfusionMatrix(len(run.val_set.names))
-        self.val_batches = 0
-        self.board = TensorBoardLogger(run.folder, enabled=False)
-
-    def start(self) -> None:
-        """The run's settings and the pictures of its labels."""
-        if not self.is_main:
-            return
-        run, log = self.run, get_logger()
-        (run.folder / "weights").mkdir(parents=True, exist_ok=True)
-        save_yaml(
-            run.folder / "opt.yaml", {k: v for k, v in vars(run.options).items() if k != "config"}
-        )
-        save_yaml(run.folder / "hyp.yaml", run.hyp)
-        save_yaml(run.folder / "model.yaml", run.model.config)
-        self.board = TensorBoardLogger(run.folder)  # after files whose errors are told in one line
-        log.info(
-            f"{len(run.train_set)} training and {len(run.val_set)} validation images at {run.imgsz[0]}x{run.imgsz[1]}, "
-            f"{len(run.val_set.names)} classes; results go to {run.folder}"
-        )
-        save_faults(run.folder, {"train": run.train_set, "val": run.val_set})
-        if self.plots and run.epoch == 0:
-            labels, boxes = _normalised_objects(run.train_set)
-            plot_labels(labels, boxes, run.train_set.names, run.folder / "labels.jpg")
-            plot_correlogram(boxes, run.folder / "labels_correlogram.jpg")
-
-    def batch(
-        self, epoch: int, step: int, images: Tensor, targets: Targets, paths: Sequence[str]
-    ) -> None:
-        """Picture the first training batches as the network gets them: (B, 3, H, W) in [0, 1]."""
-        if self.plots and epoch == 0 and step < PICTURED_BATCHES:
-            seen = as_channels(images, self.run.model.channels).expand(-1, 3, -1, -1)
-            pixels = seen.mul(255).round().clamp(0, 255).byte()
-            path = self.run.folder / f"train_batch{step}.jpg"
-            plot_batch(pixels, targets, self.run.train_set.names, path, titles=paths)
-
-    def epoch(
+    def __init__(
         self,
-        epoch: int,
-        losses: Mapping[str, float],
-        val_losses: Mapping[str, float],
-        evaluation: Any,
-        seconds: float,
+        folder: Path,
+        names: tuple[str, ...],
+        *,
+        plots: bool,
+        labels: LabelWriter | None = None,
     ) -> None:
-        """One row of results.csv, one step of the events."""
-        if not self.is_main:
-            return
-        row: dict[str, Any] = {f"train/{name}_loss": value for name, value in losses.items()}
-        row |= {f"val/{name}_loss": value for name, value in val_losses.items() if name in losses}
-        if evaluation:
-            row |= _metrics_row(evaluation.metrics)
-            metrics = evaluation.metrics
-            get_logger().info(
-                f"epoch {epoch + 1}/{self.run.options.epochs}: mAP50 {metrics.map50:.4f}, "
-                f"mAP50-95 {metrics.map50_95:.4f}, P {metrics.precision:.3f}, R {metrics.recall:.3f}"
-            )
-        row |= {
-            f"lr/pg{i}": group["lr"] for i, group in enumerate(self.run.optimizer.param_groups[:3])
-        }
-        if self.csv is None:
-            columns = results_columns(tuple(losses))
-            self.csv = CsvLogger(self.run.folder / "results.csv", columns, start_epoch=epoch)
-        self.csv.write({"epoch": epoch, "time": seconds, **row})
-        self.board.scalars({name: float(value) for name, value in row.items()}, epoch)
+        self.folder, self.names, self.plots, self.labels = folder, names, plots, labels
+        self.confusion, self.seen = ConfusionMatrix(len(names)), 0
 
-    def val_batch(self, batch: Batch, detections: list[Detections]) -> None:
-        """Count the confusions of the final validation and picture its first batches."""
+    def __call__(self, batch: Batch, detections: list[Detections]) -> None:
+        """Take a batch and its detections, in the batch's pixels."""
         for index, found in enumerate(detections):
             self.confusion.update(found, *batch.targets.of_image(index))
-        if self.plots and self.val_batches < PICTURED_BATCHES:
-            name = f"val_batch{self.val_batches}"
-            save_batch_pictures(self.run.folder, name, batch, detections, self.run.val_set.names)
-        self.val_batches += 1
+        if self.plots and self.seen < PICTURED_BATCHES:
+            for kind, objects in (("labels", batch.targets), ("pred", detections)):
+                path = self.folder / f"val_batch{self.seen}_{kind}.jpg"
+                plot_batch(batch.images, objects, self.names, path, titles=batch.paths)
+        if self.labels:
+            self.labels.write(batch, detections)
+        self.seen += 1
 
-    def finish(self, evaluation: Any) -> None:
-        """Curves, confusion matrix and the picture of results.csv."""
+    def finish(self, metrics: Metrics) -> None:
+        """Curves of precision, recall and F1, and the confusion matrix."""
         if self.plots:
-            save_metric_plots(self.run.folder, evaluation.metrics, self.confusion)
-            if (self.run.folder / "results.csv").exists():
-                plot_results(self.run.folder / "results.csv")
-        self.board.close()
-
-
-def _metrics_row(metrics: Metrics) -> dict[str, float]:
-    return {
-        "metrics/precision": metrics.precision, "metrics/recall": metrics.recall,
-        "metrics/mAP_0.5": metrics.map50, "metrics/mAP_0.5:0.95": metrics.map50_95,
-    }  # fmt: skip
-
-
-def _normalised_objects(dataset: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Labels (N,) and cxcywh as parts of the image (N, 4) of a whole split."""
-    sizes = np.repeat(np.asarray(dataset.sizes), np.diff(dataset.offsets), axis=0)
-    boxes = np.asarray(dataset.boxes, dtype=np.float64)
-    centre, size = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
-    return np.asarray(dataset.labels), np.concatenate((centre, size), 1) / np.tile(
-        sizes[:, ::-1], 2
-    )
-
-
-def save_batch_pictures(
-    folder: Path, name: str, batch: Batch, detections: list[Detections], names: tuple[str, ...]
-) -> None:
-    """`<name>_labels.jpg` and `<name>_pred.jpg`."""
-    plot_batch(
-        batch.images, batch.targets, names, folder / f"{name}_labels.jpg", titles=batch.paths
-    )
-    plot_batch(batch.images, detections, names, folder / f"{name}_pred.jpg", titles=batch.paths)
-
-
-def save_metric_plots(folder: Path, metrics: Metrics, confusion: ConfusionMatrix) -> None:
-    """Curves of precision, recall and F1, and the confusion matrix."""
-    plot_curves(metrics.curves, folder, metrics.map50)
-    names = tuple(row.name for row in metrics.per_class)
-    plot_confusion_matrix(confusion.matrix, names, folder / "confusion_matrix.png")
+            plot_curves(metrics.curves, self.folder, metrics.map50)
+            path = self.folder / "confusion_matrix.png"
+            plot_confusion_matrix(self.confusion.matrix, self.names, path)
 
 
 class LabelWriter:

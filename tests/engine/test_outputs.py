@@ -7,7 +7,6 @@ import json
 import os
 import tracemalloc
 import xml.etree.ElementTree as ElementTree
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,10 @@ import torch
 import detect
 from data.sources import Frame, VideoInfo
 from engine.detections import DetectionWriter
+from engine.flags import read_flags
+from engine.options import DetectOptions
 from engine.outputs import LabelWriter, write_yolo_labels
-from utils.file_names import FreeNames
+from utils.files import FreeNames
 from utils.structures import Batch, Detections, Letterbox, Targets
 
 FOUND = Detections(
@@ -31,9 +32,8 @@ FOUND = Detections(
 NOTHING = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
 
 
-def flags(*words: str) -> Namespace:
-    options: Namespace = detect.parse_options(["--source", "x", *words])
-    return options
+def flags(*words: str) -> DetectOptions:
+    return read_flags(DetectOptions, ["--source", "x", *words])
 
 
 def picture(seed: int = 0) -> np.ndarray:

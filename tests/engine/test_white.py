@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from pathlib import Path
 
 import cv2
@@ -13,7 +12,7 @@ from test_run import options_of, run_of
 from tiny_models import tiny_model
 
 from data.config import load_data_config
-from data.dataset import build_dataset
+from data.dataset import LoadOptions, build_dataset
 from data.sources import open_source
 from deploy.backends import load_backend
 from deploy.exporters.network import ExportOptions
@@ -21,7 +20,8 @@ from deploy.exporters.onnx_file import export_onnx
 from deploy.exporters.torch_files import export_pt, export_safetensors, export_torchscript
 from deploy.hub import Detector
 from deploy.runtimes.metadata import parse_metadata
-from engine.setup import open_data
+from engine.datasets import open_data
+from engine.options import DataFlags
 from engine.state import save
 from utils.errors import CheckpointError
 
@@ -41,7 +41,7 @@ def say(file: Path, line: str) -> Path:
 
 
 def image_of(file: Path, split: str = "val", **options) -> torch.Tensor:
-    dataset = build_dataset(load_data_config(file), split, imgsz=(96, 96), **options)
+    dataset = build_dataset(load_data_config(file), split, LoadOptions(imgsz=(96, 96), **options))
     return dataset[0].image
 
 
@@ -87,7 +87,7 @@ def test_a_checkpoint_keeps_white_and_hands_it_to_what_is_read_later(
     run = run_of(tiny_cfg, say(twelve_bits, "white: 4095"), tmp_path)
     save(run, tmp_path / "best.pt", 0)
     backend = load_backend(tmp_path / "best.pt")
-    assert backend.info.white == run.data.white == 4095.0
+    assert backend.info.white == run.model.config["white"] == 4095.0
     assert Detector(run.model).white == 4095.0
     file = next(twelve_bits.parent.glob("images/val/*.png"))
     assert next(iter(open_source(file, white=backend.info.white))).image.max() > 200
@@ -96,7 +96,7 @@ def test_a_checkpoint_keeps_white_and_hands_it_to_what_is_read_later(
     options = options_of("", twelve_bits, "--weights", str(tmp_path / "best.pt"))
     assert open_data(options, backend.info.white).white == 4095.0
     again = run_of("", twelve_bits, tmp_path, "--weights", str(tmp_path / "best.pt"))
-    assert again.data.white == again.model.config["white"] == 4095.0
+    assert again.train_set.config.white == again.model.config["white"] == 4095.0
     say(twelve_bits, "white: 1023")  # one that says something else has its way, and is told
     other = run_of("", twelve_bits, tmp_path, "--weights", str(tmp_path / "best.pt"))
     assert other.model.config["white"] == 1023.0
@@ -104,7 +104,7 @@ def test_a_checkpoint_keeps_white_and_hands_it_to_what_is_read_later(
 
 def test_two_whites_are_told(twelve_bits: Path, capsys):
     say(twelve_bits, "white: 1023")
-    options = Namespace(data=str(twelve_bits), download=False)
+    options = DataFlags(data=str(twelve_bits))
     assert open_data(options, 4095.0).white == 1023.0
     assert "white: 1023, but the model learned with 4095" in capsys.readouterr().err
 

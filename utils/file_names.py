@@ -1,5 +1,0 @@
-"""Moved to `utils.files`."""
-
-from utils.files import FreeNames
-
-__all__ = ["FreeNames"]

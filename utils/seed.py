@@ -1,5 +1,0 @@
-"""Moved to `utils.device`."""
-
-from utils.device import seed_everything
-
-__all__ = ["seed_everything"]
