@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+
+from torch import nn
 
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -73,8 +75,37 @@ class Layer(NamedTuple):
     build: Callable[..., Any]
     rule: Rule
 
+    @property
+    def place(self) -> tuple[str, str]:
+        """Where it is defined: module and name."""
+        return self.build.__module__, self.build.__qualname__
+
+
+@runtime_checkable
+class SelectsStrides(Protocol):
+    """A backbone that can drop maps."""
+
+    def select_strides(self, strides: Sequence[int]) -> None:
+        """Return only the maps at `strides` from now on."""
+
+
+@runtime_checkable
+class BoundToSize(Protocol):
+    """A module that says whether it takes images of other sizes than it was built for."""
+
+    any_size: bool
+
+
+@runtime_checkable
+class DefaultActivation(Protocol):
+    """A convolution block that knows whether its activation is the one of the whole model."""
+
+    has_default_activation: bool
+    act: nn.Module
+
 
 _LAYERS: dict[str, Layer] = {}
+_OFFERED: dict[str, Layer] = {}
 
 
 def register(rule: Rule, name: str | None = None) -> Callable[[T], T]:
@@ -85,16 +116,24 @@ def register(rule: Rule, name: str | None = None) -> Callable[[T], T]:
     """
 
     def add(build: T) -> T:
-        key = name or build.__name__
-        known = _LAYERS.get(key)
-        if known and (known.build.__module__, known.build.__qualname__) != (
-            build.__module__,
-            build.__qualname__,
-        ):
+        layer = Layer(name or build.__name__, build, rule)
+        known = _LAYERS.setdefault(layer.name, layer)
+        if known.place != layer.place:
             raise ValueError(
-                f"layer {key!r} is registered twice: {known.build.__module__} and {build.__module__}"
+                f"layer {layer.name!r} is registered twice: {known.place[0]} and {layer.place[0]}"
             )
-        _LAYERS[key] = Layer(key, build, rule)
+        _LAYERS[layer.name] = layer
+        return build
+
+    return add
+
+
+def offer(rule: Rule, name: str | None = None) -> Callable[[T], T]:
+    """Like `register`, for a name that others use as well: what a user's file calls so goes before it."""
+
+    def add(build: T) -> T:
+        key = name or build.__name__
+        _OFFERED[key] = Layer(key, build, rule)
         return build
 
     return add
@@ -105,14 +144,19 @@ def find(name: str) -> Layer | None:
     return _LAYERS.get(name)
 
 
-def registering_modules() -> set[str]:
-    """Python modules that have registered a layer."""
-    return {layer.build.__module__ for layer in _LAYERS.values()}
+def offered(name: str) -> Layer | None:
+    """The layer offered as `name`, or None."""
+    return _OFFERED.get(name)
 
 
 def names() -> list[str]:
-    """Every registered name."""
-    return sorted(_LAYERS)
+    """Every name that is registered or offered."""
+    return sorted({*_LAYERS, *_OFFERED})
+
+
+def registering_modules() -> set[str]:
+    """Python modules that have registered a layer."""
+    return {layer.build.__module__ for layer in _LAYERS.values()}
 
 
 def single(in_channels: Sequence[Any]) -> int:
@@ -208,42 +252,3 @@ def detection_head(in_channels: Sequence[Any], args: Sequence[Any], scaling: Sca
     """`[nc, ...]` becomes `(nc, ..., [channels of each level])`: the last row of a model."""
     levels = [single([channels]) for channels in in_channels]
     return Plan([*args, levels], levels)
-
-
-class Fallback(NamedTuple):
-    """Where a name is looked up that no layer is registered under, such as timm's list of models."""
-
-    find: Callable[[str], Layer | None]
-    names: Callable[[], list[str]]
-
-
-_OFFERED: dict[str, Layer] = {}
-_FALLBACKS: list[Fallback] = [Fallback(_OFFERED.get, lambda: list(_OFFERED))]
-
-
-def offer(rule: Rule, name: str | None = None) -> Callable[[T], T]:
-    """Like `register`, for a name that others use as well: what a user's file calls so goes before it."""
-
-    def add(build: T) -> T:
-        key = name or build.__name__
-        _OFFERED[key] = Layer(key, build, rule)
-        return build
-
-    return add
-
-
-def register_fallback(
-    find_layer: Callable[[str], Layer | None], all_names: Callable[[], list[str]]
-) -> None:
-    """Look unknown names up by `find_layer`; `all_names` serves the error that names the nearest."""
-    _FALLBACKS.append(Fallback(find_layer, all_names))
-
-
-def find_anywhere(name: str) -> Layer | None:
-    """A registered layer, else what the first fallback that knows `name` gives."""
-    return find(name) or next((layer for f in _FALLBACKS if (layer := f.find(name))), None)
-
-
-def all_names() -> list[str]:
-    """Registered names and those of every fallback."""
-    return sorted({*names(), *(name for fallback in _FALLBACKS for name in fallback.names())})

@@ -20,15 +20,14 @@ from models import common, modules, transformer  # noqa: F401  (they register la
 from models.blocks import cbam, csp, gelan, ghost, hg, partial, resnet, sampling, vit, yolov10  # noqa: F401
 from models.head import Head
 from models.heads import ddetect, detect, rtdetr  # noqa: F401
-from models.parser.build import apply_activation, build_rows, require_backbone
-from models.parser.graft import forget_weights, replace_backbone, row_slots
-from models.parser.imports import import_code
+from models.parser.build import apply_activation, build_rows
+from models.parser.graft import forget_weights, replace_backbone
+from models.parser.lookup import import_code, require_backbone
 from models.parser.rows import ModelSpec, parse_spec, read_model_config, resolve
 from models.parser.wiring import Row
 from models.registry import LayerError
 from models.reparam import reparameterize_model
 from models.table import format_table, measure, row_records
-from models.timm import backbone as timm_backbone  # noqa: F401  (the fallback for names)
 from utils.channels import as_channels
 from utils.config import ArgumentParser, integer, parse_imgsz, parse_value
 from utils.errors import CheckpointError, ConfigError, ForeignError, foreign_code, nearest, run_cli
@@ -217,7 +216,7 @@ def _with_backbone(
     except LayerError as error:
         raise ConfigError(f"--backbone: {error}") from error
     rows = _draft(parse_spec(spec.file, forget_weights(spec.config), lines))
-    config = replace_backbone(spec.config, name, options, row_slots(rows))
+    config = replace_backbone(spec.config, name, options, [row.slots for row in rows])
     kept = {key: places for key, places in lines.items() if key == "head"}  # its rows all stay
     return parse_spec(f"{spec.file} (--backbone {name})", config, kept)
 

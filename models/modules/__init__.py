@@ -7,14 +7,13 @@ it is, a block, a neck or a backbone, shows when the parser tries it. `file.Name
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
 import pkgutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from hashlib import sha256
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -22,14 +21,13 @@ from models.pasted.imports import pasted_imports
 from models.registry import Layer, LayerError, backbone, by_signature, find, registering_modules
 from utils.errors import ForeignError, foreign_code
 from utils.logger import get_logger
+from utils.user_code import PREFIX, findable, name_of, run_module
 
 _FILES: dict[str, ModuleType] = {}
 _BROKEN: dict[str, str] = {}
-_TOLD: set[str] = set()
 _SEEN: ContextVar[set[str] | None] = ContextVar("seen", default=None)
 PACKAGE = "__init__.py"
-IMPORTED = "yoke_import_"
-USER_CODE = (f"{__name__}.", IMPORTED)
+USER_CODE = (f"{__name__}.", PREFIX)
 """How the names of modules begin that users write."""
 
 
@@ -57,17 +55,21 @@ def import_outside(path: Path) -> set[str]:
     root = path
     while (
         root.parent / PACKAGE
-    ).is_file():  # a file of a package: its relative imports need the whole
+    ).is_file():  # a package's file: its relative imports need the whole
         root = root.parent
-    name = f"{IMPORTED}{root.stem}_{sha256(str(root).encode()).hexdigest()[:8]}"
-    with foreign_code(ForeignError, users=USER_CODE), _findable(root.parent), pasted_imports():
-        _FILES[name] = _run_once(name, root)
+    name = name_of(root)
+    with foreign_code(ForeignError, users=USER_CODE), findable(root.parent), pasted_imports():
+        is_package = root.is_dir()
+        _FILES[name] = (
+            run_module(name, root / PACKAGE, root) if is_package else run_module(name, root)
+        )
+        inside: list[str] = []
         if path != root:
-            inside = ".".join((name, *path.relative_to(root).with_suffix("").parts))
-            _FILES[inside] = importlib.import_module(inside)
-        elif root.is_dir() and not any(layer_of(_FILES[name], key) for key in vars(_FILES[name])):
-            for info in pkgutil.iter_modules([str(root)]):  # it offers nothing itself: its files do
-                _FILES[f"{name}.{info.name}"] = importlib.import_module(f"{name}.{info.name}")
+            inside = [".".join((name, *path.relative_to(root).with_suffix("").parts))]
+        elif is_package and not any(layer_of(_FILES[name], key) for key in vars(_FILES[name])):
+            # It offers nothing itself: its files do.
+            inside = [f"{name}.{info.name}" for info in pkgutil.iter_modules([str(root)])]
+        _FILES.update({key: importlib.import_module(key) for key in inside})
     return {key for key in _FILES if key == name or key.startswith(f"{name}.")}
 
 
@@ -85,41 +87,8 @@ def seeing(imported: set[str]) -> Iterator[None]:
 def _files() -> list[ModuleType]:
     seen = _SEEN.get()
     return [
-        m
-        for key, m in _FILES.items()
-        if seen is None or key in seen or not key.startswith(IMPORTED)
+        m for key, m in _FILES.items() if seen is None or key in seen or not key.startswith(PREFIX)
     ]
-
-
-def _run_once(name: str, path: Path) -> ModuleType:
-    """The module of a file or of a folder with an `__init__.py`, run if it was not before."""
-    if name in sys.modules and name in _FILES:
-        return sys.modules[name]
-    file = path / PACKAGE if path.is_dir() else path
-    inside = [str(path)] if path.is_dir() else None
-    spec = importlib.util.spec_from_file_location(name, file, submodule_search_locations=inside)
-    if spec is None or spec.loader is None:
-        raise ForeignError("is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where dataclasses look for the names of annotations
-    try:
-        with foreign_code(ForeignError, users=USER_CODE):
-            spec.loader.exec_module(module)
-    except ForeignError:
-        del sys.modules[name]
-        raise
-    return module
-
-
-@contextmanager
-def _findable(folder: Path) -> Iterator[None]:
-    """Let a file import what lies beside it, as it may where it is run as a script; names of ours go before."""
-    before = list(sys.path)
-    sys.path.append(str(folder))
-    try:
-        yield
-    finally:
-        sys.path[:] = before
 
 
 def find_pasted(name: str) -> Layer | None:
@@ -133,27 +102,18 @@ def find_pasted(name: str) -> Layer | None:
     place, _, own_name = name.rpartition(".")
     if place:
         files = [module for module in _files() if _stem(module) == place]
-        return next(
-            (
-                layer
-                for m in files
-                if (layer := _registered_in(m, own_name) or layer_of(m, own_name))
-            ),
-            None,
+        own = find(own_name)
+        layers = (
+            own if own and own.place[0] == m.__name__ else layer_of(m, own_name) for m in files
         )
+        return next(filter(None, layers), None)
     registered = find(name)
-    found = [layer for module in _unregistered_files() if (layer := layer_of(module, name))]
-    found = list(
-        {id(layer.build): layer for layer in found}.values()
-    )  # a package and its file offer the same
     if registered is not None and registered.rule is not backbone:
         return None  # a user's own `Conv` is a part of his file
-    found += [registered] if registered is not None else []
+    found = _unregistered(name) + ([registered] if registered is not None else [])
     if len(found) > 1:
         places = " and ".join(sorted(_file_of(layer) for layer in found))
-        ways = " or ".join(
-            sorted(f"{_stem(sys.modules[layer.build.__module__])}.{name}" for layer in found)
-        )
+        ways = " or ".join(sorted(_full_name(layer) for layer in found))
         raise LayerError(f"is defined twice, in {places}. Write {ways}, or rename one of them.")
     return found[0] if found else None
 
@@ -161,20 +121,23 @@ def find_pasted(name: str) -> Layer | None:
 def shadowed(name: str) -> str:
     """What a YAML should know that names the built-in `name`, where a user's file defines one too; "" otherwise."""
     registered = find(name)
-    if registered is None or registered.rule is backbone:
+    if registered is None or registered.rule is backbone or not (found := _unregistered(name)):
         return ""
-    found = [layer for module in _unregistered_files() if (layer := layer_of(module, name))]
-    if not found:
-        return ""
-    ways = " or ".join(f"{_stem(sys.modules[layer.build.__module__])}.{name}" for layer in found)
+    ways = " or ".join(map(_full_name, found))
     return (
         f"the built-in {name} is meant, not the one in {_file_of(found[0])}. Write {ways} for that."
     )
 
 
-def _registered_in(module: ModuleType, name: str) -> Layer | None:
-    layer = find(name)
-    return layer if layer is not None and layer.build.__module__ == module.__name__ else None
+def _unregistered(name: str) -> list[Layer]:
+    """The layers called `name` in files that register nothing; a package and its file may offer the same."""
+    found = [layer for module in _unregistered_files() if (layer := layer_of(module, name))]
+    return list({id(layer.build): layer for layer in found}.values())
+
+
+def _full_name(layer: Layer) -> str:
+    """`file.Name`."""
+    return f"{_stem(sys.modules[layer.place[0]])}.{layer.name}"
 
 
 def _stem(module: ModuleType) -> str:
@@ -184,10 +147,10 @@ def _stem(module: ModuleType) -> str:
 
 
 def _file_of(layer: Layer) -> str:
-    name = layer.build.__module__
+    name = layer.place[0]
     if name.startswith(f"{__name__}."):
         return name.replace(".", "/") + ".py"
-    return str(getattr(sys.modules.get(name), "__file__", name))  # of an import, where it was found
+    return str(sys.modules[name].__file__)  # of an import, where it was found
 
 
 def _unregistered_files() -> list[ModuleType]:
@@ -232,14 +195,11 @@ def broken_files() -> dict[str, str]:
     return dict(_BROKEN)
 
 
+@cache
 def tell_broken_files() -> None:
     """Warn of them, once a process: their names may mean another backbone meanwhile."""
     for file, why in _BROKEN.items():
-        if file not in _TOLD:
-            get_logger().warning(
-                f"{file}: could not be imported, what it defines is not known - {why}"
-            )
-            _TOLD.add(file)
+        get_logger().warning(f"{file}: could not be imported, what it defines is not known - {why}")
 
 
 _import_files()

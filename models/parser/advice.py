@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
 from torch import nn
 
@@ -43,19 +42,19 @@ _SAID = (
 )  # fmt: skip
 
 
-def advice_for(error: BaseException | None) -> str:
-    """A sentence that says what to write for `error` or what caused it, with a space in front; "" where none is known."""
-    for cause in _causes(error):
-        said = _of(cause)
-        if said:
-            return f" {said}"
-    return ""
+def reason_of(error: BaseException, end: str = "") -> str:
+    """What `error` says and, where that is known, a sentence of what to write instead, for it or for what caused it.
 
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__
+    Args:
+        error: of a user's code.
+        end: what the line ends with where no such sentence is known; without, it stays as it is.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if said := _of(cause):
+            return f"{str(error).rstrip('.')}. {said}"
+        cause = cause.__cause__
+    return f"{str(error).rstrip(end)}{end}" if end else str(error)
 
 
 def _of(error: BaseException) -> str:

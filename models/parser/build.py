@@ -9,39 +9,43 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from models import modules
 from models.common import whole_names
 from models.head import Head
-from models.meta import idle_parameters, run_for_real, run_on_meta
-from models.parser.advice import advice_for
-from models.parser.naming import (
-    BuildState,
-    SkipError,
-    leave_broken,
-    remember_names,
-    resolve_sources,
-)
-from models.parser.pasted import Settled, Style, arguments, materialize, settle
-from models.parser.pasted_checks import Traits, check
-from models.parser.readings import RowArguments
+from models.meta import idle_parameters
+from models.parser.advice import reason_of
+from models.parser.lookup import UnknownLayerError, find_layer, is_backbone, plan_of
+from models.parser.pasted import Settled, materialize, settle
+from models.parser.readings import RowArguments, given_text
 from models.parser.rows import ModelSpec, RowSpec
-from models.parser.slots import backbone_slots, brief, neck_slots, plain_slot, shapes_of
-from models.parser.wiring import Row, Slot, with_releases
+from models.parser.slots import MapSlots, backbone_slots, brief, neck_slots, plain_slot, shapes_of
+from models.parser.trials import Traits, check, maps_of, outputs_of
+from models.parser.wiring import (
+    BuildState,
+    Kind,
+    Row,
+    RowSlots,
+    SkipError,
+    Slot,
+    Style,
+    arguments,
+    with_releases,
+)
 from models.registry import (
+    DefaultActivation,
     Layer,
     LayerError,
     Plan,
     Scaling,
-    all_names,
+    SelectsStrides,
     by_signature,
-    find_anywhere,
 )
-from utils.errors import CheckpointError, ConfigError, ForeignError, foreign_code, nearest
+from utils.errors import CheckpointError, ConfigError, ForeignError, foreign_code
 
 
 def build_rows(spec: ModelSpec, imgsz: tuple[int, int]) -> tuple[list[nn.Module], tuple[Row, ...]]:
@@ -49,18 +53,20 @@ def build_rows(spec: ModelSpec, imgsz: tuple[int, int]) -> tuple[list[nn.Module]
 
     Raises:
         ConfigError: with all problems of the file, one line each.
+        CheckpointError: weights that a row asks for cannot be read.
     """
     state = BuildState(spec, imgsz)
     for row in spec.rows:
+        where = f"{spec.file} {row.place} {row.module}"
         try:
             _build_row(state, row)
         except SkipError:
-            leave_broken(state, row, is_backbone=_gives_maps(state, row))
-        except CheckpointError:
-            raise
+            state.add_broken(row, is_backbone=_gives_maps(state, row))
+        except CheckpointError as error:
+            raise CheckpointError(f"{where}: {error}") from error
         except (LayerError, ConfigError) as error:
-            state.problems.append(f"{spec.file} {row.place} {row.module}: {error}")
-            leave_broken(state, row, is_backbone=_gives_maps(state, row))
+            state.problems.append(f"{where}: {error}")
+            state.add_broken(row, is_backbone=_gives_maps(state, row))
     if state.problems:
         raise ConfigError(*state.problems)
     _select_maps(state)
@@ -74,327 +80,247 @@ def _select_maps(state: BuildState) -> None:
     """
     read = {slot for row in state.rows for slot in row.inputs}
     for number, (row, module) in enumerate(zip(state.rows, state.modules, strict=True)):
-        select = getattr(module, "select_strides", None)
-        filled = sorted(slot for slot in row.map_slots or () if slot is not None)
+        slots = row.map_slots or ()
+        filled = sorted(slot for slot in slots if slot is not None)
         kept = [k for k, slot in enumerate(filled) if slot in read]
-        if select is None and kept and len(kept) < len(filled):
-            slots = row.map_slots or ()
-            _freeze_idle(state, row, module, [slots.index(filled[k]) for k in kept])
-        if select is not None and kept:
-            select([row.strides[k] for k in kept])
+        if kept and isinstance(module, SelectsStrides):
+            module.select_strides([row.strides[k] for k in kept])
             state.rows[number] = row._replace(
                 map_slots=tuple(filled[k] for k in kept),
                 shape=tuple(row.shape[k] for k in kept),
                 strides=tuple(row.strides[k] for k in kept),
             )
-
-
-def _freeze_idle(state: BuildState, row: Row, module: nn.Module, kept: list[int]) -> None:
-    values = [state.slot(index).value for index in row.inputs]
-    for name in idle_parameters(module, row.arguments(values), kept):
-        module.get_parameter(name).requires_grad_(False)
+        elif kept and len(kept) < len(filled):
+            inputs = row.arguments([state.slot(index).value for index in row.inputs])
+            for name in idle_parameters(module, inputs, [slots.index(filled[k]) for k in kept]):
+                module.get_parameter(name).requires_grad_(False)
 
 
 def _gives_maps(state: BuildState, row: RowSpec) -> bool:
     """Whether a row that failed is a backbone; an unknown name in the first row is taken for one."""
+    may_be = row.section == "backbone" and not state.slots
     try:
-        layer = _find_layer(row.module)
+        layer = find_layer(row.module)
+    except UnknownLayerError:
+        return may_be
     except LayerError:  # two backbones of one name
         return True
-    if layer is None or layer.rule is by_signature:
-        return row.section == "backbone" and not state.slots
-    return _is_backbone(layer, row.args)
+    return may_be if layer.rule is by_signature else is_backbone(layer, row.args)
 
 
-def _is_backbone(layer: Layer, args: list[Any]) -> bool:
-    try:
-        return _plan(layer, [3], args, Scaling()).channels is None
-    except LayerError:
-        return False
+@dataclass(frozen=True)
+class _Job:
+    """A row about to be built.
 
-
-def require_backbone(name: str) -> None:
-    """Refuse what cannot stand behind `--backbone`.
-
-    Raises:
-        LayerError: nothing is called `name`, or it is a layer of another kind.
+    Attributes:
+        row: as written.
+        layer: what it names.
+        sources: what it reads.
+        scaling: what the model's size makes of its numbers.
+        first: index of its first slot.
+        is_image: it reads the image alone.
     """
-    layer = _find_layer(name)
-    if layer is None:
-        raise _unknown(name)
-    if not _is_backbone(layer, []):
-        raise LayerError(
-            f"got {name}, a layer that does not make all maps from the image, expected a backbone "
-            "such as EMO_1M, or a timm model such as resnet18."
-        )
+
+    row: RowSpec
+    layer: Layer
+    sources: Sequence[Slot]
+    scaling: Scaling
+    first: int
+    is_image: bool
 
 
-def _find_layer(name: str) -> Layer | None:
-    return modules.find_pasted(name) or find_anywhere(name)
-
-
-def _unknown(name: str) -> LayerError:
-    known = [*all_names(), *modules.public_names()]
-    inside = modules.names_in_file(name)
-    if inside:
-        ways = " or ".join(f"{name}.{own}" for own in inside)
-        return LayerError(f"is the name of a file, expected that of a class in it. Write {ways}.")
-    if place := modules.private_place(name):
-        return LayerError(
-            f"is private in {place}, _{name}, expected a public class. Rename it to {name}."
-        )
-    broken = "".join(
-        f" {file} could not be imported ({why})." for file, why in modules.broken_files().items()
-    )
-    return LayerError(
-        f"unknown layer {name!r}, expected a registered layer, a class in models/modules/ or a timm model."
-        f"{nearest(name, known)}{broken}"
-    )
-
-
-class _Built(NamedTuple):
-    """A row's module and what came out of it."""
+@dataclass(frozen=True)
+class _Built:
+    """A row's module and what it fills; `text` is its arguments as the table prints them."""
 
     module: nn.Module
-    output: Any
-    slots: list[Slot]
-    map_slots: tuple[int | None, ...] | None
-    kind: str
-    args: str
+    slots: Sequence[Slot]
+    map_slots: MapSlots | None
+    kind: Kind
+    text: str
     style: Style
-    traits: Traits = Traits()
+    traits: Traits
 
 
 def _build_row(state: BuildState, row: RowSpec) -> None:
-    layer = _find_layer(row.module)
-    if layer is None:
-        raise _unknown(row.module)
-    inputs = resolve_sources(state, row)
+    layer = find_layer(row.module)
+    inputs = state.sources(row)
     sources = [state.slot(i) for i in inputs]
-    scaling = _scaling(state, row, sources)
-    first = len(state.slots)
-    if layer.rule is by_signature:
-        is_image = len(inputs) == 1 and state.is_image(inputs[0])
-        built = _by_signature(layer, row, sources, scaling, first, is_image, state.imgsz)
-    else:
-        built = _by_rule(layer, row, sources, scaling, first, state.imgsz)
-    state.slots.extend(built.slots)
-    remember_names(state, row, first, built.slots, kind=built.kind)
+    first, spec = len(state.slots), state.spec
+    scaling = Scaling(
+        spec.width, spec.max_channels, spec.size, spec.repeats(row.repeats),
+        tuple(slot.stride for slot in sources), state.imgsz,
+    )  # fmt: skip
+    is_image = len(inputs) == 1 and state.is_image(inputs[0])
+    job = _Job(row, layer, sources, scaling, first, is_image)
+    built = _by_signature(job) if layer.rule is by_signature else _by_rule(job)
+    state.add(row, built.slots, built.kind)
     filled = [slot for slot in built.slots if not slot.reason]
+    shape = tuple(shape for slot in filled for shape in shapes_of(slot.value))
+    gives_image = built.kind == "map" and built.slots[0].stride == 1 and shape[0][0] == 3
     state.modules.append(built.module)
     state.rows.append(
         Row(
             index=len(state.slots) - 1,
             inputs=tuple(inputs),
-            takes_list=built.style == "list",
+            style=built.style,
             map_slots=built.map_slots,
-            release=(),
+            slots=RowSlots(
+                first,
+                tuple(slot.stride or None for slot in built.slots),
+                built.kind == "backbone",
+                gives_image,
+            ),
             source=row.source,
             repeats=scaling.repeats,
             module=row.module.removeprefix("nn."),
-            args=built.args,
-            shape=tuple(shape for slot in filled for shape in shapes_of(slot.value)),
+            args=built.text,
+            shape=shape,
             strides=tuple(slot.stride for slot in filled),
             section=row.section,
             place=row.place,
-            spread=built.style == "spread",
             is_neck=built.kind == "neck",
-            any_size=built.traits.any_size,
-            channels_last=built.traits.channels_last,
-            notes=built.traits.notes,
+            **built.traits._asdict(),
         )
     )
 
 
-def _by_rule(
-    layer: Layer,
-    row: RowSpec,
-    sources: Sequence[Slot],
-    scaling: Scaling,
-    first: int,
-    imgsz: tuple[int, int],
-) -> _Built:
+def _by_rule(job: _Job) -> _Built:
     """A registered layer: its rule says what the constructor takes and which channels come out."""
-    plan = _plan(layer, [slot.channels for slot in sources], row.args, scaling)
-    module = _module(layer, plan, row, scaling)
+    row, imgsz = job.row, job.scaling.imgsz
+    plan = plan_of(job.layer, [slot.channels for slot in job.sources], row.args, job.scaling)
+    module = _module(job, plan)
     predicts = plan.channels is not None and isinstance(module, Head)
-    takes_list = isinstance(row.source, list) or len(sources) > 1 or predicts
-    values = [slot.value for slot in sources]
-    output = _propagate(module, values if takes_list else values[0])
-    slots, map_slots = (
-        backbone_slots(module, output, first, imgsz)
-        if plan.channels is None
-        else ([plain_slot(plan.channels, output, imgsz)], None)
-    )
-    if predicts:  # predictions are no map
-        slots = [slot._replace(stride=0) for slot in slots]
-    kind = "map" if map_slots is None else "backbone"
+    takes_list = isinstance(row.source, list) or len(job.sources) > 1 or predicts
     style: Style = "list" if takes_list else "map"
-    are_maps = all(isinstance(value, Tensor) and value.ndim == 4 for value in values)
-    traits = (
-        check(module, sources, style, output, imgsz) if are_maps and _is_users(module) else Traits()
-    )
-    printed = _printed(plan.args, row.kwargs)
-    return _Built(module, output, slots, map_slots, kind, printed, style, traits)
-
-
-def _by_signature(
-    layer: Layer,
-    row: RowSpec,
-    sources: Sequence[Slot],
-    scaling: Scaling,
-    first: int,
-    is_image: bool,
-    imgsz: tuple[int, int],
-) -> _Built:
-    """A pasted class: its constructor is read, and what comes out says what it is."""
-    values = _maps(row, sources)
-    said = RowArguments(row.args, row.kwargs, scaling)
-    is_list = isinstance(row.source, list)
-    settled = settle(layer, said, values, is_image=is_image, is_list=is_list)
-    is_maps = isinstance(settled.output, (list, tuple, Mapping))
-    module, output = _instance(layer, settled, values, 1 if is_maps else scaling.repeats, said)
-    if is_maps and is_image:
-        slots, map_slots = backbone_slots(module, output, first, imgsz)
-    elif is_maps:
-        slots, map_slots = neck_slots(output, first, imgsz)
+    output = _propagate(module, [slot.value for slot in job.sources], style)
+    if plan.channels is None:
+        slots, map_slots = backbone_slots(module, output, job.first, imgsz)
     else:
-        slots, map_slots = [plain_slot(output.shape[1], output, imgsz)], None
-    traits = check(module, sources, settled.style, output, imgsz)
-    notes = tuple(note for note in (settled.note, *traits.notes) if note)
-    kind = "map" if map_slots is None else "backbone" if is_image else "neck"
-    return _Built(
-        module, output, slots, map_slots, kind, settled.text, settled.style,
-        traits._replace(notes=notes),
-    )  # fmt: skip
+        slot = plain_slot(plan.channels, output, imgsz)
+        slots, map_slots = [slot._replace(stride=0) if predicts else slot], None  # boxes are no map
+    is_users = any(type(m).__module__.startswith(modules.USER_CODE) for m in module.modules())
+    is_tried = is_users and bool(maps_of(job.sources))
+    traits = check(module, job.sources, style, output, imgsz) if is_tried else Traits()
+    words = [*map(repr, plan.args), *(f"{key}={value!r}" for key, value in row.kwargs.items())]
+    kind: Kind = "map" if map_slots is None else "backbone"
+    return _Built(module, slots, map_slots, kind, f"[{', '.join(words)}]", style, traits)
 
 
-def _maps(row: RowSpec, sources: Sequence[Slot]) -> list[Tensor]:
-    """The maps that a pasted class reads."""
-    values = [slot.value for slot in sources]
-    if not all(isinstance(value, Tensor) and value.ndim == 4 for value in values):
+def _by_signature(job: _Job) -> _Built:
+    """A pasted class: its constructor is read, and what comes out says what it is."""
+    imgsz, values = job.scaling.imgsz, maps_of(job.sources)
+    if not values:
         raise LayerError(
-            f"got from {row.source}, which is no map (B, C, H, W). Read rows that give maps."
+            f"got from {job.row.source}, which is no map (B, C, H, W). Read rows that give maps."
         )
-    return values
+    module, output, settled = _instance(job, values)
+    kind: Kind = "map"
+    if isinstance(output, Tensor):
+        slots, map_slots = [plain_slot(output.shape[1], output, imgsz)], None
+    elif job.is_image:
+        slots, map_slots = backbone_slots(module, output, job.first, imgsz)
+        kind = "backbone"
+    else:
+        slots, map_slots = neck_slots(output, job.first, imgsz)
+        kind = "neck"
+    traits = check(module, job.sources, settled.style, output, imgsz)
+    notes = tuple(filter(None, (settled.note, *traits.notes)))
+    return _Built(
+        module, slots, map_slots, kind, settled.text, settled.style, traits._replace(notes=notes)
+    )
 
 
-def _instance(
-    layer: Layer, settled: Settled, values: Sequence[Tensor], repeats: int, said: RowArguments
-) -> tuple[nn.Module, Any]:
-    """The settled module with weights, as often in a sequence as its constructor leaves the repeats to us."""
-    module, output = _with_weights(layer, settled, values), settled.output
-    if settled.reading.repeats_inside or repeats == 1:
-        return module, output
+def _instance(job: _Job, values: Sequence[Tensor]) -> tuple[nn.Module, object, Settled]:
+    """A pasted class with weights, as often in a sequence as its constructor leaves the repeats to us; what it gives."""
+    said = RowArguments(job.row.args, job.row.kwargs, job.scaling)
+    is_list = isinstance(job.row.source, list)
+    settled = settle(job.layer, said, values, is_image=job.is_image, is_list=is_list)
+    module, output = _with_weights(job.layer, settled, values), settled.output
+    repeats = job.scaling.repeats
+    if settled.reading.repeats_inside or repeats == 1 or not isinstance(output, Tensor):
+        return module, output, settled
     if len(values) > 1:
         raise LayerError(
             f"got repeats {repeats} for {len(values)} inputs, expected 1. Write a row for each."
         )
-    chain = [module]
-    again = settle(
-        layer, said, [output], is_image=False, is_list=False
-    )  # the first may change the width
-    chain += [_with_weights(layer, again, [output]) for _ in range(repeats - 1)]
-    sequence = nn.Sequential(*chain)
-    return sequence, _propagate(sequence, *arguments(values, settled.style))
+    # The first may change the width.
+    again = settle(job.layer, said, [output], is_image=False, is_list=False)
+    others = (_with_weights(job.layer, again, [output]) for _ in range(repeats - 1))
+    sequence = nn.Sequential(module, *others)
+    return sequence, _propagate(sequence, values, settled.style), settled
 
 
 def _with_weights(layer: Layer, settled: Settled, values: Sequence[Tensor]) -> nn.Module:
     try:
         with foreign_code(LayerError, users=modules.USER_CODE):
             module: nn.Module = layer.build(*settled.reading.args, **settled.reading.kwargs)
-            if any(is_lazy(p) for p in module.parameters()):
-                materialize(module, values, settled.style)
+            materialize(module, values, settled.style)
     except ForeignError as error:
         raise LayerError(f"cannot be built as {settled.text} - {error}") from error
     return module
 
 
-def _scaling(state: BuildState, row: RowSpec, sources: list[Slot]) -> Scaling:
-    spec, strides = state.spec, tuple(slot.stride for slot in sources)
-    repeats = spec.repeats(row.repeats)
-    return Scaling(spec.width, spec.max_channels, spec.size, repeats, strides, state.imgsz)
-
-
-def _module(layer: Layer, plan: Plan, row: RowSpec, scaling: Scaling) -> nn.Module:
+def _module(job: _Job, plan: Plan) -> nn.Module:
     """The row's layer, as often in a sequence as its rule leaves the repeats to us."""
-    first = _construct(layer, plan, row)
-    if plan.repeats_inside or scaling.repeats == 1:
+    row, repeats = job.row, job.scaling.repeats
+    first = _construct(job.layer, plan, row)
+    if plan.repeats_inside or repeats == 1:
         return first
-    same = _plan(layer, [plan.channels], row.args, scaling)  # the first may change the width
-    return nn.Sequential(first, *(_construct(layer, same, row) for _ in range(scaling.repeats - 1)))
-
-
-def _printed(args: list[Any], kwargs: dict[str, Any]) -> str:
-    """Arguments as the table prints them: `[64, 3, bias=False]`."""
-    return (
-        f"[{', '.join([*map(repr, args), *(f'{key}={value!r}' for key, value in kwargs.items())])}]"
-    )
-
-
-def _plan(layer: Layer, channels: list[Any], args: list[Any], scaling: Scaling) -> Plan:
-    try:
-        with foreign_code(LayerError, users=modules.USER_CODE):
-            return layer.rule(channels, args, scaling)
-    except ForeignError as error:
-        raise LayerError(f"does not take {args} - {error}") from error
+    same = plan_of(
+        job.layer, [plan.channels], row.args, job.scaling
+    )  # the first may change the width
+    return nn.Sequential(first, *(_construct(job.layer, same, row) for _ in range(repeats - 1)))
 
 
 def _construct(layer: Layer, plan: Plan, row: RowSpec) -> nn.Module:
-    kwargs = row.kwargs
     try:
         signature = inspect.signature(layer.build)
-        kwargs = whole_names(layer.build, kwargs)
-    except (TypeError, ValueError):
-        signature = None
-    if signature is not None:
-        try:
-            signature.bind(*plan.args, **kwargs)
-        except TypeError as error:
-            inserted = len(plan.args) - len(row.args)
-            own = ", ".join(
-                str(p.replace(annotation=p.empty)) for p in signature.parameters.values()
-            )
-            raise LayerError(
-                f"wrong arguments - got {len(row.args)} {row.args} ({error}), expected ({own})"
-                + (f"; the first {inserted} come from the parser." if inserted > 0 else ".")
-            ) from error
+    except (TypeError, ValueError):  # built in, without a signature
+        kwargs = row.kwargs
+    else:
+        kwargs = whole_names(layer.build, row.kwargs)
+        _check_arguments(signature, plan.args, row.args, kwargs)
     try:
         with foreign_code(LayerError, users=modules.USER_CODE):
             module = layer.build(*plan.args, **kwargs)
     except (ForeignError, LayerError) as error:
-        given = " ".join(str(part) for part in (plan.args, row.kwargs) if part) or "no arguments"
+        given = given_text(plan.args, row.kwargs)
         raise LayerError(f"cannot be built with {given} - {error}") from error
     if not isinstance(module, nn.Module):
         raise LayerError(f"is a {type(module).__name__}, expected a torch.nn.Module.")
     return module
 
 
-def _propagate(module: nn.Module, value: Any) -> Any:
-    """What comes out on the meta device, or from real numbers where that device does not know the code."""
+def _check_arguments(
+    signature: inspect.Signature,
+    args: Sequence[Any],
+    written: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> None:
     try:
-        with foreign_code(users=modules.USER_CODE):
-            return run_on_meta(module, value)
-    except ForeignError as error:
-        reason = error
-    try:
-        with foreign_code(users=modules.USER_CODE):
-            return run_for_real(module, value)
-    except ForeignError as error:
-        if not any(p.device.type == "meta" for p in module.parameters()):  # a draft has no numbers
-            reason = error
-    shapes = [s for v in (value if isinstance(value, list) else [value]) for s in shapes_of(v)]
-    advice = advice_for(reason)
-    said = f"{str(reason).rstrip('.')}.{advice}" if advice else str(reason)
-    raise LayerError(f"does not fit its input of shape {brief(shapes)} - {said}") from reason
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        inserted = len(args) - len(written)
+        parameters = signature.parameters.values()
+        own = ", ".join(str(p.replace(annotation=p.empty)) for p in parameters)
+        raise LayerError(
+            f"wrong arguments - got {len(written)} {written} ({error}), expected ({own})"
+            + (f"; the first {inserted} come from the parser." if inserted > 0 else ".")
+        ) from error
 
 
-def _is_users(module: nn.Module) -> bool:
-    return any(type(m).__module__.startswith(modules.USER_CODE) for m in module.modules())
+def _propagate(module: nn.Module, values: Sequence[object], style: Style) -> object:
+    """What comes out for `values`, on the meta device."""
+    try:
+        return outputs_of(module, *arguments(values, style))
+    except ForeignError as error:
+        shape = brief([s for value in values for s in shapes_of(value)])
+        raise LayerError(f"does not fit its input of shape {shape} - {reason_of(error)}") from error
 
 
 def apply_activation(module: nn.Module, make: Callable[[], nn.Module]) -> None:
     """Give every convolution block that has the default activation one made by `make`."""
     for block in module.modules():
-        if getattr(block, "has_default_activation", False):
+        if isinstance(block, DefaultActivation) and block.has_default_activation:
             block.act = make()

@@ -10,15 +10,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from inspect import Parameter
-from typing import Any, NamedTuple
+from typing import Any
 
-from models import modules
-from models.parser.rows import resolve
-from models.parser.wiring import Row
-from models.registry import LayerError, by_signature, find
+from models.parser.lookup import find_layer
+from models.parser.rows import SECTIONS, resolve
+from models.parser.wiring import RowSlots, level_of
+from models.registry import LayerError, by_signature
 from models.registry import backbone as backbone_rule
-from models.timm.features import is_known
+from models.timm.features import is_timm_model
 from utils.errors import ConfigError
 
 CONTEXT_MODULES = ("SPP", "SPPF", "SPPELAN", "C2PSA", "PSA", "AIFI")
@@ -26,42 +27,6 @@ WEIGHT_PARAMETERS = (
     *("pretrained", "weights", "checkpoint_path"),
     *("pretrained_path", "pretrained_weights", "weights_path", "ckpt", "ckpt_path"),
 )
-
-
-class RowSlots(NamedTuple):
-    """Which slots a row of the original model takes.
-
-    Attributes:
-        first: index of its first slot.
-        strides: stride of each of its slots; None where the slot is empty.
-        is_backbone: whether it returns a list of maps.
-        is_image: whether its output is still the image: stride 1, three channels.
-    """
-
-    first: int
-    strides: tuple[int | None, ...]
-    is_backbone: bool = False
-    is_image: bool = False
-
-
-def row_slots(rows: Sequence[Row]) -> list[RowSlots]:
-    """`RowSlots` of each row of a built model."""
-    slots: list[RowSlots] = []
-    for row in rows:
-        first = slots[-1].first + len(slots[-1].strides) if slots else 0
-        filled = (
-            sorted(s for s in row.map_slots if s is not None)
-            if row.map_slots is not None
-            else [row.index]
-        )
-        stride_of = dict(zip(filled, row.strides))
-        strides = tuple(stride_of.get(slot) for slot in range(first, row.index + 1))
-        is_image = (
-            row.map_slots is None and strides == (1,) and bool(row.shape) and row.shape[0][0] == 3
-        )
-        is_backbone = row.map_slots is not None and not row.is_neck
-        slots.append(RowSlots(first, strides, is_backbone, is_image))
-    return slots
 
 
 def replace_backbone(
@@ -78,20 +43,19 @@ def replace_backbone(
     Raises:
         ConfigError: a row that stays refers to a removed one whose stride is not a power of two.
     """
-    rows = [list(row) for row in (*config["backbone"], *config["head"])]
-    before, after = _removed_range(config["backbone"], slots)
-    writer = _Writer(rows, slots, before, after, len(config["backbone"]))
+    sections = [[list(row) for row in config[key]] for key in SECTIONS]
+    rows, in_backbone = [*sections[0], *sections[1]], len(sections[0])
+    before, after = _removed_range(sections[0], slots)
+    writer = _Writer(rows, slots, before, after, in_backbone)
     new_row = [-1, 1, name, [dict(kwargs)] if kwargs else []]
-    kept_before = [writer.rewrite(i) for i in range(before)]
-    kept_after = [writer.rewrite(i) for i in range(after, len(rows))]
+    kept = {i: writer.rewrite(i) for i in range(len(rows)) if not before <= i < after}
     for i, label in writer.labels.items():
-        target = kept_after[i - after]
-        target[4:] = [label]
-    in_backbone = len(config["backbone"]) - after
+        kept[i][4:] = [label]
+    tail = [kept[i] for i in range(after, in_backbone)]
     return {
         **config,
-        "backbone": [*kept_before, new_row, *kept_after[:in_backbone]],
-        "head": kept_after[in_backbone:],
+        "backbone": [*(kept[i] for i in range(before)), new_row, *tail],
+        "head": [kept[i] for i in range(in_backbone, len(rows))],
     }
 
 
@@ -110,29 +74,30 @@ def _removed_range(backbone: Sequence[Sequence[Any]], slots: Sequence[RowSlots])
     return before, next(on_coarsest, count)
 
 
+@dataclass
 class _Writer:
-    """Rewrites the `from` of rows that stay; collects the names that this makes necessary."""
+    """Rewrites the `from` of rows that stay; collects the names that this makes necessary.
 
-    def __init__(
-        self,
-        rows: Sequence[Sequence[Any]],
-        slots: Sequence[RowSlots],
-        before: int,
-        after: int,
-        in_backbone: int,
-    ) -> None:
-        self.rows, self.slots, self.before, self.after, self.in_backbone = (
-            rows,
-            slots,
-            before,
-            after,
-            in_backbone,
-        )
+    Attributes:
+        rows: of both sections.
+        slots: of each row.
+        before, after: rows `before <= i < after` go.
+        in_backbone: number of rows of the backbone section.
+        labels: row -> the name that it gets.
+    """
+
+    rows: Sequence[Sequence[Any]]
+    slots: Sequence[RowSlots]
+    before: int
+    after: int
+    in_backbone: int
+    labels: dict[int, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
         self.row_of_slot = {
-            slot.first + k: i for i, slot in enumerate(slots) for k in range(len(slot.strides))
+            slot.first + k: i for i, slot in enumerate(self.slots) for k in range(len(slot.strides))
         }
-        self.labels: dict[int, str] = {}
-        self.taken = {row[4] for row in rows if len(row) > 4}
+        self.taken = {row[4] for row in self.rows if len(row) > 4}
 
     def rewrite(self, i: int) -> list[Any]:
         """Row `i` as it stands in the new config."""
@@ -178,24 +143,21 @@ class _Writer:
             elif has_backbone:
                 continue
             for k, stride in enumerate(slot.strides):
-                if stride and stride > 1 and stride & (stride - 1) == 0:
-                    levels[f"P{stride.bit_length() - 1}"] = slot.first + k
+                if level := level_of(stride or 0):
+                    levels[f"P{level}"] = slot.first + k
         return levels
 
     def _level(self, slot: int, target: int, i: int) -> str:
         stride = self.slots[target].strides[slot - self.slots[target].first]
-        level = f"P{(stride or 0).bit_length() - 1}"
-        if not stride or stride < 2 or stride & (stride - 1) or level in self.taken:
-            why = (
-                f"a row of the config is called {level}"
-                if level in self.taken
-                else f"its stride is {stride}"
-            )
-            raise ConfigError(
-                f"--backbone: row {self.slots[i].first} ({self.rows[i][2]}) reads row {slot}, which goes, and nothing "
-                f"can take its place - {why}. Write a YAML for this pair."
-            )
-        return level
+        level = level_of(stride or 0)
+        name = f"P{level}"
+        if level and name not in self.taken:
+            return name
+        why = f"a row of the config is called {name}" if level else f"its stride is {stride}"
+        raise ConfigError(
+            f"--backbone: row {self.slots[i].first} ({self.rows[i][2]}) reads row {slot}, which goes, and nothing "
+            f"can take its place - {why}. Write a YAML for this pair."
+        )
 
     def _label(self, target: int) -> str:
         """The name of row `target`, made from its old index if it has none."""
@@ -224,7 +186,7 @@ def forget_weights(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, **fresh}
 
 
-def _without_weights(row: Any) -> Any:
+def _without_weights(row: object) -> object:
     if not isinstance(row, Sequence) or len(row) < 4:
         return row
     args = row[3]
@@ -232,10 +194,9 @@ def _without_weights(row: Any) -> Any:
     keywords = dict(args) if isinstance(args, Mapping) else {}
     if positional and isinstance(positional[-1], Mapping):
         keywords = dict(positional.pop())
-    parameters = _parameters(row[2])
-    wishes = [*(keywords.get(key) for key in WEIGHT_PARAMETERS), *positional]
-    if not any(_asks(wish) for wish in wishes):
+    if not any(map(_asks, [*(keywords.get(key) for key in WEIGHT_PARAMETERS), *positional])):
         return row
+    parameters = _parameters(str(row[2]))
     for key in WEIGHT_PARAMETERS:
         if _asks(keywords.get(key)):
             keywords[key] = _no_weights(key, parameters.get(key))
@@ -245,25 +206,24 @@ def _without_weights(row: Any) -> Any:
     return [*row[:3], [*positional, keywords] if keywords else positional, *row[4:]]
 
 
-def _asks(value: Any) -> bool:
+def _asks(value: object) -> bool:
     """Whether an argument as written asks for weights."""
     return bool(resolve(value, {}))
 
 
-def _no_weights(key: str, parameter: Parameter | None) -> Any:
+def _no_weights(key: str, parameter: Parameter | None) -> object:
     """What says "none" to the layer: false where it takes a true, or else its own default."""
     if key == "pretrained" or parameter is None or "bool" in str(parameter.annotation):
         return False
     return None if parameter.default is Parameter.empty else parameter.default or None
 
 
-def _parameters(module: Any) -> dict[str, Parameter | None]:
+def _parameters(name: str) -> Mapping[str, Parameter | None]:
     """The arguments that a backbone row may give by position."""
-    name, layer = str(module), None
-    with suppress(LayerError):  # a name for two things: the parser will tell
-        layer = find(name) or modules.find_pasted(name)
-    if layer is None:  # timm's models take these two by position
-        return dict.fromkeys(WEIGHT_PARAMETERS[:2]) if is_known(name) else {}
-    if layer.rule not in (backbone_rule, by_signature):
-        return {}
-    return dict(inspect.signature(layer.build).parameters)
+    with suppress(LayerError):  # an unknown name, or one for two things: the parser will tell
+        layer = find_layer(name)
+        if is_timm_model(name) and layer.rule not in (backbone_rule, by_signature):
+            return dict.fromkeys(WEIGHT_PARAMETERS[:2])  # timm's models take these two by position
+        if layer.rule in (backbone_rule, by_signature):
+            return inspect.signature(layer.build).parameters
+    return {}

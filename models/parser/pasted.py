@@ -11,6 +11,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from inspect import Parameter
 from typing import Any, Literal, NamedTuple
 
@@ -19,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from models import modules
-from models.meta import run_for_real, run_on_meta
-from models.parser.advice import advice_for
+from models.meta import evaluating, run_for_real, run_on_meta
+from models.parser.advice import reason_of
 from models.parser.readings import (
     Inputs,
     Reading,
@@ -30,14 +31,13 @@ from models.parser.readings import (
     readings,
 )
 from models.parser.signature import Constructor, Role, read_constructor, shown, usage
-from models.parser.slots import brief, shapes_of, told
-from models.registry import Layer, LayerError, Scaling
+from models.parser.slots import brief, is_map, shapes_of, told
+from models.parser.wiring import Style, arguments
+from models.registry import Layer, LayerError
 from utils.errors import ForeignError, foreign_code, nearest
 
 MOST_NUMBERS = 2**28  # a GiB of weights: larger ones are tried on the meta device alone
 MOST_TOLD = 2  # readings that an error shows
-Style = Literal["map", "list", "spread"]
-"""How `forward` takes its inputs: one map, a list of them, or each as an argument of its own."""
 
 
 class Settled(NamedTuple):
@@ -54,7 +54,7 @@ class Settled(NamedTuple):
     reading: Reading
     text: str
     style: Style
-    output: Any
+    output: object
     note: str = ""
 
 
@@ -64,6 +64,22 @@ class _Failure(NamedTuple):
     text: str
     stage: Literal["bind", "build", "run", "output"]
     reason: str
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A row and what it is tried on; see `settle`."""
+
+    layer: Layer
+    row: RowArguments
+    values: Sequence[Tensor]
+    is_image: bool
+    is_list: bool
+
+    @property
+    def inputs(self) -> Inputs:
+        height, width = self.values[0].shape[2:]
+        return Inputs(tuple(int(v.shape[1]) for v in self.values), (int(height), int(width)))
 
 
 def settle(
@@ -81,19 +97,18 @@ def settle(
     Raises:
         LayerError: nothing fits; with the constructor, what was tried and what to write.
     """
+    case = _Case(layer, row, values, is_image, is_list)
     constructor = read_constructor(layer.build)
     _check_names(layer, constructor, row)
-    height, width = (int(n) for n in values[0].shape[2:])
-    inputs = Inputs(tuple(int(v.shape[1]) for v in values), (height, width))
-    candidates = readings(constructor, row, inputs)
+    candidates = readings(constructor, row, case.inputs)
     if is_image:
         candidates = [as_written(row), *(r for r in candidates if r[:2] != as_written(row)[:2])]
     failures: list[_Failure] = []
     for run in (run_on_meta, run_for_real):
-        fitting = _try_all(layer, candidates, values, is_list, is_image, run, failures)
+        fitting, failures = _try_all(case, candidates, run)
         if fitting:
-            return _choose(layer, row.scaling, fitting, inputs)
-    raise _unfit(layer, constructor, row, failures, values)
+            return _choose(case, fitting)
+    raise _unfit(case, constructor, failures)
 
 
 def _check_names(layer: Layer, constructor: Constructor, row: RowArguments) -> None:
@@ -107,58 +122,44 @@ def _check_names(layer: Layer, constructor: Constructor, row: RowArguments) -> N
 
 
 def _try_all(
-    layer: Layer,
-    candidates: Sequence[Reading],
-    values: Sequence[Tensor],
-    is_list: bool,
-    is_image: bool,
-    run: Callable[..., Any],
-    failures: list[_Failure],
-) -> list[Settled]:
-    """The first fitting reading of each group; a guess only where nothing before it fits."""
+    case: _Case, candidates: Sequence[Reading], run: Callable[..., object]
+) -> tuple[list[Settled], list[_Failure]]:
+    """The first fitting reading of each group; a guess only where nothing before it fits. And what failed."""
     fitting: list[Settled] = []
-    failures.clear()
+    failures: list[_Failure] = []
     for reading in candidates:
         if reading.is_doubt and not fitting:
             continue
         if fitting and (reading.is_guess or any(s.reading.group == reading.group for s in fitting)):
             continue
-        found = _try(layer, reading, values, is_list, is_image, run)
+        found = _try(case, reading, run)
         if isinstance(found, _Failure):
             failures.extend([] if reading.is_doubt else [found])
         elif not any(found.text == other.text for other in fitting):
             fitting.append(found)
-            if is_image and isinstance(found.output, (list, tuple, Mapping)):
+            if case.is_image and isinstance(found.output, (list, tuple, Mapping)):
                 break  # a backbone's numbers are its own
-    return fitting
+    return fitting, failures
 
 
-def _try(
-    layer: Layer,
-    reading: Reading,
-    values: Sequence[Tensor],
-    is_list: bool,
-    is_image: bool,
-    run: Callable[..., Any],
-) -> Settled | _Failure:
-    text = call_text(layer, reading)
-    if _bound(layer.build, reading) is None:
+def _try(case: _Case, reading: Reading, run: Callable[..., object]) -> Settled | _Failure:
+    text = call_text(case.layer, reading)
+    if _bound(case.layer.build, reading) is None:
         return _Failure(text, "bind", "is not what its constructor takes")
     try:
-        module = _build(layer, reading, values, on_meta=run is run_on_meta)
+        module = _build(case.layer, reading, on_meta=run is run_on_meta)
     except (ForeignError, LayerError) as error:
-        return _Failure(text, "build", _reason(error))
+        return _Failure(text, "build", reason_of(error))
     failure: _Failure | None = None
-    for style in _styles(module, values, is_list):
+    for style in _styles(module, case):
         try:
             with foreign_code(LayerError, users=modules.USER_CODE):
-                if any(is_lazy(p) for p in module.parameters()):
-                    materialize(module, values, style)
-                output = run(module, *arguments(values, style))
+                materialize(module, case.values, style)
+                output = run(module, *arguments(case.values, style))
         except (ForeignError, LayerError) as error:
-            failure = failure or _Failure(text, "run", _reason(error))
+            failure = failure or _Failure(text, "run", reason_of(error))
             continue
-        wrong = _wrong_output(output, is_image)
+        wrong = _wrong_output(output, case.is_image)
         if not wrong:
             return Settled(reading, text, style, output)
         if failure is None or failure.stage == "run":
@@ -167,12 +168,7 @@ def _try(
     return failure
 
 
-def _reason(error: Exception) -> str:
-    advice = advice_for(error)
-    return f"{str(error).rstrip('.')}.{advice}" if advice else str(error)
-
-
-def _build(layer: Layer, reading: Reading, values: Sequence[Tensor], *, on_meta: bool) -> nn.Module:
+def _build(layer: Layer, reading: Reading, *, on_meta: bool) -> nn.Module:
     """The module of one reading; no random number of the caller's is drawn and nothing is warned."""
     if not on_meta and _is_too_large(layer, reading):
         raise LayerError("has too many weights to be tried with numbers")
@@ -202,26 +198,18 @@ def _is_too_large(layer: Layer, reading: Reading) -> bool:
 
 
 def materialize(module: nn.Module, values: Sequence[Tensor], style: Style) -> None:
-    """Let lazy layers see their inputs once: they find their own channels."""
+    """Let lazy layers, if there are any, see their inputs once: they find their own channels."""
+    if not any(is_lazy(p) for p in module.parameters()):
+        return
     device = next(module.parameters()).device
     inputs = [torch.rand(v.shape, device=device) for v in values]
-    modes = {m: m.training for m in module.modules()}
-    with torch.no_grad():
-        module.eval()(*arguments(inputs, style))
-    for submodule, training in modes.items():
-        submodule.training = training
+    with torch.no_grad(), evaluating(module):
+        module(*arguments(inputs, style))
 
 
-def arguments(values: Sequence[Any], style: Style) -> tuple[Any, ...]:
-    """`values` as `forward` takes them."""
-    if style == "spread":
-        return tuple(values)
-    return (list(values) if style == "list" else values[0],)
-
-
-def _styles(module: nn.Module, values: Sequence[Any], is_list: bool) -> list[Style]:
+def _styles(module: nn.Module, case: _Case) -> list[Style]:
     """How `forward` may want its inputs, the likeliest first."""
-    if len(values) == 1:
+    if len(case.values) == 1:
         return ["map", "list"]
     try:
         parameters = inspect.signature(module.forward).parameters.values()
@@ -232,23 +220,19 @@ def _styles(module: nn.Module, values: Sequence[Any], is_list: bool) -> list[Sty
     return ["spread", "list"] if wants_each else ["list", "spread"]
 
 
-def _wrong_output(output: Any, is_image: bool) -> str:
+def _wrong_output(output: object, is_image: bool) -> str:
     """What is neither a map nor maps, in words; a backbone's list is looked at where its slots are made."""
     if is_image and isinstance(output, (list, tuple, Mapping)):
         return ""
     maps = list(output.values()) if isinstance(output, Mapping) else output
     maps = [maps] if isinstance(maps, Tensor) else maps
     least = 2 if isinstance(output, Mapping) else 1
-    if isinstance(maps, (list, tuple)) and len(maps) >= least and all(map(_is_map, maps)):
+    if isinstance(maps, (list, tuple)) and len(maps) >= least and all(map(is_map, maps)):
         return ""
     advice = "Return one map, or a list of maps."
     if isinstance(output, Mapping) and output:
         advice = f"Return the map itself, {next(iter(output))!r} of that dictionary."
     return f"returns {told(output)}, expected a map (B, C, H, W) or a list of maps. {advice}"
-
-
-def _is_map(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.ndim == 4
 
 
 def _is_loose(settled: Settled, inputs: Inputs) -> bool:
@@ -260,39 +244,34 @@ def _is_loose(settled: Settled, inputs: Inputs) -> bool:
     return not {reading.width, reading.written} & widths
 
 
-def _choose(layer: Layer, scaling: Scaling, fitting: Sequence[Settled], inputs: Inputs) -> Settled:
+def _choose(case: _Case, fitting: Sequence[Settled]) -> Settled:
     """The first that uses the row's width as one; a warning where another means something else."""
-    sound = [s for s in fitting if not _is_loose(s, inputs)]
+    sound = [s for s in fitting if not _is_loose(s, case.inputs)]
     chosen, *others = sound or fitting[:1]
     if not sound:
         return chosen._replace(
             note=f"read as {chosen.text}; the row's {chosen.reading.written} is neither its input nor its output of "
             f"{shapes_of(chosen.output)[0][0]} channels and is not used. Leave it out, or name the argument that is meant."
         )
-    if others:
-        first, second = (
-            _difference(layer, scaling, *pair)
-            for pair in ((chosen, others[0]), (others[0], chosen))
-        )
-        return chosen._replace(
-            note=f"read as {chosen.text}, but {others[0].text} fits the row too. Write {first} for the first, {second} for "
-            "the second."
-        )
-    return chosen
+    if not others:
+        return chosen
+    first, second = _difference(case, chosen, others[0]), _difference(case, others[0], chosen)
+    return chosen._replace(
+        note=f"read as {chosen.text}, but {others[0].text} fits the row too. Write {first} for the first, {second} for "
+        "the second."
+    )
 
 
-def _difference(layer: Layer, scaling: Scaling, this: Settled, other: Settled) -> str:
+def _difference(case: _Case, this: Settled, other: Settled) -> str:
     """`{reduction: 16}`: the whole of what a row says by name so that `this` and not `other` is meant."""
-    own, others = (_bound(layer.build, s.reading) or {} for s in (this, other))
-    arguments = {a.name: a for a in read_constructor(layer.build).arguments}
-    differing = {k: v for k, v in own.items() if k in arguments and others.get(k, _bound) != v}
-    wanted = {k: v for k, v in differing.items() if v != arguments[k].default} or differing
+    own, others = (_bound(case.layer.build, s.reading) or {} for s in (this, other))
+    named = {a.name: a for a in read_constructor(case.layer.build).arguments}
+    differing = {k: v for k, v in own.items() if k in named and others.get(k, _bound) != v}
+    wanted = {k: v for k, v in differing.items() if v != named[k].default} or differing
     if this.reading.width is not None:
-        outputs = {
-            k: v for k, v in own.items() if k in arguments and arguments[k].role is Role.OUTPUT
-        }
+        outputs = {k: v for k, v in own.items() if k in named and named[k].role is Role.OUTPUT}
         wanted = {**outputs, **wanted}
-    numbers = {k: as_row_number(arguments[k], v, scaling) for k, v in wanted.items()}
+    numbers = {k: as_row_number(named[k], v, case.row.scaling) for k, v in wanted.items()}
     return f"{{{', '.join(f'{k}: {_value(v)}' for k, v in numbers.items())}}}"
 
 
@@ -326,26 +305,20 @@ def _bound(build: Callable[..., Any], reading: Reading) -> dict[str, Any] | None
     return found
 
 
-def _value(value: Any) -> str:
-    return getattr(value, "__name__", None) or repr(value)
+def _value(value: object) -> str:
+    if inspect.isroutine(value) or inspect.isclass(value):
+        return str(value.__name__)
+    return repr(value)
 
 
-def _unfit(
-    layer: Layer,
-    constructor: Constructor,
-    row: RowArguments,
-    failures: Sequence[_Failure],
-    values: Sequence[Tensor],
-) -> LayerError:
+def _unfit(case: _Case, constructor: Constructor, failures: Sequence[_Failure]) -> LayerError:
     """Nothing fits: one call is told as it is, of several the one that got furthest."""
     seen = list({f.text: f for f in failures if f.stage != "bind"}.values())
-    own = f"{layer.name}{shown(layer.build)}"
+    own = f"{case.layer.name}{shown(case.layer.build)}"
     says = f"Channels and repeats come from the parser; a row says {usage(constructor)}."
     if not seen:
-        parts = (list(row.args), dict(row.kwargs))
-        given = " ".join(str(part) for part in parts if part) or "no arguments"
-        return LayerError(f"got {given}, which {own} does not take. {says}")
-    shape = brief([s for v in values for s in shapes_of(v)])
+        return LayerError(f"got {case.row.text}, which {own} does not take. {says}")
+    shape = brief([s for v in case.values for s in shapes_of(v)])
     stages = ("build", "run", "output")
     first = max(seen, key=lambda f: stages.index(f.stage))
     if first.stage == "output":
@@ -354,9 +327,8 @@ def _unfit(
         if first.stage == "run":
             return LayerError(f"does not fit its input of shape {shape} - {first.reason}")
         return LayerError(f"cannot be built as {first.text} - {first.reason}")
-    others = [f for f in seen if f is not first]
-    told_calls = [first, *others[: MOST_TOLD - 1]]
-    tried = "; ".join(f"{f.text}: {f.reason.rstrip('.')}" for f in told_calls)
+    shown_calls = [first, *(f for f in seen if f is not first)][:MOST_TOLD]
+    tried = "; ".join(f"{f.text}: {f.reason.rstrip('.')}" for f in shown_calls)
     more = f" ({len(seen) - MOST_TOLD} more were tried)" if len(seen) > MOST_TOLD else ""
     return LayerError(
         f"no call of {own} fits an input of shape {shape} - tried {tried}{more}. {says}"

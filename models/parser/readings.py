@@ -63,6 +63,16 @@ class RowArguments(NamedTuple):
     kwargs: Mapping[str, Any]
     scaling: Scaling
 
+    @property
+    def text(self) -> str:
+        """`[16] {'k': 3}`, as the row has them."""
+        return given_text(list(self.args), dict(self.kwargs))
+
+
+def given_text(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """Arguments in an error: `[16] {'k': 3}`."""
+    return " ".join(str(part) for part in (args, kwargs) if part) or "no arguments"
+
 
 def readings(constructor: Constructor, row: RowArguments, inputs: Inputs) -> list[Reading]:
     """Every reading of `row`, the likeliest first, none twice."""

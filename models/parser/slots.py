@@ -6,35 +6,39 @@ What a module says of itself (channels, strides) is held against what it gives o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import Any
+from typing import TypeGuard
 
 from torch import Tensor, nn
 
-from models.parser.wiring import Slot
+from models.parser.wiring import PYRAMID_SLOTS, Slot, level_of
 from models.registry import LayerError
 
-PYRAMID_SLOTS = 5
+CHANNEL_NAMES = ("channels", "width_list", "channel")
+MapSlots = tuple[int | None, ...]
+"""The slot of each map that a module returns; None for one that has none."""
 
 
-def shapes_of(value: Any) -> list[tuple[int, ...]]:
+def is_map(value: object) -> TypeGuard[Tensor]:
+    """Whether it is a map (B, C, H, W)."""
+    return isinstance(value, Tensor) and value.ndim == 4
+
+
+def shapes_of(value: object) -> list[tuple[int, ...]]:
     """Shapes of all tensors in `value`, without batch."""
     if isinstance(value, Tensor):
         return [tuple(value.shape[1:])]
-    return (
-        [shape for item in value or () for shape in shapes_of(item)]
-        if isinstance(value, (list, tuple))
-        else []
-    )
+    items = value if isinstance(value, (list, tuple)) else ()
+    return [shape for item in items for shape in shapes_of(item)]
 
 
-def brief(shapes: list[tuple[int, ...]]) -> str:
+def brief(shapes: Sequence[tuple[int, ...]]) -> str:
     """`3x64x64, 8x32x32`."""
     return ", ".join("x".join(map(str, shape)) for shape in shapes)
 
 
-def stride_of(value: Any, imgsz: tuple[int, int]) -> int:
+def stride_of(value: object, imgsz: tuple[int, int]) -> int:
     """Stride of a map of images of this size, told by the longer side; a power of two where the size allows it, since
     sizes that do not divide are rounded. 0 for what is not a map."""
     shape = shapes_of(value)
@@ -45,14 +49,14 @@ def stride_of(value: Any, imgsz: tuple[int, int]) -> int:
     return power if abs(height / power - extent) < 1 else max(round(height / extent), 1)
 
 
-def plain_slot(channels: int | list[int] | None, output: Any, imgsz: tuple[int, int]) -> Slot:
+def plain_slot(channels: int | list[int] | None, output: object, imgsz: tuple[int, int]) -> Slot:
     """The slot of a layer that is no backbone.
 
     Raises:
         LayerError: the layer does not give what its rule says.
     """
     is_one = isinstance(channels, int)
-    if is_one and isinstance(output, Tensor) and output.ndim == 4 and output.shape[1] != channels:
+    if is_one and is_map(output) and output.shape[1] != channels:
         raise LayerError(f"gives {output.shape[1]} channels, but its rule says {channels}.")
     if is_one and isinstance(output, (list, tuple, Mapping)):
         raise LayerError(
@@ -62,7 +66,7 @@ def plain_slot(channels: int | list[int] | None, output: Any, imgsz: tuple[int, 
     return Slot(output, channels, stride_of(output, imgsz))
 
 
-def told(value: Any) -> str:
+def told(value: object) -> str:
     """What `value` is, in words: `a list of (8x32x32, NoneType)`."""
     if isinstance(value, Mapping):
         return told(list(value.values())).replace("a list", "a dictionary", 1)
@@ -74,26 +78,9 @@ def told(value: Any) -> str:
     return type(value).__name__
 
 
-def declared_channels(module: nn.Module) -> list[int] | None:
-    """What a backbone says of its widths under any of the customary names.
-
-    Raises:
-        LayerError: it names a list of other things than numbers.
-    """
-    for name in ("channels", "width_list", "channel"):
-        value = getattr(module, name, None)
-        if isinstance(value, (list, tuple)):
-            if not all(isinstance(c, Real) for c in value):
-                raise LayerError(
-                    f"says {name} {list(value)}, expected a number for each map. Mend `{name}`."
-                )
-            return [int(c) for c in value]
-    return None
-
-
 def backbone_slots(
-    module: nn.Module, output: Any, first: int, imgsz: tuple[int, int]
-) -> tuple[list[Slot], tuple[int | None, ...]]:
+    module: nn.Module, output: object, first: int, imgsz: tuple[int, int]
+) -> tuple[list[Slot], MapSlots]:
     """The slots P1, P2, ... of a backbone from index `first` on, and the index that each of its maps goes to.
 
     Raises:
@@ -102,7 +89,7 @@ def backbone_slots(
     maps = _feature_maps(output)
     strides = _common_strides(maps, imgsz)
     _hold_against(module, [m.shape[1] for m in maps], strides)
-    levels = [round(math.log2(s)) if s & (s - 1) == 0 and s > 1 else 0 for s in strides]
+    levels = [level_of(s) for s in strides]
     has = ", ".join(f"P{level} (stride {2**level})" for level in sorted(set(levels) - {0}))
     slots = [
         Slot(None, None, 0, f"the backbone has no stride {2 ** (k + 1)}, only {has}")
@@ -118,22 +105,16 @@ def backbone_slots(
     return slots, map_slots
 
 
-def neck_slots(
-    output: Any, first: int, imgsz: tuple[int, int]
-) -> tuple[list[Slot], tuple[int | None, ...]]:
+def neck_slots(output: object, first: int, imgsz: tuple[int, int]) -> tuple[list[Slot], MapSlots]:
     """One slot for each map of a neck from index `first` on, in their order, and their indices."""
     maps = _feature_maps(output)
     slots = [Slot(m, m.shape[1], stride_of(m, imgsz)) for m in maps]
     return slots, tuple(range(first, first + len(maps)))
 
 
-def _feature_maps(output: Any) -> list[Tensor]:
+def _feature_maps(output: object) -> list[Tensor]:
     maps = list(output.values()) if isinstance(output, Mapping) else output
-    if (
-        not isinstance(maps, (list, tuple))
-        or not all(isinstance(m, Tensor) and m.ndim == 4 for m in maps)
-        or not maps
-    ):
+    if not isinstance(maps, (list, tuple)) or not maps or not all(map(is_map, maps)):
         raise LayerError(
             f"returns {told(output)}, expected a list of feature maps (B, C, H, W); a layer with one output "
             "registers with a rule: @register(convolution)."
@@ -141,7 +122,7 @@ def _feature_maps(output: Any) -> list[Tensor]:
     return list(maps)
 
 
-def _common_strides(maps: list[Tensor], imgsz: tuple[int, int]) -> list[int]:
+def _common_strides(maps: Sequence[Tensor], imgsz: tuple[int, int]) -> list[int]:
     """The stride of each map, which must be the same in height and width."""
     strides = [stride_of(m, imgsz) for m in maps]
     for m, stride in zip(maps, strides):
@@ -154,13 +135,19 @@ def _common_strides(maps: list[Tensor], imgsz: tuple[int, int]) -> list[int]:
 
 
 def _hold_against(module: nn.Module, channels: list[int], strides: list[int]) -> None:
-    """Refuse a module that says other channels or strides of itself than its maps have."""
-    declared, said = declared_channels(module), getattr(module, "strides", None)
-    if declared is not None and declared != channels:
+    """Refuse a module that says other channels, under a customary name, or strides of itself than its maps have."""
+    said = {key: getattr(module, key, None) for key in (*CHANNEL_NAMES, "strides")}
+    lists = {key: list(value) for key, value in said.items() if isinstance(value, (list, tuple))}
+    if name := next((key for key in CHANNEL_NAMES if key in lists), ""):
+        if not all(isinstance(c, Real) for c in lists[name]):
+            raise LayerError(
+                f"says {name} {lists[name]}, expected a number for each map. Mend `{name}`."
+            )
+        if (declared := [int(c) for c in lists[name]]) != channels:
+            raise LayerError(
+                f"says channels {declared}, but its outputs have {channels}. Mend `channels`."
+            )
+    if lists.get("strides", strides) != strides:
         raise LayerError(
-            f"says channels {declared}, but its outputs have {channels}. Mend `channels`."
-        )
-    if isinstance(said, (list, tuple)) and list(said) != strides:
-        raise LayerError(
-            f"says strides {list(said)}, but its outputs have {strides}. Mend `strides`."
+            f"says strides {lists['strides']}, but its outputs have {strides}. Mend `strides`."
         )

@@ -9,9 +9,13 @@ Letters: B batch, C channels, H height, W width.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 import torch.nn.functional as F
@@ -19,26 +23,27 @@ from torch import Tensor, nn
 
 from models.blocks.input_norm import InputNorm
 from models.blocks.layers import ChannelNorm
-from models.registry import Layer, LayerError, Plan, Scaling, backbone, register_fallback, single
+from models.registry import Layer, LayerError, Plan, Scaling, backbone, single
 from models.timm.features import (
-    REFUSALS,
     FeaturePlan,
+    Options,
+    bare_name,
     create,
     find_unused,
-    is_known,
-    known_names,
+    is_timm_model,
     narrow_plan,
     plan_features,
     quiet,
     statistics_of,
 )
-from models.timm.hub import cached_weights, hub_is_reachable
 from models.weights.transfer import load_backbone_weights
-from utils.errors import CheckpointError, ConfigError
+from utils.errors import CheckpointError, ConfigError, ForeignError, foreign_code
 from utils.logger import get_logger
 
 REQUIRED_STRIDES = (8, 16, 32)
 VIT_STRIDES = (4, 8, 16, 32)
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+Normalize = bool | Sequence[Sequence[float]] | None
 OFFLINE_ADVICE = (
     "Without a network, fetch the file once where there is one and give it as {weights: path}, "
     "or leave pretrained out to start from fresh weights."
@@ -112,7 +117,7 @@ class TimmBackbone(nn.Module):
         pretrained: bool = False,
         weights: str | None = None,
         pyramid_width: int = 256,
-        normalize: bool | Sequence[Sequence[float]] | None = None,
+        normalize: Normalize = None,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -121,12 +126,12 @@ class TimmBackbone(nn.Module):
         self.imgsz = (int(imgsz[0]), int(imgsz[1]))
         if len(imgsz) > 2:
             options = {"in_chans": int(imgsz[2]), **options}
-        self.plan: FeaturePlan = plan_features(model_name, self.imgsz, options)
+        self.plan = plan_features(model_name, self.imgsz, options)
         self.any_size = self.plan.any_size
-        self.normalize: Any = InputNorm(int(options.get("in_chans", 3)))
+        self.normalize: InputNorm | nn.Identity = InputNorm(int(options.get("in_chans", 3)))
         self.normalizes = normalize
         self._set_norm(normalize)
-        self.net: nn.Module = _create_net(model_name, self.plan, pretrained and not weights)
+        self.net = _create_net(model_name, self.plan, pretrained and not weights)
         self.unused: list[str] = []
         self.channels: list[int] = []
         self.strides: list[int] = []
@@ -140,13 +145,14 @@ class TimmBackbone(nn.Module):
             told = (f"{model_name}: has timm's weights", self.on_pretrained())
             get_logger().info("; ".join(filter(None, told)))
 
-    def _set_norm(self, normalize: Any) -> None:
+    def _set_norm(self, normalize: Normalize) -> None:
         """Take the numbers of `normalize`: true for timm's, or a mean and a std."""
-        if normalize in (None, False):
+        if normalize is None or normalize is False:
             return
-        numbers: Any = statistics_of(self.model_name) if normalize is True else normalize
+        numbers = statistics_of(self.model_name) if normalize is True else normalize
         try:
-            mean, std = numbers
+            mean, std = numbers  # type: ignore[misc]
+            assert isinstance(self.normalize, InputNorm)
             self.normalize.set([float(n) for n in mean], [float(n) for n in std])
         except (TypeError, ValueError) as error:
             raise LayerError(
@@ -160,8 +166,9 @@ class TimmBackbone(nn.Module):
         Returns:
             What becomes of the images, in words.
         """
+        assert isinstance(self.normalize, InputNorm)
         if self.normalizes is None:
-            return str(self.normalize.set_as_timm(self.model_name))
+            return self.normalize.set_as_timm(self.model_name)
         return "" if self.normalize.is_active else "images are not normalised, as its row says"
 
     def read_foreign(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -170,20 +177,21 @@ class TimmBackbone(nn.Module):
         timm does not say which tensors it has taken, so it also gets a file of the same names without numbers.
         """
         blank = {k: t * torch.nan if t.is_floating_point() else t for k, t in state.items()}
-        try:
-            with torch.random.fork_rng(devices=[]), quiet():
-                probe, numbers = (self._as_timm_loads(s) for s in (blank, state))
-        except (*REFUSALS, OSError):
-            return {}
-        taken = [k for k, t in probe.items() if t.is_floating_point() and t.isnan().any()]
-        return {self.pretrained_prefix + key: numbers[key] for key in taken}
+        with (
+            torch.random.fork_rng(devices=[]),
+            quiet(),
+            suppress(ForeignError, CheckpointError),
+            foreign_code(),
+        ):
+            probe, numbers = (self._as_timm_loads(s) for s in (blank, state))
+            taken = [k for k, t in probe.items() if t.is_floating_point() and t.isnan().any()]
+            return {self.pretrained_prefix + key: numbers[key] for key in taken}
+        return {}
 
     def _as_timm_loads(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The state dict of a fresh timm model that was given `state` as its pretrained weights."""
-        options = {**self.plan.options, "out_indices": self.plan.indices, "pretrained": True}
-        overlay = {"pretrained_cfg_overlay": {"state_dict": dict(state)}}
-        net: nn.Module = create(self.model_name, {**options, **overlay})
-        return net.state_dict()
+        overlay = {"pretrained_cfg_overlay": {"state_dict": dict(state)}, "pretrained": True}
+        return create(self.model_name, {**self.plan.arguments, **overlay}).state_dict()
 
     def _add_outputs(self, width: int) -> None:
         """Which of timm's maps each output comes from, and the levels that derive those it does not have."""
@@ -226,7 +234,7 @@ class TimmBackbone(nn.Module):
         plan = narrow_plan(self.plan, strides)
         state = self.net.state_dict()
         with torch.random.fork_rng(devices=[]):
-            net: nn.Module = create(self.model_name, {**plan.options, "out_indices": plan.indices})
+            net = create(self.model_name, plan.arguments)
         wanted = {key: value.shape for key, value in net.state_dict().items()}
         if all(key in state and state[key].shape == shape for key, shape in wanted.items()):
             net.load_state_dict({key: state[key] for key in wanted})
@@ -260,7 +268,7 @@ class TimmBackbone(nn.Module):
 
     def reparameterize(self) -> None:
         """Fold what timm itself can fold (RepVGG, MobileOne, LeViT and the like); in place, idempotent."""
-        from timm.models import reparameterize_model
+        from timm.utils import reparameterize_model
 
         if isinstance(self.normalize, InputNorm) and not self.normalize.is_active:
             self.normalize = nn.Identity()
@@ -269,7 +277,7 @@ class TimmBackbone(nn.Module):
             self._is_reparameterized = True
 
 
-def _check(pretrained: Any, pyramid_width: Any, options: Mapping[str, Any]) -> None:
+def _check(pretrained: object, pyramid_width: object, options: Options) -> None:
     """Refuse arguments of a wrong kind."""
     if not isinstance(pretrained, bool):
         raise LayerError(
@@ -286,29 +294,57 @@ def _check(pretrained: Any, pyramid_width: Any, options: Mapping[str, Any]) -> N
 
 
 def _create_net(model_name: str, plan: FeaturePlan, pretrained: bool) -> nn.Module:
-    """The timm model, with timm's own weights where they are asked for."""
-    options = {**plan.options, "out_indices": plan.indices}
+    """The timm model, with timm's own weights, from the cache or the hub, where they are asked for."""
     if not pretrained:
-        return create(model_name, options)
+        return create(model_name, plan.arguments)
     source = f"timm's weights of {model_name}"
     cached = cached_weights(model_name)
-    if cached:
-        return _load(source, model_name, {**options, "pretrained_cfg_overlay": {"file": cached}})
-    if not hub_is_reachable():
+    if not cached and not hub_is_reachable():
         raise CheckpointError(
             f"{source}: are not in the cache, and the hub cannot be reached. {OFFLINE_ADVICE}"
         )
-    return _load(source, model_name, options)
-
-
-def _load(source: str, model_name: str, options: dict[str, Any]) -> nn.Module:
+    overlay = {"pretrained_cfg_overlay": {"file": cached}} if cached else {}
     try:
-        return create(model_name, {**options, "pretrained": True})
-    except (OSError, RuntimeError, ValueError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        with foreign_code():
+            return create(model_name, {**plan.arguments, **overlay, "pretrained": True})
+    except ForeignError as error:
         raise CheckpointError(
-            f"{source}: cannot be loaded - {type(error).__name__}: {reason}. {OFFLINE_ADVICE}"
+            f"{source}: cannot be loaded - {type(error.__cause__).__name__}: {str(error)[:200]}. {OFFLINE_ADVICE}"
         ) from error
+
+
+def cached_weights(name: str) -> str | None:
+    """Path of the weights of timm's model `name` in the cache of the hub; None if they are not there.
+
+    Models whose weights are in a format of their own are left to timm itself.
+    """
+    import timm
+    from huggingface_hub import try_to_load_from_cache
+
+    config = timm.get_pretrained_cfg(bare_name(name))
+    if config is None or not config.hf_hub_id or config.custom_load:
+        return None
+    repository, _, revision = config.hf_hub_id.partition("@")
+    for file in filter(None, (config.hf_hub_filename, *HUB_FILES)):
+        path = try_to_load_from_cache(repository, file, revision=revision or None)
+        if isinstance(path, str):
+            return path
+    return None
+
+
+def hub_is_reachable() -> bool:
+    """Whether the hub's name resolves (a proxy would resolve it for us): a quick no instead of minutes of retries."""
+    from huggingface_hub import constants
+
+    if getproxies():
+        return True
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        return False
+    return True
 
 
 def _timm_rule(in_channels: Sequence[Any], args: Sequence[Any], scaling: Scaling) -> Plan:
@@ -320,19 +356,6 @@ def _timm_rule(in_channels: Sequence[Any], args: Sequence[Any], scaling: Scaling
     return plan._replace(args=[scaling.imgsz, *plan.args])
 
 
-def timm_names() -> list[str]:
-    """Every model name of the installed timm; empty where timm is not installed."""
-    return known_names()
-
-
-def is_timm_model(name: str) -> bool:
-    """Whether `name` (with or without `timm/` and a weights tag) is a model of the installed timm."""
-    return is_known(name)
-
-
 def find_timm_layer(name: str) -> Layer | None:
     """A timm model as a layer of the registry."""
     return Layer(name, partial(TimmBackbone, name), _timm_rule) if is_timm_model(name) else None
-
-
-register_fallback(find_timm_layer, timm_names)

@@ -8,19 +8,28 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from models.registry import LayerError
+from utils.errors import ForeignError, foreign_code
 
-# What timm and the networks it wraps raise for an option or a size that they do not take.
-REFUSALS = (
-    TypeError, ValueError, RuntimeError, AssertionError, AttributeError, IndexError, KeyError, NotImplementedError,
-)  # fmt: skip
+Options = Mapping[str, Any]
+"""Keyword arguments of `timm.create_model`."""
+
+
+class FeatureInfo(Protocol):
+    """What timm says of the maps of a model: `reduction` and more of every stage, and which of them come out."""
+
+    info: Sequence[Mapping[str, float]]
+    out_indices: Sequence[int]
+
+    def reduction(self) -> Sequence[float]:
+        """Of the maps that come out."""
 
 
 class Tap(NamedTuple):
@@ -49,12 +58,17 @@ class FeaturePlan(NamedTuple):
         any_size: other image sizes than the planned one work too.
     """
 
-    options: dict[str, Any]
+    options: Options
     indices: tuple[int, ...]
     taps: tuple[Tap, ...]
     kept: dict[int, int]
     is_channels_last: bool
     any_size: bool
+
+    @property
+    def arguments(self) -> Options:
+        """All keyword arguments of `create`."""
+        return {**self.options, "out_indices": self.indices}
 
 
 def bare_name(name: str) -> str:
@@ -62,7 +76,7 @@ def bare_name(name: str) -> str:
     return name.removeprefix("timm/")
 
 
-def known_names() -> list[str]:
+def timm_names() -> list[str]:
     """Every model name of the installed timm; empty where timm is not installed."""
     try:
         import timm
@@ -71,8 +85,8 @@ def known_names() -> list[str]:
     return list(timm.list_models())
 
 
-def is_known(name: str) -> bool:
-    """Whether the installed timm has the model `name`."""
+def is_timm_model(name: str) -> bool:
+    """Whether `name` (with or without `timm/` and a weights tag) is a model of the installed timm."""
     try:
         import timm
     except ImportError:
@@ -105,86 +119,87 @@ def quiet() -> Iterator[None]:
         log.setLevel(before)
 
 
-def create(name: str, options: dict[str, Any]) -> Any:
+def create(name: str, options: Options) -> nn.Module:
     """`timm.create_model` with `features_only`: a module with a `feature_info`."""
     import timm
 
     return timm.create_model(bare_name(name), features_only=True, **options)
 
 
-def plan_features(name: str, imgsz: tuple[int, int], options: dict[str, Any]) -> FeaturePlan:
+def info_of(net: nn.Module) -> FeatureInfo:
+    """The `feature_info` of what `create` gave."""
+    return cast(FeatureInfo, net.feature_info)
+
+
+def plan_features(name: str, imgsz: tuple[int, int], options: Options) -> FeaturePlan:
     """Find out how `name` gives features for images of `imgsz`; `options` are the user's and stand above ours.
 
     Raises:
         LayerError: no way works; the reason of the most telling one is given.
     """
-    reasons: dict[str, str] = {}
+    errors: dict[str, ForeignError] = {}
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         for candidate in _candidates(name, imgsz):
             try:
-                return _try_plan(name, imgsz, {**candidate, **options})
-            except REFUSALS as error:
-                reasons[" ".join(candidate)] = " ".join(str(error).split()) or type(error).__name__
-    takes_size = "unexpected keyword" not in reasons["img_size"]
-    reason = reasons["img_size" if takes_size else ""]
+                with foreign_code():
+                    return _try_plan(name, imgsz, {**candidate, **options})
+            except ForeignError as error:
+                errors[" ".join(candidate)] = error
+    takes_size = not isinstance(errors["img_size"].__cause__, TypeError)
+    reason = errors["img_size" if takes_size else ""]
     raise LayerError(
-        f"timm cannot give features of {name!r} at {imgsz[0]}x{imgsz[1]} - {reason[:200]}. "
+        f"timm cannot give features of {name!r} at {imgsz[0]}x{imgsz[1]} - {str(reason)[:200]}. "
         "Choose another size or model, or other options."
     )
 
 
-def _candidates(name: str, imgsz: tuple[int, int]) -> Iterator[dict[str, Any]]:
+def _candidates(name: str, imgsz: tuple[int, int]) -> list[Options]:
     """Ways to take images of any size, best first; a patch of 14 or so becomes 16, so that strides are powers of two."""
     import timm
 
     config = timm.get_pretrained_cfg(bare_name(name))
-    sizes: list[dict[str, Any]] = [
+    sizes: list[Options] = [
         {"dynamic_img_size": True},
         {"strict_img_size": False},
         {"img_size": imgsz},
-        {},
     ]
-    if not getattr(config, "fixed_input_size", False):
-        sizes = [sizes[-1], *sizes[:-1]]
-    if _has_odd_patch(name):
-        yield from ({"patch_size": 16, **size} for size in sizes)
-    yield from sizes
+    is_fixed = config is not None and config.fixed_input_size
+    ways: list[Options] = [*sizes, {}] if is_fixed else [{}, *sizes]
+    patches: list[Options] = [{"patch_size": 16}, {}] if _has_odd_patch(name) else [{}]
+    return [{**patch, **way} for patch in patches for way in ways]
 
 
 def _has_odd_patch(name: str) -> bool:
     """Whether all maps have one stride that is not a power of two."""
-    try:
-        strides = {int(info["reduction"]) for info in create(name, {}).feature_info.info}
-    except REFUSALS:
-        return False
-    return len(strides) == 1 and all(stride & (stride - 1) for stride in strides)
+    with suppress(ForeignError), foreign_code():
+        strides = {int(stage["reduction"]) for stage in info_of(create(name, {})).info}
+        return len(strides) == 1 and all(stride & (stride - 1) for stride in strides)
+    return False
 
 
-def _try_plan(name: str, imgsz: tuple[int, int], options: dict[str, Any]) -> FeaturePlan:
-    channels = int(options.get("in_chans", 3))
-    info = create(name, options).feature_info
+def _try_plan(name: str, imgsz: tuple[int, int], options: Options) -> FeaturePlan:
+    info = info_of(create(name, options))
     indices = _last_of_each_stride(info)
     try:
-        net = create(name, {**options, "out_indices": indices})
-        maps = _run(net, channels, imgsz)
-    except (
-        REFUSALS
-    ):  # some models cannot give every stage that they list, but their own choice works
+        with foreign_code():
+            net = create(name, {**options, "out_indices": indices})
+            maps = _maps_at(net, imgsz, options)
+    except ForeignError:  # some cannot give every stage that they list, but their own choice works
         indices = tuple(int(i) for i in info.out_indices)
         net = create(name, {**options, "out_indices": indices})
-        maps = _run(net, channels, imgsz)
+        maps = _maps_at(net, imgsz, options)
     is_channels_last = str(getattr(net, "output_fmt", "NCHW")).endswith("NHWC")
-    strides = [power_of_two(float(r)) for r in net.feature_info.reduction()]
-    other = (imgsz[0] + 32, imgsz[1] + 64)
-    other_maps = _maps_at(net, channels, other)
-    taps = tuple(_tap(m, s, imgsz, is_channels_last) for m, s in zip(maps, strides, strict=True))
-    if other_maps:  # some models round their maps up, which shows at one size and not at another
-        others = [_tap(m, s, other, is_channels_last) for m, s in zip(other_maps, strides)]
-        taps = tuple(t._replace(is_exact=t.is_exact and o.is_exact) for t, o in zip(taps, others))
-    kept = {
-        tap.stride: i for i, tap in enumerate(taps) if tap.stride > 1
-    }  # of two with one stride the later
-    return FeaturePlan(options, indices, taps, kept, is_channels_last, bool(other_maps))
+    strides = [power_of_two(float(r)) for r in info_of(net).reduction()]
+    taps = [_tap(m, s, imgsz, is_channels_last) for m, s in zip(maps, strides, strict=True)]
+    any_size, other = False, (imgsz[0] + 32, imgsz[1] + 64)
+    with suppress(ForeignError), foreign_code():
+        maps = _maps_at(net, other, options)
+        any_size = True
+    if any_size:  # some models round their maps up, which shows at one size and not at another
+        others = [_tap(m, s, other, is_channels_last) for m, s in zip(maps, strides)]
+        taps = [t._replace(is_exact=t.is_exact and o.is_exact) for t, o in zip(taps, others)]
+    kept = {tap.stride: i for i, tap in enumerate(taps) if tap.stride > 1}  # of two the later
+    return FeaturePlan(options, indices, tuple(taps), kept, is_channels_last, any_size)
 
 
 def narrow_plan(plan: FeaturePlan, strides: Sequence[int]) -> FeaturePlan:
@@ -205,7 +220,7 @@ def find_unused(
     Found by a backward pass in training mode on the meta device.
     """
     with torch.random.fork_rng(devices=[]), torch.device("meta"), torch.enable_grad():
-        net = create(name, {**plan.options, "out_indices": plan.indices}).train()
+        net = create(name, plan.arguments).train()
         maps = net(torch.empty(2, plan.options.get("in_chans", 3), *imgsz))
         sum((maps[plan.kept[stride]].sum() for stride in strides), torch.zeros(())).backward()
     return sorted(key for key, parameter in net.named_parameters() if parameter.grad is None)
@@ -216,25 +231,17 @@ def power_of_two(stride: float) -> int:
     return 2 ** round(math.log2(stride))
 
 
-def _last_of_each_stride(info: Any) -> tuple[int, ...]:
+def _last_of_each_stride(info: FeatureInfo) -> tuple[int, ...]:
     """Stages to take: the last of each stride, none of stride 1."""
     last = {power_of_two(stage["reduction"]): i for i, stage in enumerate(info.info)}
     return tuple(sorted(i for stride, i in last.items() if stride > 1))
 
 
-def _run(net: nn.Module, channels: int, imgsz: tuple[int, int]) -> list[Tensor]:
+def _maps_at(net: nn.Module, imgsz: tuple[int, int], options: Options) -> list[Tensor]:
     """Maps for one meta image, in eval mode."""
     net.eval()
     with torch.no_grad():
-        return list(net(torch.empty(1, channels, *imgsz)))
-
-
-def _maps_at(net: nn.Module, channels: int, imgsz: tuple[int, int]) -> list[Tensor]:
-    """Maps at another size; none where the model does not take it."""
-    try:
-        return _run(net, channels, imgsz)
-    except REFUSALS:
-        return []
+        return list(net(torch.empty(1, options.get("in_chans", 3), *imgsz)))
 
 
 def _tap(tap_map: Tensor, stride: int, imgsz: tuple[int, int], is_channels_last: bool) -> Tap:

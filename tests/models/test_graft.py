@@ -9,8 +9,9 @@ import pytest
 import torch
 import yaml
 
-from models.parser.graft import RowSlots, forget_weights, replace_backbone, row_slots
+from models.parser.graft import forget_weights, replace_backbone
 from models.parser.rows import resolve
+from models.parser.wiring import RowSlots
 from models.yolo import build_model, parse_options
 from utils.config import parse_yaml
 from utils.errors import ConfigError
@@ -216,7 +217,7 @@ def test_a_missing_stride_is_one_line_that_says_which_there_are():
 def test_slots_of_a_built_model_count_as_the_parser_does():
     with torch.device("meta"):
         model = build_model(PRINTED / "002_yolov5n-EMO.yaml", imgsz=SIZE)
-    slots = row_slots(model.rows)
+    slots = [row.slots for row in model.rows]
     assert slots[0] == RowSlots(0, (2, 4, 8, 16, 32), is_backbone=True)
     assert slots[1] == RowSlots(5, (32,))
     assert slots[-1].first == 20

@@ -8,21 +8,21 @@ import pytest
 import torch
 
 from models import registry
+from models.parser.lookup import find_layer
 from models.registry import (
     Layer,
     LayerError,
     Plan,
     Scaling,
-    all_names,
     backbone,
     channels_first,
     concatenation,
     convolution,
     detection_head,
     find,
-    find_anywhere,
+    names,
+    offered,
     register,
-    register_fallback,
     stacked,
     unchanged,
     unscaled,
@@ -37,7 +37,6 @@ HALF = Scaling(width=0.5, repeats=3, strides=(8,))
 def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy of the registry that the test may change."""
     monkeypatch.setattr(registry, "_LAYERS", dict(registry._LAYERS))
-    monkeypatch.setattr(registry, "_FALLBACKS", list(registry._FALLBACKS))
 
 
 @pytest.mark.parametrize(
@@ -108,7 +107,7 @@ def test_a_registered_layer_is_found_under_its_own_or_the_given_name():
     register(unchanged, "given")(Own)
     assert find("Own") == Layer("Own", Own, convolution)
     assert find("given") == Layer("given", Own, unchanged)
-    assert {"Own", "given"} <= set(all_names())
+    assert {"Own", "given"} <= set(names())
 
 
 @pytest.mark.usefixtures("own_registry")
@@ -123,27 +122,18 @@ def test_two_layers_of_one_name_are_refused_and_the_first_stays():
     register(convolution)(make("here"))  # the same class of a file that is imported again
 
 
-@pytest.mark.usefixtures("own_registry")
-def test_a_fallback_is_asked_only_for_names_that_are_not_registered():
-    asked = []
-
-    def look_up(name: str) -> Layer | None:
-        asked.append(name)
-        return Layer(name, object, backbone) if name == "elsewhere" else None
-
-    register_fallback(look_up, lambda: ["elsewhere"])
-    assert find_anywhere("Conv") == find("Conv")
-    assert asked == []
-    assert find_anywhere("elsewhere") == Layer("elsewhere", object, backbone)
-    assert find("elsewhere") is None
-    assert find_anywhere("nowhere at all") is None
-    assert "elsewhere" in all_names()
+def test_offered_names_and_those_of_timm_are_looked_up_behind_the_registered_ones():
+    assert find_layer("Conv") == find("Conv")
+    assert find("CBAM") is None and find_layer("CBAM") == offered("CBAM")
+    assert {"Conv", "CBAM"} <= set(names())
+    with pytest.raises(LayerError, match="unknown layer 'nowhere at all'"):
+        find_layer("nowhere at all")
 
 
 def test_layers_that_run_what_they_are_given_cannot_be_named():
-    names = set(registry.names())
-    assert "nn.Upsample" in names
-    assert not names & {"nn.Module", "nn.Sequential", "nn.ModuleList", "eval", "exec", "open"}
+    known = set(names())
+    assert "nn.Upsample" in known
+    assert not known & {"nn.Module", "nn.Sequential", "nn.ModuleList", "eval", "exec", "open"}
 
 
 def test_a_width_that_equals_the_heads_outputs_is_scaled_like_any_other():

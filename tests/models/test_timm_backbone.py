@@ -9,16 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.registry import LayerError, find_anywhere
-from models.timm import hub as timm_hub
+from models.parser.lookup import find_layer
+from models.registry import LayerError
 from models.timm.backbone import (
     PyramidLevel,
     TimmBackbone,
     find_timm_layer,
-    is_timm_model,
-    timm_names,
 )
-from models.timm.features import power_of_two
+from models.timm.features import is_timm_model, power_of_two, timm_names
 from models.yolo import build_model
 from utils.errors import CheckpointError, ConfigError
 
@@ -250,8 +248,7 @@ def test_pretrained_offline_says_what_to_do_at_once(monkeypatch):
     def refuse(*args: object, **kwargs: object) -> None:
         raise socket.gaierror("no network")
 
-    monkeypatch.setattr(timm_hub, "cached_weights", lambda name: None)
-    monkeypatch.setattr(timm_hub, "getproxies", dict)
+    monkeypatch.setattr("models.timm.backbone.getproxies", dict)
     monkeypatch.setattr("models.timm.backbone.cached_weights", lambda name: None)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     with pytest.raises(
@@ -285,7 +282,7 @@ def test_names_with_prefix_and_tag_are_known():
     assert not is_timm_model("resnet18x") and not is_timm_model("Cnov")
     assert "convnext_tiny" in timm_names()
     assert find_timm_layer("nothing_of_the_kind") is None
-    assert find_anywhere("timm/test_resnet").build.func is TimmBackbone
+    assert find_layer("timm/test_resnet").build.func is TimmBackbone
 
 
 def test_a_timm_model_stands_in_a_yaml_and_options_reach_it():
@@ -343,8 +340,10 @@ def test_maps_that_a_model_rounds_up_get_their_size_at_every_image_size():
     assert shapes == [(64 // s, 96 // s) for s in net.strides]
 
 
-def test_weights_that_are_missing_are_told_alone_not_as_a_fault_of_the_yaml():
-    with pytest.raises(CheckpointError, match=r"^none.pth: no such file"):
+def test_weights_that_are_missing_are_told_with_the_row_that_names_them():
+    with pytest.raises(
+        CheckpointError, match=r"yolo11.yaml .*backbone\[0\] test_resnet: none.pth: no such file"
+    ):
         build_model("yolo11n", backbone=["test_resnet", "weights=none.pth"], imgsz=SIZE)
 
 

@@ -198,7 +198,7 @@ def test_a_users_mistake_is_one_line_with_the_place_in_his_file(
 def test_a_file_that_ends_in_any_way_hinders_nothing_and_is_told_once(
     code: str, drop_in, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(modules, "_TOLD", set())
+    modules.tell_broken_files.cache_clear()
     drop_in(boom=code)
     for _ in range(2):
         build([[-1, 1, "Conv", [8, 3, 2]]], [[[0], 1, "Detect", ["nc"]]])

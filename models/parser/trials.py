@@ -8,23 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from contextlib import suppress
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from models import modules
 from models.meta import run_for_real, run_on_meta, train_for_real, train_on_meta
-from models.parser.advice import advice_for
-from models.parser.pasted import Style, arguments
-from models.parser.slots import brief, shapes_of, stride_of
-from models.parser.wiring import Slot
+from models.parser.advice import reason_of
+from models.parser.slots import brief, is_map, shapes_of, stride_of
+from models.parser.wiring import Slot, Style, arguments
 from models.registry import LayerError
 from utils.errors import ForeignError, foreign_code
 
 LARGER = (2, 1)  # steps that another image has more, in height and width
-
-
 SMALLEST_STEP = 32  # pixels
 
 
@@ -42,14 +40,41 @@ class Traits(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
+def maps_of(sources: Sequence[Slot]) -> list[Tensor]:
+    """The maps of `sources`; none where one of them is no map."""
+    maps = [slot.value for slot in sources if is_map(slot.value)]
+    return maps if len(maps) == len(sources) else []
+
+
+def outputs_of(module: nn.Module, *inputs: object) -> object:
+    """What comes out on the meta device, or from real numbers where that device does not know the code.
+
+    Raises:
+        ForeignError: its code fails on them.
+    """
+    try:
+        with foreign_code(users=modules.USER_CODE):
+            return run_on_meta(module, *inputs)
+    except ForeignError:
+        if _is_draft(module):
+            raise
+    with foreign_code(users=modules.USER_CODE):
+        return run_for_real(module, *inputs)
+
+
+def _is_draft(module: nn.Module) -> bool:
+    """Whether it has no numbers, only shapes."""
+    return any(p.device.type == "meta" for p in module.parameters())
+
+
 def check(
-    module: nn.Module, sources: Sequence[Slot], style: Style, output: Any, imgsz: tuple[int, int]
+    module: nn.Module, sources: Sequence[Slot], style: Style, output: object, imgsz: tuple[int, int]
 ) -> Traits:
     """Try `module` as a training and as images of other sizes will.
 
     Args:
         module: built.
-        sources: what it reads.
+        sources: the maps that it reads.
         style: how its `forward` takes them.
         output: what it gave for them, on the meta device.
         imgsz: (height, width) of the image.
@@ -57,7 +82,7 @@ def check(
     Raises:
         LayerError: it cannot be trained.
     """
-    values = [slot.value for slot in sources]
+    values = maps_of(sources)
     if isinstance(output, Tensor) and len(values) == 1:
         _check_ratio(values[0], output)
     notes = []
@@ -97,69 +122,53 @@ def _check_ratio(value: Tensor, output: Tensor) -> None:
 
 def _trains(module: nn.Module, values: Sequence[Tensor], style: Style) -> bool:
     """Whether a step works in the channels-last format; it must work in the usual one."""
-    if any(p.device.type == "meta" for p in module.parameters()):  # a draft, for its shapes only
+    if _is_draft(module):
         return True
     batch = arguments([v.expand(2, *v.shape[1:]).contiguous() for v in values], style)
-    last, usual = (_failure(module, batch, f) for f in (torch.channels_last, torch.contiguous_format))  # fmt: skip
-    if not usual:
-        return not last
+    works = {}
+    for memory_format in (torch.channels_last, torch.contiguous_format):
+        works[memory_format] = False
+        with suppress(ForeignError), foreign_code(users=modules.USER_CODE):
+            train_on_meta(module, batch, memory_format)
+            works[memory_format] = True
+    if works[torch.contiguous_format]:
+        return works[torch.channels_last]
     try:
         with foreign_code(users=modules.USER_CODE):
             train_for_real(module, batch)
     except ForeignError as error:
-        said = f"{str(error).rstrip('.')}.{advice_for(error)}"
-        raise LayerError(f"cannot be trained - {said}") from error
+        raise LayerError(f"cannot be trained - {reason_of(error, '.')}") from error
     return True
-
-
-def _failure(module: nn.Module, batch: tuple[Any, ...], memory_format: torch.memory_format) -> str:
-    try:
-        with foreign_code(users=modules.USER_CODE):
-            train_on_meta(module, batch, memory_format)
-    except ForeignError as error:
-        return str(error)
-    return ""
 
 
 def _why_bound(
     module: nn.Module,
     sources: Sequence[Slot],
     style: Style,
-    output: Any,
+    output: object,
     imgsz: tuple[int, int],
 ) -> str:
     """Why images of another size do not fit; "" where they do."""
     outputs = output if isinstance(output, (list, tuple)) else [output]
     strides = [stride_of(value, imgsz) for value in outputs if isinstance(value, Tensor)]
-    values = [_larger(slot, max(SMALLEST_STEP, *strides)) for slot in sources]
-    shapes, expected = shapes_of(output), [value.shape[2:] for value in values]
+    step = max(SMALLEST_STEP, *strides)  # sizes of images go in steps of so many pixels
+    values = maps_of(sources)
+    larger = [
+        torch.empty(
+            *v.shape[:2],
+            *(n + max(k * step // max(slot.stride, 1), 1) for n, k in zip(v.shape[2:], LARGER)),
+            device="meta",
+        )
+        for v, slot in zip(values, sources)
+    ]
     try:
-        with foreign_code(ForeignError, users=modules.USER_CODE):
-            found = shapes_of(_run(module, arguments(values, style)))
+        found = shapes_of(outputs_of(module, *arguments(larger, style)))
     except ForeignError as error:
         return str(error).rstrip(".")
-    ratios = [n / o for n, o in zip(expected[0], sources[0].value.shape[2:])]
-    for old, new in zip(shapes, found):
-        if max(old[1:]) > 1 and any(
-            abs(o * r - n) > 1 for o, n, r in zip(old[1:], new[1:], ratios)
-        ):
-            return f"gives a map of {brief([new])} for one of {brief([tuple(expected[0])])}"
+    expected = tuple(larger[0].shape[2:])
+    ratios = [n / o for n, o in zip(expected, values[0].shape[2:])]
+    for old, new in zip(shapes_of(output), found):
+        is_far = any(abs(o * r - n) > 1 for o, n, r in zip(old[1:], new[1:], ratios))
+        if max(old[1:]) > 1 and is_far:
+            return f"gives a map of {brief([new])} for one of {brief([expected])}"
     return ""
-
-
-def _run(module: nn.Module, inputs: tuple[Any, ...]) -> Any:
-    try:
-        with foreign_code(users=modules.USER_CODE):
-            return run_on_meta(module, *inputs)
-    except ForeignError as error:
-        is_draft = any(p.device.type == "meta" for p in module.parameters())
-        if is_draft or "meta" not in str(error).lower():
-            raise
-        return run_for_real(module, *inputs)
-
-
-def _larger(slot: Slot, step: int) -> Tensor:
-    """The slot's map for a larger image; sizes of images go in steps of so many pixels."""
-    height, width = slot.value.shape[2:]
-    more = [max(count * step // max(slot.stride, 1), 1) for count in LARGER]
-    return torch.empty(1, slot.value.shape[1], height + more[0], width + more[1], device="meta")
