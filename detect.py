@@ -10,118 +10,90 @@ import sys
 import time
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any
 
 import torch
 
 from data.sources import Frame, open_source
 from data.transforms import letterbox
-from deploy.backends import Backend, load_backend
-from deploy.ensemble import as_one
+from deploy.backends import Backend
+from deploy.ensemble import load_as_one
 from engine.detections import DetectionWriter
-from engine.flags import (
-    add_device_flag,
-    add_foreign_flags,
-    add_ignored_flags,
-    add_run_flags,
-    add_size_flag,
-    add_threshold_flags,
-    say_ignored,
-)  # fmt: skip
-from models.postprocess import keep_best, postprocess
-from utils.config import ArgumentParser, increment_path, integer, parse_imgsz
+from engine.evaluation import VALIDATION, detections_of
+from engine.flags import read_flags
+from engine.options import DetectOptions, Thresholds
 from utils.device import select_device
 from utils.errors import ConfigError, nearest, run_cli
 from utils.logger import get_logger
-from utils.structures import Decoded, Detections, as_float
+from utils.structures import Detections, as_float
 
-IGNORED = {"augment": False, "update": False, "dnn": False, "visualize": False, "data": None}
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Detect from the command line."""
+    options = read_flags(DetectOptions, arguments)
+    log, device = get_logger(), select_device(options.device)
+    if options.view_img:
+        _check_display()
+    backend = load_as_one(
+        options.weights,
+        device,
+        half=options.half,
+        cfg=options.cfg,
+        backbone=options.backbone,
+        allow_code=options.allow_code,
+    )
+    name, names = ", ".join(options.weights), backend.names
+    classes, imgsz = class_indices(options.classes, names), options.size_for(backend, name)
+    if backend.end2end:
+        log.info(
+            f"{name}: {backend.info.told_inside}; --iou-thres and --agnostic-nms cannot act on it, "
+            "--conf-thres and --max-det only cut further"
+        )
+    source = open_source(options.source, vid_stride=options.vid_stride, white=backend.info.white)
+    frames = iter(source)
+    first = next(frames, None)  # a source that cannot be read leaves no folder
+    if first is None:
+        raise ConfigError(f"--source: {options.source} has no readable image.")
+    folder, stride = options.make_folder(), backend.stride if options.rect else None
+    count, objects, seconds = 0, 0, 0.0
+    with DetectionWriter(folder, names, options) as writer:
+        for frame in chain([first], frames):
+            start = time.perf_counter()
+            found = detect_frame(backend, frame, imgsz, stride, options.thresholds, classes)
+            elapsed = time.perf_counter() - start
+            count, objects, seconds = count + 1, objects + len(found.labels), seconds + elapsed
+            number = f" frame {frame.index + 1}" if frame.video else ""
+            log.info(f"{frame.path}{number}: {summary(found, names)}, {1000 * elapsed:.0f} ms")
+            writer.write(frame, found)
+    print(
+        f"{objects} objects in {count} images, {1000 * seconds / count:.1f} ms an image; results in {folder}"
+    )
 
 
 @torch.inference_mode()
-def detect_frame(backend: Backend, frame: Frame, options: Any, device: torch.device) -> Detections:
-    """Detections of one image, boxes in its own pixels."""
-    image, box = letterbox(
-        frame.image, options.imgsz, stride=backend.stride if options.rect else None
-    )
+def detect_frame(
+    backend: Backend,
+    frame: Frame,
+    imgsz: tuple[int, int],
+    stride: int | None = None,
+    thresholds: Thresholds = VALIDATION,
+    classes: Sequence[int] | None = None,
+) -> Detections:
+    """Detections of one image, boxes in its own pixels.
+
+    Args:
+        backend: the model.
+        frame: the image.
+        imgsz: (height, width) that it is fitted into.
+        stride: padded only up to multiples of it; None pads to `imgsz`.
+        thresholds: what counts as a detection.
+        classes: only these, by index.
+    """
+    image, box = letterbox(frame.image, imgsz, stride=stride)
     tensor = torch.from_numpy(image).permute(2, 0, 1)[None].contiguous()
-    output = backend(as_float(tensor, device))
-    if isinstance(output, Decoded):
-        found = postprocess(
-            output, backend.postprocess_kind, conf_thres=options.conf_thres, iou_thres=options.iou_thres,
-            max_det=options.max_det, classes=options.classes, agnostic=options.agnostic_nms,
-        )[0]  # fmt: skip
-    else:
-        found = keep_best(output[0], options.conf_thres, options.max_det, options.classes)
+    output = backend(as_float(tensor, backend.device))
+    (found,) = detections_of(output, backend.postprocess_kind, thresholds, classes=classes)
     found = found.to("cpu")
     return found._replace(boxes=box.restore(found.boxes))
-
-
-def parse_options(arguments: Sequence[str] | None = None) -> Any:
-    """Read the command line."""
-    parser = ArgumentParser(description="Find objects in images, videos, cameras and streams.")
-    parser.add_argument(
-        "--weights",
-        nargs="+",
-        default=["runs/train/exp/weights/best.pt"],
-        help="a .pt or any exported model; several answer together",
-    )
-    parser.add_argument(
-        "--source",
-        required=True,
-        help="image, folder, glob, list file, video, camera number or stream address",
-    )
-    add_foreign_flags(parser)
-    add_size_flag(parser, default=None)
-    add_threshold_flags(parser, conf=0.25, iou=0.45, max_det=1000)
-    add_device_flag(parser)
-    parser.add_argument(
-        "--rect",
-        action="store_true",
-        help="pad to the image's own shape instead of a square (needs a .pt or a dynamic export)",
-    )
-    _add_output_flags(parser)
-    parser.add_argument(
-        "--classes", nargs="+", default=None, help="only these classes, by index or name"
-    )
-    parser.add_argument("--agnostic-nms", action="store_true", help="NMS over all classes together")
-    parser.add_argument("--half", action="store_true", help="half precision")
-    parser.add_argument(
-        "--vid-stride", type=integer(1), default=1, help="take every so many frames of a video"
-    )
-    add_run_flags(parser, "runs/detect")
-    add_ignored_flags(parser, IGNORED)
-    options = parser.parse_args(arguments)
-    say_ignored(options, IGNORED)
-    return options
-
-
-def _add_output_flags(parser: ArgumentParser) -> None:
-    """What is shown and written, and how it is drawn."""
-    parser.add_argument("--view-img", action="store_true", help="show each picture in a window")
-    parser.add_argument("--save-txt", action="store_true", help="write labels/*.txt in YOLO form")
-    parser.add_argument(
-        "--save-format",
-        type=int,
-        default=0,
-        choices=(0, 1),
-        help="form of --save-txt: 0 YOLO, 1 Pascal VOC corners in pixels",
-    )
-    parser.add_argument("--save-csv", action="store_true", help="write predictions.csv")
-    parser.add_argument("--save-voc", action="store_true", help="write Pascal VOC XML files")
-    parser.add_argument("--save-json", action="store_true", help="write predictions.json")
-    parser.add_argument("--save-conf", action="store_true", help="write scores behind the labels")
-    parser.add_argument(
-        "--save-crop",
-        action="store_true",
-        help="write each object with 2 %% and 10 pixels around, by class",
-    )
-    parser.add_argument("--nosave", action="store_true", help="write no pictures")
-    parser.add_argument(
-        "--line-thickness", type=integer(1), default=None, help="of boxes, in pixels"
-    )
-    parser.add_argument("--hide-labels", action="store_true", help="draw boxes only")
-    parser.add_argument("--hide-conf", action="store_true", help="draw no scores")
 
 
 def class_indices(words: Sequence[str] | None, names: Sequence[str]) -> list[int] | None:
@@ -144,53 +116,10 @@ def class_indices(words: Sequence[str] | None, names: Sequence[str]) -> list[int
     return [table[word] for word in words]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Detect from the command line."""
-    options = parse_options(arguments)
-    log, device = get_logger(), select_device(options.device)
-    if options.view_img:
-        _check_display()
-    members = [
-        load_backend(
-            path, device, half=options.half, cfg=options.cfg, backbone=options.backbone, allow_code=options.allow_code,
-        )
-        for path in options.weights
-    ]  # fmt: skip
-    backend = as_one(members, options.weights)
-    options.weights = ", ".join(options.weights)
-    options.classes = class_indices(options.classes, backend.names)
-    options.imgsz = _size(options, backend)
-    if options.rect and not backend.dynamic:
-        raise ConfigError(
-            f"--rect: {options.weights} has a fixed image size. Leave it out or export with --dynamic."
-        )
-    if backend.end2end:
-        log.info(
-            f"{options.weights}: {backend.info.told_inside}; --iou-thres and --agnostic-nms cannot act on it, "
-            "--conf-thres and --max-det only cut further"
-        )
-    frames = iter(
-        open_source(options.source, vid_stride=options.vid_stride, white=backend.info.white)
-    )
-    first = next(frames, None)  # a source that cannot be read leaves no folder
-    if first is None:
-        raise ConfigError(f"--source: {options.source} has no readable image.")
-    folder = increment_path(options.project, options.name, options.exist_ok)
-    folder.mkdir(parents=True, exist_ok=True)
-    count, objects, seconds = 0, 0, 0.0
-    with DetectionWriter(folder, backend.names, options) as writer:
-        for frame in chain([first], frames):
-            start = time.perf_counter()
-            found = detect_frame(backend, frame, options, device)
-            elapsed = time.perf_counter() - start
-            count, objects, seconds = count + 1, objects + len(found.labels), seconds + elapsed
-            log.info(
-                f"{frame.path}{_frame_number(frame)}: {summary(found, backend.names)}, {1000 * elapsed:.0f} ms"
-            )
-            writer.write(frame, found)
-    print(
-        f"{objects} objects in {count} images, {1000 * seconds / count:.1f} ms an image; results in {folder}"
-    )
+def summary(found: Detections, names: Sequence[str]) -> str:
+    """`3 RBC, 1 WBC`, or `nothing found`."""
+    counts = torch.bincount(found.labels, minlength=len(names)).tolist()
+    return ", ".join(f"{n} {name}" for n, name in zip(counts, names) if n) or "nothing found"
 
 
 def _check_display() -> None:
@@ -201,28 +130,6 @@ def _check_display() -> None:
             "--view-img: got no display, expected DISPLAY or WAYLAND_DISPLAY to name one. Leave the "
             "flag out; pictures are written to --project."
         )
-
-
-def _size(options: Any, backend: Backend) -> tuple[int, int]:
-    if options.imgsz is None:
-        return tuple(backend.imgsz)
-    imgsz = parse_imgsz(options.imgsz, backend.stride)
-    if not backend.dynamic and imgsz != tuple(backend.imgsz):
-        raise ConfigError(
-            f"--imgsz: got {imgsz[0]} {imgsz[1]}, but {options.weights} was exported for {backend.imgsz[0]} "
-            f"{backend.imgsz[1]}. Leave --imgsz out or export with --dynamic."
-        )
-    return imgsz
-
-
-def _frame_number(frame: Frame) -> str:
-    return f" frame {frame.index + 1}" if frame.video else ""
-
-
-def summary(found: Detections, names: Sequence[str]) -> str:
-    """`3 RBC, 1 WBC`, or `nothing found`."""
-    counts = torch.bincount(found.labels, minlength=len(names)).tolist()
-    return ", ".join(f"{n} {name}" for n, name in zip(counts, names) if n) or "nothing found"
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from benchmarks.tables import aligned
 from deploy.exporters.network import ExportOptions, blobs
 from deploy.exporters.onnx_file import export_onnx
 from deploy.exporters.verify import verify
-from engine.setup import recipe
+from engine.recipe import recipe
 from models.family import build_criterion, total_loss
 from models.reparam import FuseError, fuse
 from models.table import count_params

@@ -12,10 +12,28 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from deploy.backends import load_backend
 from deploy.runtimes.artifact import ArtifactInfo, Backend
 from utils.errors import ConfigError
 from utils.logger import get_logger
 from utils.structures import Decoded, Detections
+
+
+def load_as_one(
+    files: Sequence[str],
+    device: torch.device,
+    *,
+    half: bool = False,
+    cfg: str = "",
+    backbone: Sequence[str] | None = None,
+    allow_code: bool = False,
+) -> Backend:
+    """The model of a file, or those of several as one; the arguments are those of `load_backend`."""
+    members = [
+        load_backend(file, device, half=half, cfg=cfg, backbone=backbone, allow_code=allow_code)
+        for file in files
+    ]
+    return as_one(members, files)
 
 
 def as_one(members: Sequence[Backend], files: Sequence[str]) -> Backend:

@@ -1,8 +1,7 @@
 """`--evolve N`: search the recipe by N trainings, with optuna's tree-structured Parzen estimator.
 
-The first training uses the recipe as it stands. Every row of `evolve.csv` is one training;
-`hyp_evolve.yaml` is the best recipe so far, ready for `--hyp`. A search that was cut off goes on
-with `--resume_evolve FOLDER`.
+The first training uses the recipe as it stands. Every row of `evolve.csv` is one training; `hyp_evolve.yaml` is the best
+recipe so far, ready for `--hyp`. A search that was cut off goes on with `--resume_evolve FOLDER`.
 
 Source: Bergstra et al., Algorithms for Hyper-Parameter Optimization, NeurIPS 2011.
 """
@@ -10,15 +9,20 @@ Source: Bergstra et al., Algorithms for Hyper-Parameter Optimization, NeurIPS 20
 from __future__ import annotations
 
 import csv
-from argparse import Namespace
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from utils.config import increment_path, load_yaml, save_yaml
+from engine.options import TrainOptions
+from models.family import Recipe
+from utils.config import load_yaml, save_yaml
 from utils.errors import ConfigError, UserError
 from utils.logger import get_logger
 from utils.metrics import Metrics
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
 
 RANGES = {
     "lr0": (1e-5, 1e-1), "lrf": (0.01, 1.0), "momentum": (0.6, 0.98), "weight_decay": (1e-6, 1e-2),
@@ -32,12 +36,12 @@ LOGARITHMIC = ("lr0", "lrf", "weight_decay")
 GAINS = ("box", "cls", "obj", "dfl", "l1", "giou", "aux_weight")
 GAIN_FACTOR = 4.0
 """Gains of a loss are searched from the recipe's value over this factor to the value times it."""
-RESULTS = ("trial", "fitness", "mAP50", "mAP50-95")
 
-Trainer = Callable[[Namespace], "Metrics | None"]
+Trainer = Callable[[TrainOptions], "Metrics | None"]
+Row = Mapping[str, Any]
 
 
-def search_space(recipe: Mapping[str, Any]) -> dict[str, Any]:
+def search_space(recipe: Recipe) -> dict[str, BaseDistribution]:
     """What is searched of a recipe, and where: optuna distributions by key.
 
     A recipe's own value lies always inside; numbers that a logarithmic range cannot hold are left
@@ -45,7 +49,7 @@ def search_space(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """
     from optuna.distributions import FloatDistribution
 
-    space = {}
+    space: dict[str, BaseDistribution] = {}
     for key, value in recipe.items():
         if key in GAINS and value > 0:
             space[key] = FloatDistribution(value / GAIN_FACTOR, value * GAIN_FACTOR, log=True)
@@ -56,7 +60,7 @@ def search_space(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return space
 
 
-def evolve(options: Namespace, train: Trainer) -> Path:
+def evolve(options: TrainOptions, train: Trainer) -> Path:
     """Train `options.evolve` times in all, each time with a recipe drawn from what was learnt.
 
     Args:
@@ -74,41 +78,36 @@ def evolve(options: Namespace, train: Trainer) -> Path:
     except ImportError as error:
         raise ConfigError("--evolve needs optuna. pip install optuna, or leave it out.") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    log = get_logger()
     folder = _folder(options)
-    rows = read_rows(folder / "evolve.csv")
+    table, result = folder / "evolve.csv", folder / "hyp_evolve.yaml"
+    rows: list[Row] = read_rows(table)
     if not rows:
         rows.append(_trial(options, folder, 0, None, train))
     recipe = load_yaml(folder / "trial0" / "hyp.yaml")
     space = search_space(recipe)
-    study = optuna.create_study(
-        direction="maximize", sampler=optuna.samplers.TPESampler(seed=options.seed + len(rows))
-    )
+    sampler = optuna.samplers.TPESampler(seed=options.seed + len(rows))
+    study = optuna.create_study(direction="maximize", sampler=sampler)
     for row in rows:
-        params = {key: float(row[key]) for key in space}
-        study.add_trial(
-            optuna.trial.create_trial(
-                params=params, distributions=space, value=float(row["fitness"])
-            )
-        )
+        params, value = {key: float(row[key]) for key in space}, float(row["fitness"])
+        study.add_trial(optuna.trial.create_trial(params=params, distributions=space, value=value))
     while True:
         best = max(rows, key=lambda row: float(row["fitness"]))
-        log.info(f"evolve: {len(rows)}/{options.evolve}, best {_told(best)}")
-        save_yaml(folder / "hyp_evolve.yaml", {**recipe, **{k: float(best[k]) for k in space}})
+        get_logger().info(
+            f"evolve: {len(rows)}/{options.evolve}, best trial {best['trial']} with mAP50 {float(best['mAP50']):.4f}, "
+            f"mAP50-95 {float(best['mAP50-95']):.4f}"
+        )
+        save_yaml(result, {**recipe, **{key: float(best[key]) for key in space}})
         if len(rows) >= options.evolve:
-            return folder / "hyp_evolve.yaml"
+            return result
         trial = study.ask(space)
-        hyp = {**recipe, **trial.params}
-        rows.append(_trial(options, folder, len(rows), hyp, train))
+        rows.append(_trial(options, folder, len(rows), {**recipe, **trial.params}, train))
         study.tell(trial, float(rows[-1]["fitness"]))
 
 
-def _folder(options: Namespace) -> Path:
+def _folder(options: TrainOptions) -> Path:
     if not options.resume_evolve:
-        project = "runs/evolve" if options.project == "runs/train" else options.project
-        folder = increment_path(project, options.name, options.exist_ok)
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+        is_default = options.project == "runs/train"
+        return (replace(options, project="runs/evolve") if is_default else options).make_folder()
     given = Path(options.resume_evolve)
     folder = given.parent if given.name == "evolve.csv" else given
     if not (folder / "evolve.csv").is_file():
@@ -119,43 +118,44 @@ def _folder(options: Namespace) -> Path:
 
 
 def _trial(
-    options: Namespace, folder: Path, number: int, hyp: dict[str, Any] | None, train: Trainer
-) -> dict[str, Any]:
+    options: TrainOptions, folder: Path, number: int, hyp: Recipe | None, train: Trainer
+) -> Row:
     """Train once with a recipe, and write its row; a training that breaks down counts as 0."""
-    flags = Namespace(**vars(options))
-    flags.project, flags.name, flags.exist_ok = str(folder), f"trial{number}", True
-    flags.noplots, flags.nosave, flags.noval = True, True, True
+    name, log = f"trial{number}", get_logger()
+    options = replace(
+        options,
+        project=str(folder),
+        name=name,
+        exist_ok=True,
+        noplots=True,
+        nosave=True,
+        noval=True,
+    )
     if hyp is not None:
-        flags.hyp = str(folder / f"trial{number}.yaml")
-        save_yaml(flags.hyp, hyp)
-    get_logger().info(f"evolve: trial {number}")
+        options = replace(options, hyp=str(folder / f"{name}.yaml"))
+        save_yaml(folder / f"{name}.yaml", hyp)
+    log.info(f"evolve: trial {number}")
     try:
-        metrics = train(flags)
+        metrics = train(options)
     except UserError as error:
         if hyp is None:  # the recipe itself: nothing to learn from
             raise
-        get_logger().warning(f"evolve: trial {number} broke down: {error}")
+        log.warning(f"evolve: trial {number} broke down: {error}")
         metrics = None
-    fitness, map50, map50_95 = (
-        (metrics.fitness, metrics.map50, metrics.map50_95) if metrics else (0.0, 0.0, 0.0)
-    )
-    values = hyp or load_yaml(folder / f"trial{number}" / "hyp.yaml")
-    row = dict(zip(RESULTS, (number, fitness, map50, map50_95)))
+    row: dict[str, Any] = {"trial": number, "fitness": 0.0, "mAP50": 0.0, "mAP50-95": 0.0}
+    if metrics:
+        row |= {"fitness": metrics.fitness, "mAP50": metrics.map50, "mAP50-95": metrics.map50_95}
+    values = hyp or load_yaml(folder / name / "hyp.yaml")
     row |= {key: value for key, value in values.items() if type(value) in (int, float)}
-    _append(folder / "evolve.csv", row)
+    with (folder / "evolve.csv").open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(row))
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerow(row)
     return row
 
 
-def _append(path: Path, row: Mapping[str, Any]) -> None:
-    is_new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(row))
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[Row]:
     """Rows of an `evolve.csv`; none if there is no such file.
 
     Raises:
@@ -173,8 +173,4 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
                 f"{path}:{number}: got no fitness, expected a row that train.py --evolve wrote. "
                 "Remove the row."
             ) from None
-    return rows
-
-
-def _told(row: Mapping[str, Any]) -> str:
-    return f"trial {row['trial']} with mAP50 {float(row['mAP50']):.4f}, mAP50-95 {float(row['mAP50-95']):.4f}"
+    return list(rows)

@@ -1,13 +1,88 @@
-"""Command-line flags that several scripts share, under the names users know."""
+"""Command lines as frozen dataclasses: a field is a flag of the same name.
+
+@dataclass(frozen=True)
+class Options:
+    '''Count something.'''
+    batch_size: int = flag(16, "images a step", type=integer(1))    # --batch-size 8
+    rect: bool = flag(False, "batches of the images' own shape")    # --rect
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import argparse
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import field, fields
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from utils.config import ArgumentParser, integer, number, report_ignored_flags
+from utils.config import ArgumentParser, integer
+from utils.logger import get_logger
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T")
+Options = TypeVar("Options", bound="DataclassInstance")
 
 
-def add_size_flag(parser: ArgumentParser, default: int | None = 640) -> None:
+def flag(default: T, help: str, *aliases: str, **how: object) -> T:
+    """A field of a command line's dataclass.
+
+    Args:
+        default: its value where the flag is not given; a flag whose default is False is a switch.
+        help: a line for `--help`.
+        aliases: other spellings of the flag.
+        how: what `argparse` is told besides: `type`, `nargs`, `choices`, `const`, `metavar`, `required`.
+    """
+    metadata = {"default": default, "aliases": aliases, "has_effect": True, "help": help, **how}
+    return cast(T, field(default_factory=lambda: copy(default), metadata=metadata))
+
+
+def without_effect(default: T) -> T:
+    """A flag of other trees that changes nothing here; giving it is told."""
+    nargs = {} if default is False else {"nargs": "?"}
+    return flag(default, "accepted, without effect", has_effect=False, **nargs)
+
+
+def spelling(name: str) -> str:
+    """`--batch-size` of `batch_size`."""
+    return "--" + name.replace("_", "-")
+
+
+def read_given(
+    kind: type[DataclassInstance], arguments: Sequence[str] | None = None, epilog: str = ""
+) -> dict[str, Any]:
+    """Values of the flags that stand on a command line, by field; those without effect too, which are told."""
+    parser = ArgumentParser(description=(kind.__doc__ or "").partition("\n")[0], epilog=epilog)
+    idle = {}
+    for item in fields(kind):
+        how = {**item.metadata, "default": argparse.SUPPRESS, "dest": item.name}
+        names = [spelling(item.name), *how.pop("aliases")]
+        if not how.pop("has_effect"):
+            idle[item.name] = item.metadata["default"]
+            names += [f"--{item.name}"] if "_" in item.name else []
+        if item.metadata["default"] is False and "nargs" not in how:
+            how["action"] = "store_true"
+        parser.add_argument(*names, **how)
+    given = vars(parser.parse_args(arguments))
+    needless = [
+        spelling(name) for name, default in idle.items() if given.get(name, default) != default
+    ]
+    if needless:
+        get_logger().info(f"accepted but without effect here: {', '.join(needless)}")
+    return given
+
+
+def read_flags(kind: type[Options], arguments: Sequence[str] | None = None) -> Options:
+    """The options that a command line means.
+
+    Raises:
+        SystemExit: it has a mistake, which is told in one line; exit code 2.
+    """
+    return kind(**read_given(kind, arguments))
+
+
+def add_size_flag(parser: argparse.ArgumentParser, default: int | None = 640) -> None:
     """`--imgsz 640` or `--imgsz 480 640`."""
     parser.add_argument(
         "--imgsz", "--img", "--img-size", nargs="+", type=integer(1), default=default, metavar="N",
@@ -15,97 +90,25 @@ def add_size_flag(parser: ArgumentParser, default: int | None = 640) -> None:
     )  # fmt: skip
 
 
-def add_device_flag(parser: ArgumentParser) -> None:
-    """`--device cpu`, `--device 0`, `--device 0,1`."""
-    parser.add_argument(
-        "--device", default="", help="cpu, 0, 0,1 or mps; empty: a GPU if there is one"
-    )
-
-
-def add_run_flags(parser: ArgumentParser, project: str) -> None:
-    """Where the run's folder stands."""
-    parser.add_argument("--project", default=project, help="folder of all runs")
-    parser.add_argument(
-        "--name", default="exp", help="folder of this run; a number is added if it is taken"
-    )
-    parser.add_argument(
-        "--exist-ok", action="store_true", help="write into the folder even if it is taken"
-    )
-
-
-def add_threshold_flags(parser: ArgumentParser, conf: float, iou: float, max_det: int) -> None:
-    """Confidence, NMS overlap and number of detections."""
-    parser.add_argument(
-        "--conf-thres", type=number(0, 1), default=conf, help="lowest score of a detection"
-    )
-    parser.add_argument(
-        "--iou-thres", type=number(0, 1), default=iou, help="largest overlap that NMS leaves"
-    )
-    parser.add_argument(
-        "--max-det", type=integer(1), default=max_det, help="detections an image at most"
-    )
-
-
-def add_ignored_flags(parser: ArgumentParser, flags: dict[str, Any]) -> None:
-    """Flags of other trees that have no effect here; `--dnn`, `--quad`, ..."""
-    for name, default in flags.items():
-        flag = "--" + name.replace("_", "-")
-        aliases = [flag] if "_" not in name else [flag, "--" + name]
-        if isinstance(default, bool):
-            parser.add_argument(
-                *aliases, dest=name, action="store_true", help="accepted, without effect"
-            )
-        else:
-            parser.add_argument(
-                *aliases, dest=name, nargs="?", default=default, help="accepted, without effect"
-            )
-
-
-def say_ignored(options: Any, flags: dict[str, Any]) -> None:
-    """One line that names the given flags without effect."""
-    report_ignored_flags(options, flags)
-
-
-def add_data_flag(parser: ArgumentParser) -> None:
-    """The data set, and leave to fetch it."""
-    parser.add_argument(
-        "--data",
-        default="data/shapes.yaml",
-        help="data YAML, or a folder in YOLO, COCO or VOC form",
-    )
-    parser.add_argument(
-        "--download",
-        action="store_true",
-        help="fetch the data set if it is missing (never done unasked)",
-    )
-
-
-def add_foreign_flags(parser: ArgumentParser) -> None:
-    """What a weights file belongs to, if it does not say so itself."""
-    parser.add_argument("--cfg", default="", help="model YAML of foreign weights that carry none")
-    parser.add_argument(
-        "--backbone", nargs="+", default=None, metavar="NAME",
-        help="what they have instead of that YAML's backbone: NAME [key=value ...]",
-    )  # fmt: skip
-    parser.add_argument(
-        "--allow-code",
-        action="store_true",
-        help="let the Python files run that the model's YAML imports",
-    )
-
-
-def add_model_flags(parser: ArgumentParser) -> None:
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Which model to build."""
-    parser.add_argument(
-        "--cfg", default="", help="model YAML, or a name in models/detect such as yolo11s"
-    )
-    parser.add_argument("--scale", default=None, help="size letter of a YAML with scales")
-    parser.add_argument(
-        "--backbone", nargs="+", default=None, metavar="NAME",
-        help="put this backbone under the model: NAME [key=value ...], any of models/modules or timm",
-    )  # fmt: skip
-    parser.add_argument(
-        "--allow-code",
-        action="store_true",
-        help="let the YAML's `imports:` run files outside the tree",
-    )
+    add = parser.add_argument
+    add("--cfg", default="", help="model YAML, or a name in models/detect such as yolo11s")
+    add("--scale", default=None, help="size letter of a YAML with scales")
+    add("--backbone", nargs="+", default=None, metavar="NAME", help="NAME [key=value ...]")
+    add("--allow-code", action="store_true", help="let a YAML's `imports:` run files")
+
+
+def add_ignored_flags(parser: argparse.ArgumentParser, flags: Mapping[str, object]) -> None:
+    """Flags of other trees that have no effect here."""
+    for name, default in flags.items():
+        kind = {"action": "store_true"} if default is False else {"nargs": "?"}
+        names = [spelling(name), f"--{name}"] if "_" in name else [spelling(name)]
+        parser.add_argument(*names, dest=name, default=default, help="without effect", **kind)  # type: ignore[arg-type]
+
+
+def say_ignored(options: argparse.Namespace, flags: Mapping[str, object]) -> None:
+    """One line that names the given flags without effect."""
+    given = [spelling(name) for name, default in flags.items() if vars(options)[name] != default]
+    if given:
+        get_logger().info(f"accepted but without effect here: {', '.join(given)}")

@@ -29,10 +29,12 @@ class StopRequest:
 
     Attributes:
         number: of the signal that this process got, None as long as there was none.
+        is_agreed: whether some process got one, as all of them know.
     """
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self.is_agreed = False
         self._since = 0.0
         self._before: dict[int, object] = {}
 
@@ -60,18 +62,19 @@ class StopRequest:
             signal.signal(number, self._before[number])  # type: ignore[arg-type]
             signal.raise_signal(number)
 
-    def check(self, told: str) -> None:
-        """Say how to go on, if a signal has come.
+    def until(self, items: Iterable[T], told: str = "") -> Iterator[T]:
+        """The items up to the moment when a signal has come.
+
+        Args:
+            items: what is gone through.
+            told: how to go on; empty ends without an error.
 
         Raises:
-            StoppedError: it has.
+            StoppedError: a signal has come.
         """
-        if self.number is not None:
-            raise StoppedError(self.number, f"stopped by {name_of(self.number)}; {told}")
-
-    def until(self, items: Iterable[T]) -> Iterator[T]:
-        """The items up to the moment when a signal has come."""
         for item in items:
             if self.number is not None:
-                return
+                break
             yield item
+        if self.number is not None and told:
+            raise StoppedError(self.number, f"stopped by {name_of(self.number)}; {told}")

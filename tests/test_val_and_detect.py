@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-from argparse import Namespace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -15,10 +14,14 @@ from shell import TINY_MODEL
 
 import detect
 import val
+from deploy import ensemble
 from deploy.backends import load_backend
 from deploy.exporters.network import ExportOptions
 from deploy.exporters.onnx_file import export_onnx
 from engine import evaluation, outputs
+from engine.datasets import check_classes
+from engine.flags import read_flags
+from engine.options import DetectOptions, Thresholds, ValOptions
 from models.postprocess import keep_best
 from models.weights.load import load_weights
 from models.yolo import build_model
@@ -48,7 +51,7 @@ def test_files_that_a_model_imports_run_only_with_the_flag(
         given.append(allow_code)
         raise ConfigError("enough")
 
-    monkeypatch.setattr(script, "load_backend", load_backend)
+    monkeypatch.setattr(ensemble, "load_backend", load_backend)
     for flags in ([], ["--allow-code"]):
         with pytest.raises(ConfigError, match="enough"):
             script.main([*words, *flags, "--device", "cpu"])
@@ -82,9 +85,9 @@ def test_names_in_another_order_are_refused_and_others_told(
 ):
     if warning is None:
         with pytest.raises(ConfigError, match="class 0 - got 'b', expected 'a' .* another order"):
-            val.check_classes(ours, theirs, "w.pt", "d.yaml")
+            check_classes(ours, theirs, "w.pt", "d.yaml")
         return
-    val.check_classes(ours, theirs, "w.pt", "d.yaml")
+    check_classes(ours, theirs, "w.pt", "d.yaml")
     assert warning in caplog.text and bool(warning) == bool(caplog.records)
 
 
@@ -117,16 +120,16 @@ def test_single_cls_measures_a_model_of_several_classes(
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ([], evaluation.Thresholds(0.001, 0.6, 300, False)),
+        ([], Thresholds(0.001, 0.6, 300, False)),
         (
             ["--conf-thres", "0.3", "--iou-thres", "0.4", "--max-det", "7", "--agnostic-nms"],
-            evaluation.Thresholds(0.3, 0.4, 7, True),
+            Thresholds(0.3, 0.4, 7, True),
         ),
     ],
 )
 def test_val_measures_with_the_thresholds_of_its_flags(
     words: list[str],
-    expected: evaluation.Thresholds,
+    expected: Thresholds,
     weights: Path,
     shared_data: Path,
     tmp_path: Path,
@@ -137,7 +140,7 @@ def test_val_measures_with_the_thresholds_of_its_flags(
 
     def look(*args: Any, **kwargs: Any) -> Any:
         seen.append(
-            evaluation.Thresholds(
+            Thresholds(
                 *(kwargs[name] for name in ("conf_thres", "iou_thres", "max_det", "agnostic"))
             )
         )
@@ -158,12 +161,12 @@ def test_val_measures_with_the_thresholds_of_its_flags(
     assert set(seen) == {expected}
 
 
-def test_rect_with_a_fixed_size_is_refused(shared_data: Path):
-    options: Namespace = val.parse_options(["--rect", "--data", str(shared_data)])
-    options.weights = "fixed.onnx"
-    backend: Any = SimpleNamespace(dynamic=False, stride=32, names=("square", "disc"))
-    with pytest.raises(ConfigError, match="--rect: fixed.onnx has a fixed image size"):
-        val.Validation(options, backend, (64, 64))
+def test_rect_with_a_fixed_size_is_refused():
+    backend: Any = SimpleNamespace(dynamic=False, stride=32, imgsz=(64, 64))
+    for kind, words in ((ValOptions, []), (DetectOptions, ["--source", "x"])):
+        options = read_flags(kind, [*words, "--rect"])
+        with pytest.raises(ConfigError, match="--rect: fixed.onnx has a fixed image size"):
+            options.size_for(backend, "fixed.onnx")
 
 
 def test_an_end_to_end_file_says_what_it_has_cut_already(
@@ -173,12 +176,12 @@ def test_an_end_to_end_file_says_what_it_has_cut_already(
     wanted = ExportOptions(imgsz=(64, 64), end2end=True, conf_thres=0.25, iou_thres=0.5, max_det=50)
     backend = load_backend(export_onnx(model, wanted, weights))
     for conf, highest in (("0.001", 0.25), ("0.9", 0.9)):
-        val._tell_thresholds(val.parse_options(["--conf-thres", conf]), backend)
+        val.tell_thresholds(read_flags(ValOptions, ["--conf-thres", conf]), backend, "m.onnx")
         told = capsys.readouterr().err
         assert "scores above 0.25, overlap up to 0.5, 50 an image at most" in told
         assert f"scores below {highest} are cut" in told
         assert ("Export it with --conf-thres 0.001" in told) == (highest == 0.25)
-    val._tell_thresholds(val.parse_options([]), load_backend(weights))
+    val.tell_thresholds(ValOptions(), load_backend(weights), "m.pt")
     assert capsys.readouterr().err == ""
 
 
@@ -186,7 +189,7 @@ def test_finished_detections_are_cut_by_the_flags():
     scores = torch.tensor([0.9, 0.6, 0.5, 0.2])
     found = Detections(torch.arange(16.0).view(4, 4), scores, torch.tensor([0, 1, 0, 1]))
     for conf, most, left in ((0.0, 300, 4), (0.5, 300, 2), (0.0, 1, 1), (0.95, 300, 0)):
-        (kept,) = evaluation._detections([found], "nms", evaluation.Thresholds(conf, 0.6, most))
+        (kept,) = evaluation.detections_of([found], "nms", Thresholds(conf, 0.6, most))
         assert torch.equal(kept.scores, scores[:left]) and torch.equal(
             kept.boxes, found.boxes[:left]
         )

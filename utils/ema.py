@@ -5,13 +5,17 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from utils.foreach import lerp_
 
-class ModelEMA:
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class ModelEMA(Generic[Model]):
     """Keeps `average = d * average + (1 - d) * model` with `d = decay * (1 - exp(-updates / tau))`.
 
     The ramp lets the average follow the model in its first steps, when old weights are worth
@@ -24,9 +28,9 @@ class ModelEMA:
     """
 
     def __init__(
-        self, model: nn.Module, decay: float = 0.9999, tau: float = 2000.0, updates: int = 0
+        self, model: Model, decay: float = 0.9999, tau: float = 2000.0, updates: int = 0
     ) -> None:
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.model: Model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
         self.tau = tau
         self.updates = updates
@@ -42,7 +46,7 @@ class ModelEMA:
         """Take one step towards `model`, which must have the keys of the model of construction."""
         self.updates += 1
         average, current = self.model.state_dict(), model.state_dict()
-        torch._foreach_lerp_(
+        lerp_(
             [average[key] for key in self._averaged],
             [current[key].to(average[key]) for key in self._averaged],
             1 - self.current_decay,

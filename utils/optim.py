@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from utils.errors import CheckpointError, ConfigError, nearest
+from utils.foreach import norms
+from utils.layers import NORM_LAYERS
 
 OPTIMIZERS = ("SGD", "Adam", "AdamW")
 ROLES = ("weight", "norm", "bias")
 SCHEDULES = ("linear", "cosine", "flat_cosine", "fixed")
-NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 Schedule = Callable[[float], float]
 
@@ -254,8 +255,8 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
 def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
     """L2 norm of each parameter's gradient, by name; of those that have one."""
     named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    norms = torch._foreach_norm(list(named.values())) if named else ()
-    return dict(zip(named, norms, strict=True))
+    found = norms(list(named.values()))
+    return dict(zip(named, found, strict=True))
 
 
 def _progress(epoch: float, epochs: int) -> float:

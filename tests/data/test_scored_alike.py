@@ -11,7 +11,7 @@ from conftest import NAMES, coco_document, voc_text, yolo_rows
 
 from data.config import load_data_config
 from data.dataset import DetectionDataset, LoadOptions, build_dataset
-from engine.outputs import tell_other_score
+from engine.evaluation import tell_other_score
 from utils.metrics import CocoEvaluator
 from utils.structures import Detections
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +11,9 @@ from test_training import arguments, results
 from torch import Tensor
 
 import train
-from engine.outputs import RunRecorder
+from engine.options import read_training
+from engine.recorder import RunRecorder
 from engine.run import Run, prepare
-from engine.training_flags import parse_options
 from utils.checkpoint import load_checkpoint
 from utils.distributed import World
 from utils.metrics import Metrics
@@ -23,20 +23,17 @@ from utils.structures import Targets
 @pytest.fixture
 def run(tiny_cfg: Path, shared_data: Path, tmp_path: Path) -> Run:
     torch.manual_seed(0)
-    options = parse_options(arguments(tiny_cfg, shared_data, tmp_path))
+    options = read_training(arguments(tiny_cfg, shared_data, tmp_path))[0]
     return prepare(options, tmp_path / "exp", torch.device("cpu"), World())
 
 
 def test_sizes_that_vary_keep_the_shape_of_rect_batches():
     """64 x 192 becomes a third as high as wide, padded to a multiple of 32 with grey."""
-    made = SimpleNamespace(
-        model=SimpleNamespace(max_stride=32), options=SimpleNamespace(seed=0), imgsz=(192, 192)
-    )
     images = torch.ones(1, 3, 64, 192)
     targets = Targets(torch.tensor([0]), torch.tensor([0]), torch.tensor([[0.0, 0, 192, 64]]))
     shapes = set()
     for iteration in range(20):
-        resized, moved = train.resize_randomly(images, targets, made, iteration)
+        resized, moved = train.resize_randomly(images, targets, 32, iteration)
         width, height = moved.boxes[0, 2:].tolist()
         assert abs(width - 3 * height) <= 1.5, "stretched"
         assert resized.shape[2] == -(-height // 32) * 32 and resized.shape[3] == width
@@ -75,12 +72,12 @@ def test_pictures_of_training_batches_show_what_the_network_gets(
     tiny_cfg: Path, shared_data: Path, tmp_path: Path, monkeypatch, channels: int
 ):
     tiny_cfg.write_text(f"ch: {channels}\n" + tiny_cfg.read_text())
-    options = parse_options(arguments(tiny_cfg, shared_data, tmp_path, "--multi-scale"))
-    options.noplots = False
+    options = read_training(arguments(tiny_cfg, shared_data, tmp_path, "--multi-scale"))[0]
+    options = replace(options, noplots=False)
     run = prepare(options, tmp_path / "exp", torch.device("cpu"), World())
     shown: list[tuple[Tensor, Targets]] = []
     monkeypatch.setattr(
-        "engine.outputs.plot_batch",
+        "engine.recorder.plot_batch",
         lambda images, objects, *_, **__: shown.append((images, objects)),
     )
     fed: list[tuple[Tensor, Targets]] = []

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import csv
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
 from engine.evolve import evolve, read_rows, search_space
+from engine.options import TrainOptions
 from utils.config import load_yaml, save_yaml
 from utils.errors import ConfigError, UserError
 from utils.metrics import Metrics
@@ -29,17 +29,14 @@ def metrics(fitness: float) -> Metrics:
     return Metrics(**values)
 
 
-def flags(folder: Path, count: int, resume: str | None = None) -> Namespace:
-    return Namespace(
-        evolve=count, resume_evolve=resume, project=str(folder), name="search", exist_ok=False,
-        seed=0, hyp=None, noplots=False, nosave=False, noval=False,
-    )  # fmt: skip
+def flags(folder: Path, count: int, resume: str | None = None) -> TrainOptions:
+    return TrainOptions(evolve=count, resume_evolve=resume, project=str(folder), name="search")
 
 
 def train_on(ideal: float):
     """A training whose fitness is the nearer to 1 the nearer lr0 is to `ideal`."""
 
-    def train(options: Namespace) -> Metrics:
+    def train(options: TrainOptions) -> Metrics:
         recipe = load_yaml(options.hyp) if options.hyp else RECIPE
         folder = Path(options.project) / options.name
         folder.mkdir(parents=True)
@@ -77,7 +74,7 @@ def test_a_search_finds_a_better_recipe_and_goes_on(tmp_path: Path) -> None:
 def test_a_training_that_breaks_down_counts_as_zero(tmp_path: Path) -> None:
     good = train_on(0.01)
 
-    def train(options: Namespace) -> Metrics:
+    def train(options: TrainOptions) -> Metrics:
         if options.name == "trial1":
             raise UserError("the loss is not finite")
         return good(options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ from torch import nn
 
 import train
 from deploy.backends import load_backend
-from engine.outputs import RunRecorder
-from engine.run import Run, prepare, single_values
-from engine.training_flags import parse_options
+from engine.options import read_training
+from engine.recorder import RunRecorder
+from engine.run import Run, prepare
 from models.weights.load import load_weights
 from models.yolo import build_model
 from utils.distributed import World
 from utils.errors import CheckpointError, UserError
+from utils.layers import single_values
 
 CPU = torch.device("cpu")
 
@@ -31,10 +33,9 @@ def arguments(cfg: Path, data: Path, folder: Path, *words: object) -> list[str]:
 @pytest.fixture
 def run(tiny_cfg: Path, shared_data: Path, tmp_path: Path) -> Run:
     torch.manual_seed(0)
-    options = parse_options(arguments(tiny_cfg, shared_data, tmp_path))
+    options = read_training(arguments(tiny_cfg, shared_data, tmp_path))[0]
     made = prepare(options, tmp_path / "exp", CPU, World())
-    made.accumulate, made.warmup = 1, type(made.warmup)(0, 0.1, 0.8)
-    return made
+    return replace(made, accumulate=1, warmup=type(made.warmup)(0, 0.1, 0.8))
 
 
 def spoil_gradients(run: Run, *names: str, value: float = torch.inf) -> None:
@@ -49,13 +50,13 @@ def spoil_gradients(run: Run, *names: str, value: float = torch.inf) -> None:
 def test_a_gradient_that_is_not_finite_costs_the_step_and_is_named(
     run: Run, clip: float, value: float, capsys
 ):
-    run.hyp = {**run.hyp, "clip_norm": clip}
+    run = replace(run, hyp={**run.hyp, "clip_norm": clip})
     spoil_gradients(run, "model.2.conv.weight", value=value)
     before = {key: tensor.clone() for key, tensor in run.model.named_parameters()}
     train.train_one_epoch(run, 0, RunRecorder(run))
     after = dict(run.model.named_parameters())
     assert all(torch.equal(before[key], after[key]) for key in before)
-    assert run.ema.updates == 0 and run.skipped_steps == 2
+    assert run.ema.updates == 0 and run.place.skipped_steps == 2
     assert all(parameter.grad is None for parameter in run.model.parameters())
     told = [line for line in capsys.readouterr().err.splitlines() if "gradients" in line]
     assert told == [
@@ -83,13 +84,13 @@ def test_gradients_that_stay_so_end_the_run(run: Run):
 
 
 def test_one_good_step_in_between_keeps_the_run(run: Run):
-    run.skipped_steps = 9
+    run.place.skipped_steps = 9
     train.train_one_epoch(run, 0, RunRecorder(run))
-    assert run.skipped_steps == 0 and run.ema.updates == 2
+    assert run.place.skipped_steps == 0 and run.ema.updates == 2
 
 
 def test_overflows_of_float16_are_left_to_the_scaler(run: Run, capsys):
-    run.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    run = replace(run, scaler=torch.amp.GradScaler("cpu", init_scale=1024.0))
     spoil_gradients(run, "model.2.conv.weight")
     train.train_one_epoch(run, 0, RunRecorder(run))
     assert run.scaler.get_scale() == 256.0

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import train
-from engine.outputs import RunRecorder
+from engine.recorder import RunRecorder
 from engine.run import Run
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 import detect
-import val
-from engine.training_flags import given_flags, parse_options
+from engine.flags import read_flags
+from engine.options import DetectOptions, ValOptions, read_training
 
 PARSERS: dict[str, Callable[[list[str]], Any]] = {
-    "train": parse_options,
-    "val": val.parse_options,
-    "detect": lambda words: detect.parse_options(["--source", "x", *words]),
+    "train": lambda words: read_training(words)[0],
+    "val": lambda words: read_flags(ValOptions, words),
+    "detect": lambda words: read_flags(DetectOptions, ["--source", "x", *words]),
 }
 KNOWN = {
     "train": """--weights w.pt --cfg c.yaml --data d.yaml --hyp h.yaml --epochs 3 --batch-size 4 --imgsz 64
@@ -125,13 +125,13 @@ def test_what_is_left_out_has_the_customary_value(script: str, expected: dict[st
     ],
 )
 def test_values_of_train_flags(words: list[str], name: str, expected: Any):
-    assert vars(parse_options(words))[name] == expected
+    assert vars(read_training(words)[0])[name] == expected
 
 
 def test_flags_that_stand_on_the_command_line_are_known_from_defaults():
     words = "--resume --workers 8 --imgsz 64 96 --batch 4 --noval --quad --cache".split()
-    assert given_flags(words) == {"resume", "workers", "imgsz", "batch_size", "noval", "cache"}
-    assert given_flags([]) == set()
+    assert read_training(words)[1] == {"resume", "workers", "imgsz", "batch_size", "noval", "cache"}
+    assert read_training([])[1] == set()
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 
 def test_detect_needs_a_source(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as caught:
-        detect.parse_options([])
+        read_flags(DetectOptions, [])
     assert caught.value.code == 2
     assert "--source" in capsys.readouterr().err
 

@@ -11,9 +11,9 @@ import torch
 from shell import TINY_MODEL
 
 import train
+from engine.options import read_training
 from engine.run import prepare
 from engine.state import checkpoint_of
-from engine.training_flags import parse_options
 from utils.distributed import World
 from utils.errors import UserError
 
@@ -27,7 +27,7 @@ def content(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     (folder / "tiny.yaml").write_text(TINY_MODEL)
     words = ["--cfg", folder / "tiny.yaml", "--data", shared_data, "--imgsz", 64, "--batch-size", 4]
     words += ["--workers", 0, "--device", "cpu", "--noplots", "--epochs", 2]
-    run = prepare(parse_options([str(w) for w in words]), folder, torch.device("cpu"), World())
+    run = prepare(read_training([str(w) for w in words])[0], folder, torch.device("cpu"), World())
     for parameter in run.model.parameters():
         parameter.grad = torch.ones_like(parameter)
     run.optimizer.step()

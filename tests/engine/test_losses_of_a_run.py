@@ -9,10 +9,11 @@ import yaml
 from test_run import ALONE, CPU, options_of, run_of
 
 import train
-from engine.outputs import RunRecorder
+from engine.options import read_training
+from engine.recorder import RunRecorder
+from engine.resume import load_resumable
 from engine.run import prepare
-from engine.state import checkpoint_of, load_resumable, restore, save
-from engine.training_flags import parse_options
+from engine.state import checkpoint_of, restore, save
 from utils.errors import ConfigError
 
 OWN = "def soft(predicted, target):\n    return (predicted - target).abs().sum(-1) / 100\n"
@@ -33,7 +34,7 @@ def test_a_flag_goes_over_the_recipe_and_into_the_runs_own(
 
 def test_a_flag_that_is_not_known_is_one_line(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as caught:
-        parse_options(["--box-loss", "cioux"])
+        read_training(["--box-loss", "cioux"])[0]
     told = capsys.readouterr().err
     assert caught.value.code == 2 and told.count("\n") == 1
     assert "--box-loss: got 'cioux', expected one of iou" in told and "'ciou'?" in told

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,15 +10,17 @@ import torch
 from torch import nn
 
 import train
-from engine import run as run_module
-from engine import setup
-from engine.finite import use_batch
-from engine.run import Run, memory_format_for, prepare, whole_val_loader, with_shared_norms
-from engine.state import checkpoint_of, load_resumable, restore, save
-from engine.training_flags import parse_options
+from engine import batch_size, datasets
+from engine.options import read_training
+from engine.recorder import whole_val_loader
+from engine.resume import load_resumable
+from engine.run import Run, prepare
+from engine.state import checkpoint_of, restore, save
+from engine.step import use_batch
 from models.yolo import build_model
 from utils.distributed import World
 from utils.errors import ConfigError
+from utils.layers import BATCH_NORMS, memory_format_for, with_shared_norms
 
 CPU = torch.device("cpu")
 
@@ -29,7 +32,7 @@ def run(tiny_cfg: Path, shared_data: Path, tmp_path: Path) -> Run:
 
 def new_run(cfg: Path, data: Path, folder: Path) -> Run:
     words = ["--cfg", str(cfg), "--data", str(data), "--imgsz", "64", "--batch-size", "4"]
-    options = parse_options([*words, "--workers", "0", "--epochs", "2", "--noplots"])
+    options = read_training([*words, "--workers", "0", "--epochs", "2", "--noplots"])[0]
     return prepare(options, folder / "exp", CPU, World())
 
 
@@ -38,7 +41,7 @@ def test_an_overflow_in_the_forward_pass_does_not_stay_in_the_statistics(run: Ru
     norm.running_var[0] = torch.inf
     norm.running_mean[0] = torch.nan
     expected = run.ema.model.state_dict()
-    assert not use_batch(run, torch.tensor(torch.inf), {}, 0, 0)
+    assert not use_batch(run, torch.tensor(torch.inf), {})
     own = run.model.state_dict()
     assert all(torch.equal(own[key], expected[key]) for key in own)
 
@@ -62,13 +65,12 @@ def test_waiting_gradients_are_kept_without_the_scale_of_the_loss(
     """By hand: true gradient 1, loss scaled by 65536 there and by 8 here."""
     for parameter in run.model.parameters():
         parameter.grad = torch.full_like(parameter, 65536.0)
-    run.scaler = Scaler(65536.0)
+    run = replace(run, scaler=Scaler(65536.0))
     pending = checkpoint_of(run, 0)["optimizer"]["pending"]
     assert all(bool((gradient == 1).all()) for gradient in pending.values()) and pending
     path = tmp_path / "last.pt"
     save(run, path, 0)
-    fresh = new_run(tiny_cfg, shared_data, tmp_path)
-    fresh.scaler = Scaler(8.0)
+    fresh = replace(new_run(tiny_cfg, shared_data, tmp_path), scaler=Scaler(8.0))
     restore(fresh, load_resumable(path))
     assert all(bool((p.grad == 8).all()) for p in fresh.model.parameters())
 
@@ -83,7 +85,7 @@ def test_shared_norms_keep_the_activation_that_timm_puts_inside_them():
         keys = list(model.state_dict())
         model = with_shared_norms(model).eval()
         after = model.decode(model(images))
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = [m for m in model.modules() if isinstance(m, BATCH_NORMS)]
     assert norms and all(isinstance(m, nn.SyncBatchNorm) for m in norms)
     assert list(model.state_dict()) == keys
     torch.testing.assert_close(after.scores, before.scores)
@@ -91,9 +93,9 @@ def test_shared_norms_keep_the_activation_that_timm_puts_inside_them():
 
 def test_the_last_measurement_takes_one_process_share_at_a_time(run: Run, monkeypatch):
     sizes = []
-    monkeypatch.setattr(run_module, "build_loader", lambda data, size, **_: sizes.append(size))
-    run.options.batch_size, run.world = 128, World(0, 0, 8)
-    whole_val_loader(run)
+    monkeypatch.setattr(datasets, "build_loader", lambda data, size, **_: sizes.append(size))
+    options = replace(run.options, batch_size=128)
+    whole_val_loader(replace(run, options=options, world=World(0, 0, 8)))
     assert sizes == [32]
 
 
@@ -101,12 +103,14 @@ def test_a_model_of_which_few_images_fit_gets_a_batch_of_one(monkeypatch: pytest
     model = nn.Conv2d(3, 1, 1)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**30))
     for used, expected in (([], None), ([(1, 100)], 1)):
-        monkeypatch.setattr(setup, "_memory_of_steps", lambda *_, used=used: used)
+        monkeypatch.setattr(batch_size, "_memory_of_steps", lambda *_, used=used: used)
         if expected is None:
             with pytest.raises(ConfigError, match="not one image of 64x64 fits"):
-                setup.automatic_batch_size(model, (64, 64), torch.device("cuda"))
+                batch_size.automatic_batch_size(model, (64, 64), torch.device("cuda"))
         else:
-            assert setup.automatic_batch_size(model, (64, 64), torch.device("cuda")) == expected
+            assert (
+                batch_size.automatic_batch_size(model, (64, 64), torch.device("cuda")) == expected
+            )
 
 
 @pytest.mark.parametrize(

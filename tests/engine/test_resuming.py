@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 import train
+from engine.options import read_training
+from engine.resume import find_resumable, load_resumable, resume
 from engine.run import Run, prepare
-from engine.state import find_resumable, finish, load_resumable, restore, save
-from engine.training_flags import given_flags, parse_options
+from engine.state import finish, restore, save
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.device import select_device
 from utils.distributed import World
@@ -64,7 +65,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
 @pytest.fixture
 def run(tiny_cfg: Path, shared_data: Path, tmp_path: Path) -> Run:
     """A run that has not begun."""
-    options = parse_options(arguments(tiny_cfg, shared_data, tmp_path))
+    options = read_training(arguments(tiny_cfg, shared_data, tmp_path))[0]
     return prepare(options, tmp_path / "exp", CPU, World())
 
 
@@ -78,7 +79,7 @@ def last(run: Run) -> Path:
 
 def merge(*words: object) -> tuple[Any, dict[str, Any]]:
     given = list(map(str, words))
-    return train._resume(parse_options(given), given_flags(given))
+    return resume(*read_training(given))
 
 
 def change(path: Path, **values: Any) -> None:
@@ -150,8 +151,8 @@ def test_weights_that_are_not_the_models_are_refused(run: Run, last: Path):
 def test_a_run_keeps_its_recipe_also_when_it_gets_longer(shared_data: Path, tmp_path: Path):
     """What `optimizer: auto` came to with few epochs holds with many."""
     words = arguments(Path("yolo11n"), shared_data, tmp_path)
-    first = prepare(parse_options(words), tmp_path, CPU, World())
-    longer = parse_options([*words, "--epochs", "100000", "--hyp", "gone.yaml", "--cos-lr"])
+    first = prepare(read_training(words)[0], tmp_path, CPU, World())
+    longer = read_training([*words, "--epochs", "100000", "--hyp", "gone.yaml", "--cos-lr"])[0]
     saved = {key: value for key, value in first.hyp.items() if key != "ema_tau"}
     second = prepare(longer, tmp_path, CPU, World(), hyp={**saved, "lr0": 0.125})
     assert first.hyp["optimizer"] == second.hyp["optimizer"] == "AdamW"
@@ -199,14 +200,13 @@ def test_a_run_killed_in_its_last_measurement_is_resumed_there(
     fitness, validate = iter([0.5, 0.4]), train.validate
 
     def worse(run: Run) -> Any:
-        evaluation, losses = validate(run)
+        metrics, losses = validate(run)
         value = next(fitness)
-        metrics = evaluation.metrics._replace(map50=value, map50_95=value)
-        return evaluation._replace(metrics=metrics), losses
+        return metrics._replace(map50=value, map50_95=value), losses
 
     monkeypatch.setattr(train, "validate", worse)
     with monkeypatch.context() as patch, pytest.raises(StoppedError):
-        stop_at("load_backend", 1, patch)
+        stop_at("conclude", 1, patch)
         train.main(arguments(tiny_cfg, shared_data, tmp_path, *words))
     before = rows(tmp_path / "exp")
     stop_at("train_one_epoch", 1, monkeypatch)

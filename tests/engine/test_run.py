@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,10 +13,11 @@ import torch
 from torch import nn
 
 import train
-from engine.outputs import RunRecorder
+from engine.options import TrainOptions, read_training
+from engine.recorder import RunRecorder
+from engine.resume import find_resumable, load_resumable
 from engine.run import Run, prepare
-from engine.state import checkpoint_of, find_resumable, finish, load_resumable, restore, save
-from engine.training_flags import parse_options
+from engine.state import checkpoint_of, finish, restore, save
 from models.family import total_loss
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.distributed import World
@@ -27,12 +27,11 @@ CPU = torch.device("cpu")
 ALONE = World()
 
 
-def options_of(cfg: Path | str, data: Path, *words: str) -> Namespace:
+def options_of(cfg: Path | str, data: Path, *words: str) -> TrainOptions:
     """Flags for a training of 64 x 64 pixels in batches of 4."""
     given = ["--cfg", str(cfg), "--data", str(data), "--imgsz", "64", "--batch-size", "4"]
-    options = parse_options([*given, "--workers", "0", "--device", "cpu", "--noplots", *words])
-    options.epochs = options.epochs or 2
-    return options
+    given += ["--workers", "0", "--device", "cpu", "--noplots", "--epochs", "2"]
+    return read_training([*given, *words])[0]
 
 
 def run_of(cfg: Path | str, data: Path, folder: Path, *words: str, world: World = ALONE) -> Run:
@@ -202,9 +201,9 @@ def finish_copy(path: Path, run: Run) -> None:
 
 def trained(run: Run, epochs: int = 1) -> Run:
     recorder = RunRecorder(run)
-    for epoch in range(run.epoch, run.epoch + epochs):
+    for epoch in range(run.place.epoch, run.place.epoch + epochs):
         train.train_one_epoch(run, epoch, recorder)
-        run.epoch = epoch + 1
+        run.place.epoch = epoch + 1
     return run
 
 
@@ -212,14 +211,18 @@ def test_a_checkpoint_is_plain_data_and_brings_a_fresh_run_to_where_it_was(
     tiny_cfg: Path, shared_data: Path, tmp_path: Path
 ):
     run = trained(run_of(tiny_cfg, shared_data, tmp_path, "--batch-size", "2"))
-    run.best_fitness, run.best_epoch = 0.25, 0
+    run.place.best_fitness, run.place.best_epoch = 0.25, 0
     save(run, tmp_path / "weights" / "last.pt", 0)
     content = load_resumable(tmp_path / "weights" / "last.pt")
     assert content["names"] == ["square", "disc"] and content["strides"] == [8, 16]
     assert content["opt"]["batch_size"] == 2 and content["hyp"]["lr0"] == run.hyp["lr0"]
     fresh = run_of(tiny_cfg, shared_data, tmp_path, "--batch-size", "2")
     restore(fresh, content)
-    assert (fresh.epoch, fresh.last_step, fresh.best_fitness) == (1, run.last_step, 0.25)
+    assert (fresh.place.epoch, fresh.place.last_step, fresh.place.best_fitness) == (
+        1,
+        run.place.last_step,
+        0.25,
+    )
     assert same(fresh.model.state_dict(), run.model.state_dict())
     assert same(fresh.ema.state_dict()["model"], run.ema.state_dict()["model"])
     assert fresh.ema.updates == run.ema.updates > 0
@@ -240,7 +243,7 @@ def test_gradients_that_wait_for_the_next_step_are_kept(
     run = trained(run_of(tiny_cfg, shared_data, tmp_path, "--hyp", str(hyp)))
     pending = checkpoint_of(run, 0)["optimizer"]["pending"]
     assert set(pending) == {name for name, _ in run.model.named_parameters()}
-    assert run.last_step == -1 and run.ema.updates == 0
+    assert run.place.last_step == -1 and run.ema.updates == 0
     save(run, tmp_path / "last.pt", 0)
     fresh = run_of(tiny_cfg, shared_data, tmp_path, "--hyp", str(hyp))
     restore(fresh, load_resumable(tmp_path / "last.pt"))
@@ -266,7 +269,7 @@ def test_the_best_checkpoint_is_small_and_a_finished_one_goes_on_only_for_more_e
         load_resumable(best, 2)
     fresh = run_of(tiny_cfg, shared_data, tmp_path)
     restore(fresh, load_resumable(last, 2))
-    assert fresh.epoch == 1
+    assert fresh.place.epoch == 1
     assert same(fresh.model.state_dict(), run.model.state_dict())
 
 
@@ -329,4 +332,4 @@ def test_a_head_built_without_denoising_keeps_it_off(
     run = run_of(tiny_cfg, shared_data, tmp_path)
     assert (run.model.head.num_denoising, run.hyp["num_denoising"]) == (expected, 100)
     trained(run)
-    assert run.skipped == 0
+    assert run.place.skipped == 0

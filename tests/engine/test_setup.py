@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,14 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from engine import setup
-from engine.setup import (
-    automatic_batch_size,
-    check_anchors,
-    freeze,
-    recipe,
-    refuse_sizes,
-)
+from engine import batch_size
+from engine.anchors import check_anchors, fit_to_objects
+from engine.batch_size import automatic_batch_size
+from engine.freeze import freeze
+from engine.options import TrainOptions
+from engine.recipe import recipe
+from engine.run import refuse_sizes
 from models.family import RECIPES
 from models.yolo import DetectionModel, build_model
 from utils.errors import ConfigError
@@ -198,7 +196,7 @@ def test_anchors_that_fit_are_kept(capsys: pytest.CaptureFixture[str]):
     model = small()
     before = anchors_in_pixels(model)
     # within 4 times of 12 x 12 are 10, 20 and 40; of 70 x 60 they are 20, 40 and 80
-    check_anchors(model, np.array([[12.0, 12.0], [70.0, 60.0]]), 4.0, 0)
+    check_anchors(model.head, np.array([[12.0, 12.0], [70.0, 60.0]]), 4.0, 0)
     assert np.array_equal(anchors_in_pixels(model), before)
     assert "anchors: 3.00 an object, best possible recall 1.0000" in capsys.readouterr().err
 
@@ -211,7 +209,7 @@ def long_boxes() -> np.ndarray:
 
 def test_anchors_that_do_not_fit_are_fitted_small_ones_to_the_fine_level():
     model = small()
-    check_anchors(model, long_boxes(), 4.0, 0)
+    check_anchors(model.head, long_boxes(), 4.0, 0)
     pixels = anchors_in_pixels(model)
     assert pixels.shape == (2, 2, 2)
     assert (pixels[..., 0] > 4 * pixels[..., 1]).all()
@@ -228,7 +226,7 @@ def test_a_fit_is_tried_where_more_than_one_object_in_a_hundred_has_no_anchor(
     rng = np.random.default_rng(0)
     sizes = rng.uniform(10, 80, (200, 1)) * np.ones(2)
     sizes[:missed] = (400.0, 8.0)
-    check_anchors(small(), sizes, 4.0, 0)
+    check_anchors(small().head, sizes, 4.0, 0)
     told = capsys.readouterr().err
     assert f"best possible recall {1 - missed / 200:.4f}" in told
     assert ("anchors: kept, a fit reaches" in told or "anchors: fitted" in told) is is_tried
@@ -237,8 +235,8 @@ def test_a_fit_is_tried_where_more_than_one_object_in_a_hundred_has_no_anchor(
 def test_without_objects_or_with_too_few_the_anchors_stay(capsys: pytest.CaptureFixture[str]):
     model = small()
     before = anchors_in_pixels(model)
-    check_anchors(model, np.zeros((0, 2)), 4.0, 0)
-    check_anchors(model, np.array([[400.0, 5.0]]), 4.0, 0)
+    check_anchors(model.head, np.zeros((0, 2)), 4.0, 0)
+    check_anchors(model.head, np.array([[400.0, 5.0]]), 4.0, 0)
     assert np.array_equal(anchors_in_pixels(model), before)
     assert "anchors: kept - got 1 distinct object sizes" in capsys.readouterr().err
 
@@ -286,7 +284,7 @@ def test_an_automatic_batch_fits_into_its_share_beside_what_is_there_anyway(
     fixed: int, share: float, expected: int, monkeypatch: pytest.MonkeyPatch
 ):
     steps = [(batch, (fixed + batch) * 2**20) for batch in (1, 2, 4, 8)]
-    monkeypatch.setattr(setup, "_memory_of_steps", lambda *_: steps)
+    monkeypatch.setattr(batch_size, "_memory_of_steps", lambda *_: steps)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (64 * 2**20, 0))
     device: Any = SimpleNamespace(type="cuda")
     assert automatic_batch_size(small(), (64, 64), device, share) == expected
@@ -296,15 +294,14 @@ def test_anchors_are_measured_on_objects_at_the_training_size(capsys: pytest.Cap
     """Of images 1280 high and wide, at 64 pixels: objects of 240 x 240 are 12 x 12, near the anchor of 10."""
     sizes = np.full((4, 2), 240.0), np.full((4, 2), 1280)
     dataset: Any = SimpleNamespace(box_sizes_wh=lambda: sizes, offsets=np.array([0, 4]))
-    options = SimpleNamespace(noautoanchor=False, resume=False, seed=0)
-    setup.fit_to_objects(small(), dataset, (64, 64), {"anchor_t": 1.5}, options)
+    fit_to_objects(small(), dataset, (64, 64), {"anchor_t": 1.5}, TrainOptions())
     assert "anchors: 1.00 an object, best possible recall 1.0000" in capsys.readouterr().err
 
 
 def test_anchors_that_are_to_stay_are_measured_all_the_same(tiny_cfg: Path, capsys):
     model = build_model(tiny_cfg)
     before = model.head.anchors.clone()
-    check_anchors(model, np.array([[400.0, 5.0], [12.0, 12.0]]), 4.0, 0, refit=False)
+    check_anchors(model.head, np.array([[400.0, 5.0], [12.0, 12.0]]), 4.0, 0, refit=False)
     assert "best possible recall 0.5000" in capsys.readouterr().err
     assert bool((model.head.anchors == before).all())
 
@@ -313,10 +310,10 @@ def test_anchors_that_are_to_stay_are_measured_all_the_same(tiny_cfg: Path, caps
 def test_flags_that_change_sizes_are_refused_for_a_model_of_one_size(flag: str):
     row = SimpleNamespace(any_size=False, place="backbone[0]", module="levit_128s")
     model = SimpleNamespace(any_size=False, rows=(row,), imgsz=(96, 128))
-    options = Namespace(**{"rect": False, "multi_scale": False, flag: True})
+    options = TrainOptions(**{flag: True})
     told = "backbone[0] levit_128s takes images of 96x128 alone. Leave the flag out."
     with pytest.raises(ConfigError) as caught:
         refuse_sizes(options, model)
     assert str(caught.value) == f"--{flag.replace('_', '-')}: {told}"
     refuse_sizes(options, SimpleNamespace(any_size=True))
-    refuse_sizes(Namespace(rect=False, multi_scale=False), model)
+    refuse_sizes(TrainOptions(), model)

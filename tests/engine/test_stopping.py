@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import train
-from engine.outputs import RunRecorder
+from engine import recorder
+from engine.recorder import RunRecorder
 from engine.stopping import StopRequest
 from utils.checkpoint import load_checkpoint
 from utils.errors import StoppedError
@@ -56,7 +57,7 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
         (train, "optimizer_step", 8, signal.SIGHUP, "epoch 2 of 2 after step 4 of 4", (0, 4)),
         (train, "share_buffers", 1, signal.SIGINT, "epoch 1 of 2 after step 4 of 4", (-1, 4)),
         (RunRecorder, "epoch", 1, signal.SIGTERM, "epoch 2 of 2 after step 1 of 4", (0, 1)),
-        (train, "whole_val_loader", 1, signal.SIGTERM, "stopped by SIGTERM; go on", (1, None)),
+        (recorder, "whole_val_loader", 1, signal.SIGTERM, "stopped by SIGTERM; go on", (1, None)),
     ],
     ids=["in a step", "last step", "in the validation", "between epochs", "last measurement"],
 )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,11 +15,12 @@ from other_device import OTHER, other_device, send_model
 from torch import Tensor
 
 import train
-from engine.evaluation import evaluate
-from engine.outputs import RunRecorder
+from engine.evaluation import collect
+from engine.options import read_training
+from engine.recorder import RunRecorder
+from engine.resume import resume
 from engine.run import Run, prepare
 from engine.state import save
-from engine.training_flags import given_flags, parse_options
 from models.family import build_criterion
 from utils.checkpoint import load_checkpoint
 from utils.distributed import World
@@ -38,7 +39,7 @@ def arguments(cfg: Path, data: Path, folder: Path, *words: str) -> list[str]:
 @pytest.fixture
 def run(tiny_cfg: Path, shared_data: Path, tmp_path: Path) -> Run:
     torch.manual_seed(0)
-    options = parse_options(arguments(tiny_cfg, shared_data, tmp_path))
+    options = read_training(arguments(tiny_cfg, shared_data, tmp_path))[0]
     return prepare(options, tmp_path / "exp", torch.device("cpu"), World())
 
 
@@ -51,11 +52,10 @@ def test_the_optimiser_steps_as_often_as_the_accumulation_says(run: Run, monkeyp
         step(run)
 
     monkeypatch.setattr(train, "optimizer_step", count)
-    run.accumulate = 2
-    run.warmup = type(run.warmup)(0, 0.1, 0.8)
+    run = replace(run, accumulate=2, warmup=type(run.warmup)(0, 0.1, 0.8))
     for epoch in range(3):  # two batches an epoch: the step may fall across the border
         train.train_one_epoch(run, epoch, RunRecorder(run))
-    assert (len(steps), run.ema.updates, run.last_step) == (3, 3, 5)
+    assert (len(steps), run.ema.updates, run.place.last_step) == (3, 3, 5)
 
 
 def test_a_step_forgets_the_gradients_and_moves_the_average(run: Run):
@@ -72,7 +72,7 @@ def test_a_step_forgets_the_gradients_and_moves_the_average(run: Run):
 
 def test_gradients_are_clipped_to_the_recipes_norm(run: Run, monkeypatch):
     norms: list[float] = []
-    run.hyp = {**run.hyp, "clip_norm": 0.5}
+    run = replace(run, hyp={**run.hyp, "clip_norm": 0.5})
     step = run.optimizer.step
 
     def look(*args: Any, **kwargs: Any) -> Any:
@@ -87,8 +87,8 @@ def test_gradients_are_clipped_to_the_recipes_norm(run: Run, monkeypatch):
     assert norms == pytest.approx([0.5], rel=1e-4)
 
 
-def spoil(run: Run, monkeypatch, when: set[int]) -> list[int]:
-    """Make the losses of the given calls infinite; returns the growing list of calls."""
+def spoil(run: Run, when: set[int]) -> Run:
+    """The run with losses that are infinite at the given calls."""
     calls: list[int] = []
     criterion = run.criterion
 
@@ -99,23 +99,22 @@ def spoil(run: Run, monkeypatch, when: set[int]) -> list[int]:
         return {name: value * factor for name, value in losses.items()}
 
     wrapper = type("Spoiled", (), {"__call__": staticmethod(spoiled), "times_batch": True})()
-    monkeypatch.setattr(run, "criterion", wrapper)
-    return calls
+    return replace(run, criterion=wrapper)
 
 
-def test_a_loss_that_is_not_finite_is_told_and_left_out(run: Run, monkeypatch, capsys):
-    spoil(run, monkeypatch, {0})
+def test_a_loss_that_is_not_finite_is_told_and_left_out(run: Run, capsys):
+    run = spoil(run, {0})
     train.train_one_epoch(run, 0, RunRecorder(run))
     told = capsys.readouterr().err
     assert "epoch 1 step 1: loss is not finite (box inf, obj inf, cls inf)" in told
     assert "step 2: loss is not finite" not in told
     assert all(bool(p.isfinite().all()) for p in run.model.parameters())
-    assert run.skipped == 0  # counted in a row, and the second batch was fine
+    assert run.place.skipped == 0  # counted in a row, and the second batch was fine
 
 
-def test_batches_left_out_do_not_count_in_the_means(run: Run, monkeypatch):
+def test_batches_left_out_do_not_count_in_the_means(run: Run):
     """The second batch alone; of an epoch without any good one the terms are there, as nan."""
-    spoil(run, monkeypatch, {0, 2, 3})
+    run = spoil(run, {0, 2, 3})
     recorder = RunRecorder(run)
     recorder.start()
     means = [train.train_one_epoch(run, epoch, recorder) for epoch in (1, 0)]
@@ -129,15 +128,15 @@ def test_batches_left_out_do_not_count_in_the_means(run: Run, monkeypatch):
     assert float(rows[1]["train/box_loss"]) == pytest.approx(means[0]["box"], rel=1e-4)
 
 
-def test_losses_that_stay_so_end_the_run(run: Run, monkeypatch):
-    spoil(run, monkeypatch, set(range(100)))
+def test_losses_that_stay_so_end_the_run(run: Run):
+    run = spoil(run, set(range(100)))
     with pytest.raises(UserError, match="10 losses in a row were not finite"):
         for epoch in range(6):
             train.train_one_epoch(run, epoch, RunRecorder(run))
     assert run.ema.updates == 0
 
 
-def test_the_mean_losses_of_an_epoch_are_returned(run: Run, monkeypatch):
+def test_the_mean_losses_of_an_epoch_are_returned(run: Run):
     seen: list[dict[str, float]] = []
     criterion = run.criterion
 
@@ -147,7 +146,7 @@ def test_the_mean_losses_of_an_epoch_are_returned(run: Run, monkeypatch):
         return losses
 
     wrapper = type("Seen", (), {"__call__": staticmethod(look), "times_batch": True})()
-    monkeypatch.setattr(run, "criterion", wrapper)
+    run = replace(run, criterion=wrapper)
     means = train.train_one_epoch(run, 0, RunRecorder(run))
     assert len(seen) == 2
     for name, value in means.items():
@@ -155,9 +154,6 @@ def test_the_mean_losses_of_an_epoch_are_returned(run: Run, monkeypatch):
 
 
 def test_images_and_boxes_are_resized_together():
-    made = SimpleNamespace(
-        model=SimpleNamespace(max_stride=32), options=SimpleNamespace(seed=0), imgsz=(64, 128)
-    )
     images = torch.zeros(1, 3, 64, 128)
     images[:, :, 16:48, 32:96] = 1
     targets = Targets(
@@ -165,7 +161,7 @@ def test_images_and_boxes_are_resized_together():
     )
     sizes = set()
     for iteration in range(20):
-        resized, moved = train.resize_randomly(images, targets, made, iteration)
+        resized, moved = train.resize_randomly(images, targets, 32, iteration)
         height, width = resized.shape[2:]
         sizes.add((height, width))
         assert height % 32 == width % 32 == 0
@@ -186,9 +182,9 @@ def test_an_epoch_is_the_same_again_with_the_same_seed(
     tiny_cfg.write_text(text)
     states = []
     for seed in ("0", "0", "1"):
-        options = parse_options(
+        options = read_training(
             arguments(tiny_cfg, shared_data, tmp_path, "--seed", seed, "--multi-scale")
-        )
+        )[0]
         torch.manual_seed(int(seed))
         run = prepare(options, tmp_path, torch.device("cpu"), World())
         torch.rand(len(states))  # what else drew from the generator does not matter
@@ -221,10 +217,9 @@ def test_a_run_that_gets_no_better_stops(
     validate = train.validate
 
     def worse_and_worse(run: Run) -> Any:
-        evaluation, losses = validate(run)
+        metrics, losses = validate(run)
         value = next(fitness)
-        metrics = evaluation.metrics._replace(map50=value, map50_95=value)
-        return evaluation._replace(metrics=metrics), losses
+        return metrics._replace(map50=value, map50_95=value), losses
 
     monkeypatch.setattr(train, "validate", worse_and_worse)
     train.main(arguments(tiny_cfg, shared_data, tmp_path, "--patience", "2", "--epochs", "5"))
@@ -252,9 +247,8 @@ def test_with_the_last_checkpoint_alone_its_epoch_is_told(
     validate, fitness = train.validate, iter([0.5, 0.25])
 
     def worse(run: Run) -> Any:
-        evaluation, losses = validate(run)
-        metrics = evaluation.metrics._replace(map50_95=next(fitness))
-        return evaluation._replace(metrics=metrics), losses
+        metrics, losses = validate(run)
+        return metrics._replace(map50_95=next(fitness)), losses
 
     monkeypatch.setattr(train, "validate", worse)
     train.main(arguments(tiny_cfg, shared_data, tmp_path, "--nosave", "--exist-ok"))
@@ -278,21 +272,21 @@ def test_a_training_without_a_step_is_told(
 def test_a_resumed_run_keeps_its_flags_and_may_get_more_epochs(
     given: tuple[str, ...], expected: int, run: Run, tmp_path: Path
 ):
-    run.options.seed = 5
+    run = replace(run, options=replace(run.options, seed=5))
     (tmp_path / "exp" / "weights").mkdir(parents=True)
-    train.save(run, tmp_path / "exp" / "weights" / "last.pt", 0)
+    save(run, tmp_path / "exp" / "weights" / "last.pt", 0)
     words = ["--resume", str(tmp_path / "exp"), "--batch-size", "9", *given]
-    merged, checkpoint = train._resume(parse_options(words), given_flags(words))
+    merged, checkpoint = resume(*read_training(words))
     assert (merged.epochs, merged.batch_size, merged.seed) == (expected, 4, 5)
-    assert merged.config == run.model.config and checkpoint["epoch"] == 0
+    assert checkpoint["config"] == run.model.config and checkpoint["epoch"] == 0
 
 
 def test_a_resumed_run_cannot_get_fewer_epochs(run: Run, tmp_path: Path):
     (tmp_path / "exp" / "weights").mkdir(parents=True)
-    train.save(run, tmp_path / "exp" / "weights" / "last.pt", 0)
-    options = parse_options(["--resume", str(tmp_path / "exp"), "--epochs", "1"])
+    save(run, tmp_path / "exp" / "weights" / "last.pt", 0)
+    given = read_training(["--resume", str(tmp_path / "exp"), "--epochs", "1"])
     with pytest.raises(ConfigError, match="--epochs: got 1, but the run was started for 2"):
-        train._resume(options, {"resume", "epochs"})
+        resume(*given)
 
 
 def test_one_batch_is_learned_by_heart(run: Run):
@@ -326,17 +320,18 @@ def test_one_batch_is_learned_by_heart(run: Run):
 def test_the_loop_stays_on_its_device(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     send_model(run.model)
     send_model(run.ema.model)
-    run.device, run.accumulate, run.warmup = OTHER, 1, type(run.warmup)(0, 0.1, 0.8)
-    run.optimizer = build_optimizer(run.model, "SGD", 0.01, 0.9, 0.0)
+    optimizer = build_optimizer(run.model, "SGD", 0.01, 0.9, 0.0)
+    warmup = type(run.warmup)(0, 0.1, 0.8)
+    run = replace(run, device=OTHER, accumulate=1, warmup=warmup, optimizer=optimizer)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
-    monkeypatch.setattr(train, "evaluate", torch.no_grad()(evaluate.__wrapped__))
+    monkeypatch.setattr(train, "collect", torch.no_grad()(collect.__wrapped__))
     with other_device():
-        run.criterion = build_criterion(run.model.head, run.hyp, run.imgsz)
-        run.val_criterion = build_criterion(run.ema.model.head, run.hyp, run.imgsz)
+        criteria = [build_criterion(m.head, run.hyp, run.imgsz) for m in (run.model, run.ema.model)]
+        run = replace(run, criterion=criteria[0], val_criterion=criteria[1])
         train.train_one_epoch(run, 0, RunRecorder(run))
-        evaluation, _ = train.validate(run)
+        metrics, _ = train.validate(run)
         save(run, run.folder / "last.pt", 0)
     assert run.ema.updates > 0
-    assert evaluation.metrics.images == len(run.val_set)
+    assert metrics.images == len(run.val_set)
     saved = torch.load(run.folder / "last.pt", weights_only=True)
     assert all(t.device.type == "cpu" for t in saved["model"].values())

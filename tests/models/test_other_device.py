@@ -7,7 +7,8 @@ import pytest
 import torch
 from other_device import Elsewhere, MixedDevicesError, other_device, send, send_model
 
-from engine.setup import check_anchors, recipe
+from engine.anchors import check_anchors
+from engine.recipe import recipe
 from models.family import build_criterion, total_loss
 from models.postprocess import postprocess
 from models.yolo import build_model
@@ -70,7 +71,7 @@ def test_fitted_anchors_go_where_the_head_is() -> None:
     sizes = np.random.default_rng(0).uniform(2, 5, (60, 2)) * [[1, 9]]  # unlike COCO's objects
     with other_device():
         before = model.head.anchors.clone().cpu()
-        check_anchors(model, sizes, 2.0, 0)
+        check_anchors(model.head, sizes, 2.0, 0)
         after = model.head.anchors
         assert isinstance(after, Elsewhere)
         assert not torch.equal(after.cpu(), before)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.ops import box_iou
 
-from engine.setup import recipe
+from engine.recipe import recipe
 from models.family import build_criterion, total_loss
 from models.postprocess import postprocess
 from models.yolo import build_model
