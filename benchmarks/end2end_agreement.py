@@ -28,8 +28,8 @@ from torch import Tensor
 from data.images import IMAGE_SUFFIXES, read_image
 from data.transforms import letterbox
 from deploy.backends import Backend, load_backend, model_backend
+from deploy.exporters.forms import export
 from deploy.exporters.network import ExportOptions
-from export import export
 from models.postprocess import postprocess
 from models.weights.load import load_weights
 from utils.config import integer, number, parse_imgsz

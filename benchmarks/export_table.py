@@ -36,9 +36,9 @@ from benchmarks.children import read_results, run_open
 from benchmarks.settling import settle
 from benchmarks.tables import aligned
 from deploy.backends import load_backend
+from deploy.exporters.forms import EXPORTERS
 from deploy.exporters.network import ExportOptions
 from deploy.exporters.verify import Reference, hold, predict, take_reference
-from export import EXPORTERS
 from models.parser.rows import read_model_config
 from models.reparam import FuseError, fuse
 from models.table import count_params

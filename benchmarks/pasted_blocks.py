@@ -39,9 +39,9 @@ from benchmarks.pasted_places import HEADS, config_with, expected_reading
 from benchmarks.pasted_table import PASTED, Args
 from benchmarks.settling import settle
 from benchmarks.tables import aligned
+from deploy.exporters.forms import EXPORTERS
 from deploy.exporters.network import ExportOptions, blobs
 from deploy.exporters.verify import verify
-from export import EXPORTERS
 from models.parser.wiring import Row
 from models.reparam import fuse
 from models.table import count_params

@@ -17,12 +17,21 @@ def load(path):
     network = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     about = network.get_modelmeta().custom_metadata_map
     return network, {
+        **about,
         "names": ast.literal_eval(about["names"]),
         "size": tuple(ast.literal_eval(about["imgsz"])),
         "batch": 1 if about["dynamic"] else int(about["batch"]),
-        "layout": about["layout"],
-        "postprocess": about["postprocess"],
+        "white": float(about.get("white", 65535)),
     }
+
+
+def read(path, white):
+    """A picture as BGR bytes; of one that is deeper, `white` becomes 255."""
+    image = cv2.imread(path, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
+    if image is None:
+        sys.exit(f"{path}: cannot be read as a picture")
+    scale = 1 if image.dtype == np.uint8 else 255 / white
+    return np.rint((image * scale).clip(0, 255)).astype(np.uint8)
 
 
 def prepare(image, size):
@@ -58,16 +67,8 @@ def decode(output, layout, size):
 
 def suppress(boxes, scores, labels, iou_thres):
     """Indices that NMS keeps, best first; boxes suppress others of their class."""
-    order, kept = np.argsort(-scores, kind="stable"), []
-    area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
-    while len(order):
-        first, order = order[0], order[1:]
-        kept.append(first)
-        one, rest = boxes[first], boxes[order]
-        sides = np.minimum(one[2:], rest[:, 2:]) - np.maximum(one[:2], rest[:, :2])
-        common = sides.clip(0).prod(1)
-        overlaps = common > iou_thres * np.maximum(area[first] + area[order] - common, 1e-9)
-        order = order[~overlaps | (labels[order] != labels[first])]
+    sides = np.concatenate((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]), 1)
+    kept = cv2.dnn.NMSBoxesBatched(sides.tolist(), scores.tolist(), labels.tolist(), 0.0, iou_thres)
     return np.array(kept, int)
 
 
@@ -93,8 +94,6 @@ if __name__ == "__main__":
         sys.exit("usage: python onnx_runner.py best.onnx a.jpg [b.jpg ...]")
     network, about = load(sys.argv[1])
     for path in sys.argv[2:]:
-        image = cv2.imread(path)
-        if image is None:
-            sys.exit(f"{path}: cannot be read as a picture")
+        image = read(path, about["white"])
         for box, score, label in zip(*detect(network, about, image)):
             print(path, about["names"][label], f"{score:.4f}", *(f"{value:.2f}" for value in box))

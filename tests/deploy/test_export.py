@@ -6,22 +6,28 @@ import ast
 import importlib.util
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from tiny_models import HEADS, tiny_model
 
 import export
+from data.images import read_image
+from data.sources import Frame
 from data.transforms import letterbox
 from deploy.backends import load_backend
 from deploy.exporters.end2end import append_postprocess, selection_fault
 from deploy.exporters.network import ExportOptions, blobs
+from deploy.exporters.onnx_file import export_onnx
 from deploy.exporters.precision import is_decoding
+from deploy.exporters.torch_files import export_pt
 from deploy.exporters.verify import ExportMismatchError, verify
 from detect import detect_frame
+from engine.options import Thresholds
 from models.postprocess import postprocess
 from models.reparam import fuse
 from utils.errors import ConfigError
@@ -281,18 +287,9 @@ def test_the_example_finds_the_boxes_that_detect_finds(layout: str, tmp_path: Pa
     options = ExportOptions(imgsz=IMGSZ, dynamic="batch", end2end=layout == "end2end")
     path = write("anchors" if layout == "end2end" else layout, "onnx", options, tmp_path)
     image = (blobs(1, (80, 150), seed=6)[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
-    flags = SimpleNamespace(
-        imgsz=IMGSZ,
-        rect=False,
-        conf_thres=0.25,
-        iou_thres=0.45,
-        max_det=1000,
-        classes=None,
-        agnostic_nms=False,
-    )
-    expected = detect_frame(
-        load_backend(path), SimpleNamespace(image=image), flags, torch.device("cpu")
-    )
+    limits = Thresholds(0.25, 0.45, 1000)
+    frame = Frame("x.png", image, 0, None)
+    expected = detect_frame(load_backend(path), frame, IMGSZ, thresholds=limits)
     runner = load_runner()
     boxes, scores, labels = runner.detect(*runner.load(str(path)), image[..., ::-1])
     assert len(boxes) == len(expected.scores) > 3
@@ -310,6 +307,19 @@ def test_the_example_prepares_images_as_we_do():
         assert np.array_equal((pixels[0].transpose(1, 2, 0) * 255).round().astype(np.uint8), ours)
 
 
+@pytest.mark.parametrize("white", [None, 4095.0])
+def test_the_example_reads_deep_pictures_as_we_do(white: float | None, tmp_path: Path):
+    model = tiny_model("channels")
+    model.config |= {"white": white} if white else {}
+    path = export_onnx(model, ExportOptions(imgsz=IMGSZ), tmp_path / "best.pt")
+    runner, file = load_runner(), tmp_path / "deep.png"
+    deep = np.random.default_rng(0).integers(0, 4096, (20, 30, 3), dtype=np.uint16)
+    assert cv2.imwrite(str(file), deep)
+    found = runner.read(str(file), runner.load(str(path))[1]["white"])
+    assert np.array_equal(found[..., ::-1], read_image(file, white))
+    assert found.max() == (255 if white else 16)
+
+
 def test_the_example_is_short_and_stands_alone():
     path = Path(__file__).resolve().parents[2] / "examples" / "onnx_runner.py"
     text = path.read_text(encoding="utf-8")
@@ -319,7 +329,7 @@ def test_the_example_is_short_and_stands_alone():
 
 
 def test_the_script_writes_what_it_is_asked_for(run_script, tmp_path: Path):
-    export.export_pt(tiny_model("channels"), ExportOptions(imgsz=IMGSZ), tmp_path / "best.pt")
+    export_pt(tiny_model("channels"), ExportOptions(imgsz=IMGSZ), tmp_path / "best.pt")
     done = run_script(
         "export.py", "--weights", tmp_path / "best_yoke.pt", "--include", "onnx", "--dynamic", "--keras",
         timeout=300,
@@ -337,7 +347,8 @@ def test_int8_keeps_head_and_decoding_in_float_and_tells_the_map(
     data = tmp_path / "three.yaml"
     text = shared_data.read_text().replace("disc]", "disc, cat]")
     data.write_text(f"path: {shared_data.parent}\n{text}")
-    options = export.with_calibration(ExportOptions(imgsz=IMGSZ, int8=True), str(data), model)
+    flags = export.parse_options(["--int8", "--data", str(data)])
+    options = export.export_options(flags, model)
     artifacts = export.export(model, ["onnx"], options, tmp_path / "best.pt")
     assert artifacts[0].path.name == "best_int8.onnx"
     graph = onnx.load(str(artifacts[0].path)).graph
@@ -355,4 +366,4 @@ def test_int8_keeps_head_and_decoding_in_float_and_tells_the_map(
 
 def test_int8_needs_data():
     with pytest.raises(ConfigError, match="--data"):
-        export.with_calibration(ExportOptions(int8=True), "", tiny_model("anchors"))
+        export.export_options(export.parse_options(["--int8"]), tiny_model("anchors"))

@@ -27,10 +27,10 @@ from benchmarks.pasted_blocks import (
 )
 from benchmarks.pasted_places import CLASSES, FOLDER, HEADS, imported_path, site_of
 from benchmarks.pasted_table import CONV, FIRST, PASTED, SAME, STACKED
+from deploy.exporters.forms import export
 from deploy.exporters.network import ExportOptions, blobs
 from deploy.exporters.onnx_file import export_onnx
 from deploy.exporters.verify import verify
-from export import export
 from models import common, modules, registry
 from models.registry import register
 from models.reparam import fuse
