@@ -16,10 +16,15 @@ import importlib
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from models.yolo import DetectionModel
 
 dependencies = ["torch", "torchvision", "numpy", "cv2", "yaml"]
 
@@ -29,7 +34,7 @@ _PACKAGES |= {file.stem for file in _ROOT.glob("*.py")} - {"hubconf"}
 # Kept in a module of its own, so that loading a second time finds what the first has imported.
 _KEPT = sys.modules.setdefault(f"yoke_hub:{_ROOT}", ModuleType("yoke_hub"))
 _OWN: dict[str, ModuleType] = _KEPT.__dict__.setdefault("modules", {})
-_LOCK: Any = _KEPT.__dict__.setdefault("lock", threading.RLock())
+_LOCK: AbstractContextManager[object] = _KEPT.__dict__.setdefault("lock", threading.RLock())
 
 
 def _is_named_like_ours(name: str) -> bool:
@@ -38,7 +43,7 @@ def _is_named_like_ours(name: str) -> bool:
 
 def _is_ours(module: ModuleType) -> bool:
     """Whether `module` was imported from this folder."""
-    places = list(getattr(module, "__path__", [])) or [getattr(module, "__file__", None) or ""]
+    places = [*vars(module).get("__path__", ()), vars(module).get("__file__")]
     return any(Path(place).resolve().is_relative_to(_ROOT) for place in places if place)
 
 
@@ -71,7 +76,7 @@ def custom(
     device: str | None = None,
     cfg: str | None = None,
     allow_code: bool = False,
-) -> Any:
+) -> nn.Module:
     """A detector from a weights file: one of ours, or another project's that is read safely.
 
     Args:
@@ -99,7 +104,7 @@ def _create(
     classes: int | None,
     autoshape: bool,
     device: str | None,
-) -> Any:
+) -> nn.Module:
     """A network by its published name, with weights if asked for."""
     if pretrained:
         path = pretrained if isinstance(pretrained, str) else f"{name}.pt"
@@ -118,13 +123,13 @@ def _create(
         return _finish(model.eval(), autoshape, device)
 
 
-def _finish(model: Any, autoshape: bool, device: str | None) -> Any:
+def _finish(model: DetectionModel, autoshape: bool, device: str | None) -> nn.Module:
     if autoshape:
         return importlib.import_module("deploy.hub").Detector(model, device)
     return model.to(device) if device else model
 
 
-def _entry(name: str) -> Callable[..., Any]:
+def _entry(name: str) -> Callable[..., nn.Module]:
     """The entry point of one published model."""
 
     def create(
@@ -134,7 +139,7 @@ def _entry(name: str) -> Callable[..., Any]:
         autoshape: bool = True,
         _verbose: bool = True,
         device: str | None = None,
-    ) -> Any:
+    ) -> nn.Module:
         if pretrained and channels != 3:
             raise ValueError(
                 f"{name}: got channels={channels} beside weights, which say it themselves. Leave one of them out."

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image as PillowImage
+from PIL import ImageFile
 from torch import Tensor, nn
 
 from data.images import PIXEL_ERRORS, Image, from_array, from_pillow, read_image
@@ -20,6 +21,8 @@ from utils.channels import white_of
 from utils.config import parse_imgsz
 from utils.errors import DatasetError
 from utils.structures import Letterbox, as_float
+
+Picture = str | Path | PillowImage.Image | np.ndarray
 
 
 class Detector(nn.Module):
@@ -52,7 +55,11 @@ class Detector(nn.Module):
             self.to(device)
 
     @torch.inference_mode()
-    def forward(self, images: Any, size: int | Sequence[int] | None = None) -> Results:
+    def forward(
+        self,
+        images: Tensor | Picture | list[Picture] | tuple[Picture, ...],
+        size: int | Sequence[int] | None = None,
+    ) -> Results:
         """Detect objects.
 
         Args:
@@ -70,7 +77,7 @@ class Detector(nn.Module):
             batch, pictures, boxes, files = _from_tensor(images, self.model.max_stride)
             batch = batch.to(parameter.device, parameter.dtype)
         else:
-            items = list(images) if isinstance(images, (list, tuple)) else [images]
+            items = images if isinstance(images, (list, tuple)) else [images]
             read = [_read(item, number, self.white) for number, item in enumerate(items)]
             pictures, files = [image for image, _ in read], [name for _, name in read]
             stride = self.model.max_stride
@@ -94,7 +101,7 @@ class Detector(nn.Module):
         return Results(pictures, pred, self.names, files)
 
 
-def _read(item: Any, number: int, white: float | None = None) -> tuple[Image, str]:
+def _read(item: Picture, number: int, white: float | None) -> tuple[Image, str]:
     """One image as RGB (H, W, 3) uint8, read as its file would be, and a file name for it."""
     if isinstance(item, (str, Path)):
         if "://" in str(item):
@@ -102,8 +109,8 @@ def _read(item: Any, number: int, white: float | None = None) -> tuple[Image, st
                 f"{item}: nothing is downloaded. Fetch the picture first and give its path."
             )
         return read_image(item, white), Path(item).name
-    given = getattr(item, "filename", "")
-    name = Path(given or f"image{number}.jpg").name
+    given = item.filename if isinstance(item, ImageFile.ImageFile) else ""
+    name = Path(os.fsdecode(given) or f"image{number}.jpg").name
     try:
         if isinstance(item, PillowImage.Image):
             return from_pillow(item, white), name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,10 @@ from utils.files import FreeNames
 from utils.logger import get_logger
 from utils.visualize import draw_boxes, save_image
 
+if TYPE_CHECKING:
+    import supervision
+    from pandas import DataFrame
+
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 CENTRES = ("xcenter", "ycenter", "width", "height")
 
@@ -23,10 +27,10 @@ CENTRES = ("xcenter", "ycenter", "width", "height")
 class Frames(NamedTuple):
     """One pandas DataFrame for each image, in each of the four formats."""
 
-    xyxy: list[Any]
-    xyxyn: list[Any]
-    xywh: list[Any]
-    xywhn: list[Any]
+    xyxy: list[DataFrame]
+    xyxyn: list[DataFrame]
+    xywh: list[DataFrame]
+    xywhn: list[DataFrame]
 
 
 class Results:
@@ -101,7 +105,7 @@ class Results:
             self._frames(self.xywhn, CENTRES),
         )
 
-    def _frames(self, tables: Sequence[Tensor], columns: Sequence[str]) -> list[Any]:
+    def _frames(self, tables: Sequence[Tensor], columns: Sequence[str]) -> list[DataFrame]:
         import pandas as pd
 
         frames = []
@@ -112,7 +116,7 @@ class Results:
             frames.append(frame)
         return frames
 
-    def to_supervision(self, index: int = 0) -> Any:
+    def to_supervision(self, index: int = 0) -> supervision.Detections:
         """The detections of one image as `supervision.Detections`, class names under `class_name`.
 
         Raises:

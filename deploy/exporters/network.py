@@ -4,7 +4,7 @@ it."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from models.head import Head
 from models.yolo import DetectionModel
 from utils.channels import white_of
 
@@ -61,7 +61,7 @@ class ExportOptions:
     max_det: int = 300
     device: torch.device = torch.device("cpu")
     sampling: str = "grid_sample"
-    calibration: Callable[[], Any] | None = field(default=None, repr=False)
+    calibration: Callable[[], Iterator[Tensor]] | None = field(default=None, repr=False)
 
     def layout(self, model: DetectionModel) -> str:
         """Form of the output, see `deploy.runtimes.layouts`."""
@@ -76,18 +76,15 @@ class Decode(nn.Module):
     """The head's decoding under a name of its own, so that tools can leave it out of
     quantisation."""
 
-    def __init__(self, head: Any, form: str) -> None:
+    def __init__(self, head: Head[Any], form: str) -> None:
         super().__init__()
         self._head = (head,)  # in a tuple: its parameters belong to the network alone
         self.form = form
 
-    def forward(self, raw: Any) -> Any:
+    def forward(self, raw: object) -> Tensor | tuple[Tensor, ...]:
         """Decoded tensors in the chosen form."""
         (head,) = self._head
-        if self.form == "decoded":
-            decoded = head.decode(raw)
-            return decoded.boxes, decoded.scores
-        return head.export_layout(raw)
+        return tuple(head.decode(raw)) if self.form == "decoded" else head.export_layout(raw)
 
 
 class ExportNetwork(nn.Module):
@@ -105,7 +102,7 @@ class ExportNetwork(nn.Module):
         self.decode = Decode(model.head, form)
         self.form = form
 
-    def forward(self, images: Tensor) -> Any:
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
         """One tensor, or several in a tuple."""
         weight = next(self.network.parameters())
         raw = self.network(images.to(weight.dtype))
@@ -114,10 +111,12 @@ class ExportNetwork(nn.Module):
         return tuple(tensor.float() for tensor in floating_tensors(raw))
 
 
-def floating_tensors(raw: Any) -> list[Tensor]:
+def floating_tensors(raw: object) -> list[Tensor]:
     """The floating tensors of a head's output, in its order."""
-    tensors = [leaf for leaf in tree_leaves(raw) if isinstance(leaf, Tensor)]
-    return [tensor for tensor in tensors if tensor.is_floating_point()]
+    if isinstance(raw, Tensor):
+        return [raw] if raw.is_floating_point() else []
+    parts = raw.values() if isinstance(raw, dict) else raw if isinstance(raw, (list, tuple)) else ()
+    return [tensor for part in parts for tensor in floating_tensors(part)]
 
 
 def build_network(
