@@ -40,9 +40,9 @@ from data.formats.description import (
 from data.formats.files import read_text
 from data.shapes import draw_if_absent
 from utils.channels import white_of
-from utils.config import YamlFile, parse_yaml
 from utils.errors import ConfigError, DatasetError, nearest
 from utils.logger import get_logger
+from utils.yaml_file import YamlFile, parse_yaml
 
 __all__ = ["DataConfig", "DownloadSource", "load_data_config"]
 

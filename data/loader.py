@@ -95,7 +95,8 @@ def build_loader(
         world_size: number of processes that train together.
         drop_last: leave out a last batch that is not full.
     """
-    _end_workers_at_exit()
+    atexit.unregister(_end_workers)  # so that it stands there once
+    atexit.register(_end_workers)
     options = dataset.options
     if options.rect and batch_size != options.batch_size:
         raise ValueError(f"rect batches: got {batch_size} images, expected {options.batch_size}")
@@ -177,14 +178,9 @@ def _shared_memory() -> int | None:
     return shutil.disk_usage(SHARED_MEMORY).free if os.path.isdir(SHARED_MEMORY) else None
 
 
-@cache
-def _end_workers_at_exit() -> None:
+def _end_workers() -> None:
     """Leave no worker that the end of this process would wait for: a program that ends by an error sends them one SIGTERM or
     two, and two that arrive together count as one."""
-    atexit.register(_end_workers)
-
-
-def _end_workers() -> None:
     for child in multiprocessing.active_children():
         child.kill()
 

@@ -125,7 +125,7 @@ class Source:
 
     def __iter__(self) -> Iterator[Frame]:
         if self.is_live:
-            yield from _address_frames(self.name, self.vid_stride)
+            yield from _live_frames(self.name, self.vid_stride)
             return
         for path in self.files:
             try:
@@ -160,8 +160,8 @@ def _plain(path: str) -> str:
 
 def _is_web_file(name: str) -> bool:
     """True for the web address of a picture or of a video that has an end, so that no frame of it need be lost."""
-    is_web = name.lower().startswith(WEB_SCHEMES)
-    return is_web and (is_video(name) or is_image_path(_plain(name)))
+    is_file = is_video(name) or is_image_path(_plain(name))
+    return is_file and name.lower().startswith(WEB_SCHEMES)
 
 
 def _fetched(address: str) -> bytes:
@@ -266,6 +266,10 @@ def _open(name: str) -> cv2.VideoCapture:
     return capture
 
 
+def _rgb(frame: np.ndarray) -> Image:
+    return np.asarray(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB), dtype=np.uint8)
+
+
 def _describe(capture: cv2.VideoCapture, is_live: bool) -> VideoInfo:
     fps = capture.get(cv2.CAP_PROP_FPS)
     count = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
@@ -275,10 +279,6 @@ def _describe(capture: cv2.VideoCapture, is_live: bool) -> VideoInfo:
         int(capture.get(cv2.CAP_PROP_FRAME_WIDTH)),
         0 if is_live else max(count, 0),
     )
-
-
-def _to_rgb(frame: np.ndarray) -> Image:
-    return np.asarray(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB), dtype=np.uint8)
 
 
 def _file_frames(path: str, vid_stride: int, white: float | None) -> Iterator[Frame]:
@@ -300,7 +300,7 @@ def _video_frames(path: str, capture: cv2.VideoCapture, vid_stride: int) -> Iter
             if index % vid_stride == 0:
                 is_read, frame = capture.retrieve()
                 if is_read:
-                    yield Frame(path, _to_rgb(frame), index, info)
+                    yield Frame(path, _rgb(frame), index, info)
             index += 1
         # One less may be rounding: some containers tell their length in seconds only.
         if index + 1 < info.frames:
@@ -314,24 +314,23 @@ def _video_frames(path: str, capture: cv2.VideoCapture, vid_stride: int) -> Iter
         capture.release()
 
 
-def _address_frames(name: str, vid_stride: int) -> Iterator[Frame]:
-    """Frames of a camera or address; a web address that knows its length is read as a file."""
+def _live_frames(name: str, vid_stride: int) -> Iterator[Frame]:
+    """The newest frame each time; what came while the caller was busy is dropped.
+
+    A web address that knows its length is read as a file.
+    """
     capture = _open(name)
     is_web = name.lower().startswith(WEB_SCHEMES)
     if is_web and capture.get(cv2.CAP_PROP_FRAME_COUNT) > 0:
-        return _video_frames(name, capture, vid_stride)
-    return _live_frames(name, capture, vid_stride)
-
-
-def _live_frames(name: str, capture: cv2.VideoCapture, vid_stride: int) -> Iterator[Frame]:
-    """The newest frame each time; what came while the caller was busy is dropped."""
+        yield from _video_frames(name, capture, vid_stride)
+        return
     reader = _Reader(capture, vid_stride)
     info = _describe(capture, is_live=True)
     try:
         last = -1
         while (newest := reader.wait_for_newer(last)) is not None:
             last, frame = newest
-            yield Frame(name, _to_rgb(frame), last, info)
+            yield Frame(name, _rgb(frame), last, info)
     finally:
         reader.stop()
 

@@ -46,14 +46,9 @@ class Picture(NamedTuple):
     boxes: Boxes
 
 
-def fit_scale(height: int, width: int, size: tuple[int, int]) -> float:
-    """The largest factor at which an image still fits into `size`."""
-    return min(size[0] / height, size[1] / width)
-
-
 def fitted_size(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
-    """Height and width after `resize_to_fit`."""
-    scale = fit_scale(height, width, size)
+    """Height and width after `resize_to_fit`, at the largest factor at which an image still fits into `size`."""
+    scale = min(size[0] / height, size[1] / width)
     new_height = min(max(round(height * scale), 1), size[0])
     new_width = min(max(round(width * scale), 1), size[1])
     return new_height, new_width

@@ -151,7 +151,9 @@ class BoxPair:
     @cached_property
     def centre_distance(self) -> Tensor:
         """Squared, in squared diagonals of the hull, in [0, 1), (...): the penalty of DIoU."""
-        return self.offset.square().sum(-1) / self.diagonal_squared
+        # First, since gradients are summed in the order of the steps.
+        diagonal_squared = self.diagonal_squared
+        return self.offset.square().sum(-1) / diagonal_squared
 
     @cached_property
     def aspect_difference(self) -> Tensor:

@@ -12,24 +12,10 @@ from typing import Any, NoReturn
 
 from utils.errors import ConfigError, nearest, printable
 from utils.logger import get_logger
-from utils.yaml_file import YamlFile, load_yaml, parse_value, parse_yaml, read_yaml, save_yaml
-
-__all__ = [
-    "ArgumentParser",
-    "YamlFile",
-    "check_recipe",
-    "increment_path",
-    "integer",
-    "load_hyp",
-    "load_yaml",
-    "number",
-    "parse_imgsz",
-    "parse_value",
-    "parse_yaml",
-    "read_yaml",
-    "report_ignored_flags",
-    "save_yaml",
-]
+from utils.yaml_file import YamlFile, load_yaml, read_yaml
+from utils.yaml_file import parse_value as parse_value
+from utils.yaml_file import parse_yaml as parse_yaml
+from utils.yaml_file import save_yaml as save_yaml
 
 # Keys of the YOLOv5, YOLOv9 and later recipes; a family that has no use for one says so once.
 KNOWN_HYP_KEYS = frozenset(

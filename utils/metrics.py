@@ -243,9 +243,10 @@ class CocoEvaluator:
             for a in self._ground_truth["annotations"]
             if not a["iscrowd"] and a["category_id"] in index
         ]
-        count = len(self.names)
-        instances = np.bincount([c for c, _ in pairs], minlength=count).astype(np.int64)
-        images = np.bincount([c for c, _ in set(pairs)], minlength=count).astype(np.int64)
+        images, instances = (
+            np.bincount([c for c, _ in which], minlength=len(self.names)).astype(np.int64)
+            for which in (set(pairs), pairs)
+        )
         return images, instances
 
     def _curves(
