@@ -1,8 +1,8 @@
-"""Feed the reader of weights files mutated files: it may read or refuse them, nothing else.
+"""Feed the readers of weights files mutated files: they may read or refuse them, nothing else.
 
     python benchmarks/fuzz_weights.py --files 20000 --seed 0
 
-Every file starts as a good one (zip and legacy, module and state dict, safetensors) and is changed
+Every file starts as a good one (zip and legacy, module, state dict and checkpoint, safetensors) and is changed
 in one to eight places; half of the zips are changed inside the pickle and closed again with right
 checksums, so that the damage gets past them. The first file that raises anything but
 CheckpointError, or takes longer than `--seconds`, is kept and ends the run with its traceback.
@@ -33,6 +33,7 @@ from safetensors.torch import save
 from torch import nn
 
 from models.weights.read import read_weights
+from utils.checkpoint import FORMAT, VERSION, capture_rng, load_checkpoint
 from utils.errors import CheckpointError
 
 INTERESTING = (
@@ -72,6 +73,10 @@ def seeds() -> list[bytes]:
         ({"model": net}, False),
         (net.state_dict(), True),
         ({"state_dict": net.state_dict(), "config": net.yaml, "names": ["a", "b"]}, False),
+        (
+            {"format": FORMAT, "version": VERSION, "model": net.state_dict(), "rng": capture_rng()},
+            True,
+        ),
     )
     files = []
     for content, zipped in contents:
@@ -161,15 +166,18 @@ def make(good: list[bytes], rng: random.Random) -> bytes:
 
 
 def check(path: Path) -> str:
-    """What the reader makes of a file: "read", or the first word of its refusal."""
-    try:
-        read_weights(path)
-    except CheckpointError as error:
-        message = str(error).removeprefix(f"{path}: ")
-        if "\n" in message or not message.isprintable():
-            raise ValueError(f"message of several lines: {message!r}") from error
-        return message.split(maxsplit=1)[0].strip(":,")
-    return "read"
+    """What the readers make of a file: "read" and "ours", or the first words of their refusals."""
+    results = []
+    for reader, result in ((read_weights, "read"), (load_checkpoint, "ours")):
+        try:
+            reader(path)
+        except CheckpointError as error:
+            message = str(error).removeprefix(f"{path}: ")
+            if "\n" in message or not message.isprintable():
+                raise ValueError(f"message of several lines: {message!r}") from error
+            result = message.split(maxsplit=1)[0].strip(":,")
+        results.append(result)
+    return ", ".join(results)
 
 
 def _too_slow(_: int, __: FrameType | None) -> None:

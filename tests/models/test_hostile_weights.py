@@ -1,11 +1,7 @@
-"""Files made to do harm: each is refused in one line, nothing runs, memory and time stay small.
-
-The streams are written opcode by opcode: `C` pushes a name, `U` a text, and so on.
-"""
+"""Files made to do harm: each is refused in one line, nothing runs, memory and time stay small."""
 
 from __future__ import annotations
 
-import io
 import json
 import struct
 import subprocess
@@ -16,64 +12,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from pickle_streams import (
+    call,
+    colliding_pairs,
+    identity,
+    number,
+    numbers,
+    protocol,
+    state_dict,
+    tensor,
+    text,
+    zipped,
+)
 
 from models.weights.read import read_weights
 from utils.errors import CheckpointError
 from utils.weight_files.unpickle_names import shown
 
 ROOT = Path(__file__).resolve().parents[2]
-FLOAT = b"ctorch\nFloatStorage\n"
-REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
-
-
-def text(value: str) -> bytes:
-    """BINUNICODE."""
-    return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
-
-
-def number(value: int) -> bytes:
-    """LONG1."""
-    data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
-    return b"\x8a" + bytes([len(data)]) + data
-
-
-def numbers(*values: int) -> bytes:
-    """A tuple."""
-    return b"(" + b"".join(map(number, values)) + b"t"
-
-
-def call(name: bytes, *args: bytes) -> bytes:
-    """GLOBAL, a tuple of arguments, REDUCE."""
-    return name + b"(" + b"".join(args) + b"tR"
-
-
-def protocol(body: bytes, version: int = 2) -> bytes:
-    return b"\x80" + bytes([version]) + body + b"."
-
-
-def identity(key: str = "0", count: int = 4, kind: bytes = FLOAT) -> bytes:
-    """A persistent id."""
-    return b"(" + text("storage") + kind + text(key) + text("cpu") + number(count) + b"tQ"
-
-
-def tensor(size: bytes, stride: bytes, offset: int = 0, storage: bytes | None = None) -> bytes:
-    storage = identity() if storage is None else storage
-    return call(REBUILD, storage, number(offset), size, stride, b"\x89", b"}")
-
-
-def state_dict(value: bytes) -> bytes:
-    return protocol(b"}" + text("w") + value + b"s")
-
-
-def zipped(pickled: bytes, entries: dict[str, bytes] | None = None, compress: int = 0) -> bytes:
-    """A zip as torch writes it, around `pickled` and one storage of four floats."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", compress) as archive:
-        archive.writestr("w/data.pkl", pickled)
-        for name, data in (entries or {"data/0": struct.pack("<4f", 1, 2, 3, 4)}).items():
-            archive.writestr(f"w/{name}", data)
-        archive.writestr("w/version", b"3\n")
-    return buffer.getvalue()
 
 
 def bomb(size: int) -> bytes:
@@ -185,6 +141,8 @@ SHAPES = {
     "shape of huge numbers": tensor(numbers(1 << 1000), numbers(1)),
     "storage that is none": tensor(numbers(4), numbers(1), storage=text("x")),
 }
+
+
 FILLER = b"]q\x00(" + b"N" * 300_000 + b"e"
 WORK = {
     "deep lists": b"]" * 300_000 + b"a" * 299_999,
@@ -193,6 +151,11 @@ WORK = {
     "copies of a long list": FILLER + b"0" + b"ctorch\nSize\n(h\x00tR0" * 100_000 + b"N",
     "colliding keys": b"}("
     + b"".join(number(i * (2**61 - 1)) + b"N" for i in range(2, 20_000))
+    + b"u",
+    "places in the memo that collide": b"N"
+    + b"".join(b"p%d\n" % (i * (2**61 - 1)) for i in range(100_000)),
+    "tuples that collide": b"}("
+    + b"".join(pair + b"N" for pair in colliding_pairs(60_000))
     + b"u",
     "memo at two billion": b"Nr\xff\xff\xff\x7f",
     "bytes of an exabyte": b"\x8e" + struct.pack("<Q", 1 << 60) + b"x",

@@ -262,10 +262,10 @@ def _legacy_block(stream: io.BytesIO, storage: StorageRef) -> bytes:
     """One storage: its number of elements in 8 bytes, then the elements."""
     header = stream.read(8)
     nbytes = int.from_bytes(header, "little", signed=True) * storage.dtype.itemsize
-    block = stream.read(max(nbytes, 0))
-    if len(header) < 8 or nbytes < storage.nbytes or len(block) < nbytes:
+    left = len(stream.getbuffer()) - stream.tell()
+    if len(header) < 8 or not storage.nbytes <= nbytes <= left:
         raise PickleError(f"damaged or cut short: storage {shown(storage.key)!r} is not whole")
-    return block
+    return stream.read(nbytes)
 
 
 def _read_safetensors(path: Path, start: bytes) -> TensorFile:
