@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,83 +18,75 @@ from deploy.backends import load_backend, model_backend
 from deploy.exporters.forms import EXPORTERS, Artifact, export
 from deploy.exporters.network import ExportOptions
 from engine.calibration import calibration_images, load_split, measure
-from engine.flags import add_ignored_flags, add_model_flags, add_size_flag, say_ignored
+from engine.flags import flag, read_flags, without_effect
+from engine.options import FROM_ONE, SHARE, ModelFlags, size_flag
 from models.transformer import SAMPLINGS, DeformableAttention
 from models.weights.load import load_single, load_weights, require_whole
 from models.yolo import DetectionModel, build_model
 from utils.channels import white_of
-from utils.config import ArgumentParser, integer, number, parse_imgsz
+from utils.config import integer, parse_imgsz
 from utils.device import select_device
 from utils.errors import ConfigError, run_cli
 from utils.logger import get_logger
 
-IGNORED = {
-    "inplace": False, "keras": False, "optimize": False, "per_tensor": False, "cache": "",
-    "mlmodel": False, "verbose": False, "workspace": 4, "agnostic_nms": False, "topk_per_class":
-100, }  # fmt: skip
-
-
 DEFAULT = ExportOptions()
-SWITCHES = {
-    "half": "float16 weights; decoding stays float32",
-    "int8": "integers, calibrated on --data; head and decoding stay float32",
-    "simplify": "run ONNX graphs through onnxslim",
-    "dynamo": "use torch.export's ONNX exporter",
-    "raw": "what the head's layers give, no decoding",
-    "single": "turn a dual YOLOv9 into the single form that --cfg names (gelan-c), checked",
-}
+DYNAMIC = ("", "batch", "all")
+SAMPLING_HELP = "how RT-DETR reads its maps; gather is for runtimes without a (right) GridSample"
 
 
 @dataclass(frozen=True)
-class ExportFlags:
-    """The command line: what is exported, as which forms, and how.
+class ExportFlags(ModelFlags):
+    """Write a detector for other runtimes, and compare it with PyTorch."""
 
-    Attributes:
-        weights, cfg, scale, backbone, allow_code: which models; see `--help`.
-        single: whether dual YOLOv9 weights become the single form that `cfg` names.
-        imgsz: one size or height and width; None is the model's own.
-        include: names of forms.
-        data: data YAML of class names or calibration images; empty for none.
-        options: the rest; its `imgsz` and `channels` are those of no model yet.
-    """
+    weights: list[str] = flag([], "checkpoints; artifacts are put beside them", nargs="+")
+    imgsz: list[int] | None = size_flag(None)
+    batch_size: int = flag(DEFAULT.batch, "traced batch", type=FROM_ONE)
+    device: str = flag("cpu", "where the network is traced and compared")
+    include: list[str] = flag(["torchscript"], ", ".join(EXPORTERS), nargs="+")
+    dynamic: str = flag("", "any batch, or batch and size", nargs="?", const="all", choices=DYNAMIC)
+    half: bool = flag(False, "float16 weights; decoding stays float32")
+    int8: bool = flag(False, "integers, calibrated on --data; head and decoding stay float32")
+    simplify: bool = flag(False, "run ONNX graphs through onnxslim")
+    dynamo: bool = flag(False, "use torch.export's ONNX exporter")
+    raw: bool = flag(False, "what the head's layers give, no decoding")
+    single: bool = flag(False, "a dual YOLOv9 in the single form of --cfg (gelan-c), checked")
+    data: str = flag("", "data YAML: class names with --cfg, images with --int8")
+    opset: int = flag(DEFAULT.opset, "of the ONNX file", type=integer(11))
+    end2end: bool = flag(False, "NMS or top-k in the graph", "--nms")
+    sampling: str = flag(SAMPLINGS[0], SAMPLING_HELP, choices=SAMPLINGS)
+    conf_thres: float = flag(DEFAULT.conf_thres, "of --end2end", type=SHARE)
+    iou_thres: float = flag(DEFAULT.iou_thres, "of --end2end", type=SHARE)
+    max_det: int = flag(DEFAULT.max_det, "of --end2end", "--topk-all", type=FROM_ONE)
+    inplace: bool = without_effect(False)
+    keras: bool = without_effect(False)
+    optimize: bool = without_effect(False)
+    per_tensor: bool = without_effect(False)
+    cache: str = without_effect("")
+    mlmodel: bool = without_effect(False)
+    verbose: bool = without_effect(False)
+    workspace: int = without_effect(4)
+    agnostic_nms: bool = without_effect(False)
+    topk_per_class: int = without_effect(100)
 
-    weights: list[str]
-    cfg: str
-    scale: str | None
-    backbone: list[str] | None
-    allow_code: bool
-    single: bool
-    imgsz: list[int] | None
-    include: list[str]
-    data: str
-    options: ExportOptions
-
-
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        description="Write a detector for other runtimes, and compare it with PyTorch."
-    )
-    add = parser.add_argument
-    add("--weights", nargs="+", default=[], help="checkpoints; artifacts are put beside them")
-    add_model_flags(parser)
-    add_size_flag(parser, None)
-    add("--batch-size", dest="batch", type=integer(1), default=DEFAULT.batch, help="traced batch")
-    add("--device", default="cpu", help="where the network is traced and compared")
-    add("--include", nargs="+", default=["torchscript"], help=", ".join(EXPORTERS))
-    add("--dynamic", nargs="?", const="all", default="", choices=("", "batch", "all"),
-        help="any batch, or any batch and size")  # fmt: skip
-    for name, told in SWITCHES.items():
-        add(f"--{name}", action="store_true", help=told)
-    add("--data", default="", help="data YAML: class names with --cfg, images with --int8")
-    add("--opset", type=integer(11), default=DEFAULT.opset, help="of the ONNX file")
-    add("--nms", "--end2end", dest="end2end", action="store_true", help="NMS or top-k in the graph")
-    add("--sampling", choices=SAMPLINGS, default=SAMPLINGS[0],
-        help="how RT-DETR reads its maps; gather is for runtimes without a (right) GridSample")  # fmt: skip
-    add("--conf-thres", type=number(0, 1), default=DEFAULT.conf_thres, help="of --end2end")
-    add("--iou-thres", type=number(0, 1), default=DEFAULT.iou_thres, help="of --end2end")
-    add("--max-det", "--topk-all", type=integer(1), default=DEFAULT.max_det, help="of --end2end")
-    add_ignored_flags(parser, IGNORED)
-    return parser
+    @property
+    def options(self) -> ExportOptions:
+        """What all forms share; `imgsz` and `channels` are those of no model yet."""
+        return ExportOptions(
+            batch=self.batch_size,
+            dynamic=self.dynamic,
+            half=self.half,
+            int8=self.int8,
+            simplify=self.simplify,
+            dynamo=self.dynamo,
+            raw=self.raw,
+            opset=self.opset,
+            end2end=self.end2end or "onnx_end2end" in self.include,
+            sampling=self.sampling,
+            conf_thres=self.conf_thres,
+            iou_thres=self.iou_thres,
+            max_det=self.max_det,
+            device=select_device(self.device),
+        )
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> ExportFlags:
@@ -103,21 +95,17 @@ def parse_options(arguments: Sequence[str] | None = None) -> ExportFlags:
     Raises:
         ConfigError: flags that exclude each other.
     """
-    given = _parser().parse_args(arguments)
-    say_ignored(given, IGNORED)
-    given.device = select_device(given.device)
-    given.end2end = given.end2end or "onnx_end2end" in given.include
-    for one, other in (("end2end", "raw"), ("half", "int8")):
-        if vars(given)[one] and vars(given)[other]:
-            raise ConfigError(f"--{one} and --{other}: got both, expected one of them.")
-    if {"onnx", "onnx_end2end"} <= {*given.include}:
+    flags = read_flags(ExportFlags, arguments)
+    options = flags.options
+    if options.end2end and options.raw:
+        raise ConfigError("--end2end and --raw: got both, expected one of them.")
+    if options.half and options.int8:
+        raise ConfigError("--half and --int8: got both, expected one of them.")
+    if {"onnx", "onnx_end2end"} <= {*flags.include}:
         raise ConfigError(
             "--include: got onnx and onnx_end2end, which are one file, expected one of them. Export twice."
         )
-    shared = {f.name for f in fields(ExportOptions)} & vars(given).keys() - {"imgsz"}
-    own = {f.name for f in fields(ExportFlags)} & vars(given).keys()
-    options = ExportOptions(**{name: vars(given)[name] for name in shared})
-    return ExportFlags(**{name: vars(given)[name] for name in own}, options=options)
+    return flags
 
 
 def export_options(flags: ExportFlags, model: DetectionModel) -> ExportOptions:
@@ -174,13 +162,13 @@ def models_of(flags: ExportFlags) -> list[tuple[DetectionModel, Path]]:
 
 def _load(weights: str, flags: ExportFlags) -> DetectionModel:
     """The model of a weights file, whole."""
-    for flag, is_stray, owner in (
+    for name, is_stray, owner in (
         ("--scale", bool(flags.scale), "--cfg without weights"),
         ("--backbone", bool(flags.backbone) and not flags.cfg, "--cfg"),
     ):
         if is_stray:
             raise ConfigError(
-                f"{flag}: belongs to {owner}; {weights} says what it is. Leave one of them out."
+                f"{name}: belongs to {owner}; {weights} says what it is. Leave one of them out."
             )
     loaded = load_weights(
         weights, cfg=flags.cfg or None, backbone=flags.backbone, allow_code=flags.allow_code

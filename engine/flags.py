@@ -10,12 +10,12 @@ class Options:
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import field, fields
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from utils.config import ArgumentParser, integer
+from utils.config import ArgumentParser
 from utils.logger import get_logger
 
 if TYPE_CHECKING:
@@ -80,35 +80,3 @@ def read_flags(kind: type[Options], arguments: Sequence[str] | None = None) -> O
         SystemExit: it has a mistake, which is told in one line; exit code 2.
     """
     return kind(**read_given(kind, arguments))
-
-
-def add_size_flag(parser: argparse.ArgumentParser, default: int | None = 640) -> None:
-    """`--imgsz 640` or `--imgsz 480 640`."""
-    parser.add_argument(
-        "--imgsz", "--img", "--img-size", nargs="+", type=integer(1), default=default, metavar="N",
-        help="image size: one number, or height and width; rounded up to the model's stride",
-    )  # fmt: skip
-
-
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Which model to build."""
-    add = parser.add_argument
-    add("--cfg", default="", help="model YAML, or a name in models/detect such as yolo11s")
-    add("--scale", default=None, help="size letter of a YAML with scales")
-    add("--backbone", nargs="+", default=None, metavar="NAME", help="NAME [key=value ...]")
-    add("--allow-code", action="store_true", help="let a YAML's `imports:` run files")
-
-
-def add_ignored_flags(parser: argparse.ArgumentParser, flags: Mapping[str, object]) -> None:
-    """Flags of other trees that have no effect here."""
-    for name, default in flags.items():
-        kind = {"action": "store_true"} if default is False else {"nargs": "?"}
-        names = [spelling(name), f"--{name}"] if "_" in name else [spelling(name)]
-        parser.add_argument(*names, dest=name, default=default, help="without effect", **kind)  # type: ignore[arg-type]
-
-
-def say_ignored(options: argparse.Namespace, flags: Mapping[str, object]) -> None:
-    """One line that names the given flags without effect."""
-    given = [spelling(name) for name, default in flags.items() if vars(options)[name] != default]
-    if given:
-        get_logger().info(f"accepted but without effect here: {', '.join(given)}")

@@ -21,7 +21,6 @@ from utils.layers import NORM_LAYERS
 
 OPTIMIZERS = ("SGD", "Adam", "AdamW")
 ROLES = ("weight", "norm", "bias")
-SCHEDULES = ("linear", "cosine", "flat_cosine", "fixed")
 
 Schedule = Callable[[float], float]
 
@@ -155,41 +154,37 @@ def load_optimizer_state_by_name(optimizer: Optimizer, saved: Mapping[str, Any])
     return [name for name in named if name not in saved["state"]]
 
 
-def linear_schedule(epochs: int, lrf: float) -> Schedule:
-    """A straight line from 1 at epoch 0 to `lrf` at `epochs`."""
-    return lambda epoch: 1 + (lrf - 1) * _progress(epoch, epochs)
-
-
-def cosine_schedule(epochs: int, lrf: float) -> Schedule:
-    """Half a cosine from 1 at epoch 0 to `lrf` at `epochs` (Loshchilov and Hutter, ICLR 2017)."""
-    return lambda epoch: lrf + (1 - lrf) * (1 + math.cos(math.pi * _progress(epoch, epochs))) / 2
-
-
-def flat_cosine_schedule(epochs: int, lrf: float) -> Schedule:
-    """1 for the first half, then half a cosine to `lrf`."""
-    half = epochs / 2
-    falling = cosine_schedule(1, lrf)
-    return lambda epoch: falling(max(0.0, (epoch - half) / max(half, 1e-9)))
-
-
-def fixed_schedule(epochs: int, lrf: float) -> Schedule:
-    """1 throughout."""
-    return lambda epoch: 1.0
-
-
 def build_schedule(kind: str, epochs: int, lrf: float) -> Schedule:
-    """Epoch (from 0) to factor of the initial learning rate; kinds are those of `SCHEDULES`."""
-    table = {
-        "linear": linear_schedule,
-        "cosine": cosine_schedule,
-        "flat_cosine": flat_cosine_schedule,
-        "fixed": fixed_schedule,
+    """Epoch (from 0) to factor of the initial learning rate, 1 at first and `lrf` at `epochs`.
+
+    Args:
+        kind: "linear", "cosine" (Loshchilov and Hutter, ICLR 2017), "flat_cosine" (1 for the first half) or "fixed" (1).
+        epochs: of the training.
+        lrf: the last factor.
+
+    Raises:
+        ConfigError: another kind.
+    """
+    half = epochs / 2
+
+    def cosine(part: float) -> float:
+        return lrf + (1 - lrf) * (1 + math.cos(math.pi * part)) / 2
+
+    table: dict[str, Schedule] = {
+        "linear": lambda epoch: 1 + (lrf - 1) * _bounded(epoch / epochs),
+        "cosine": lambda epoch: cosine(_bounded(epoch / epochs)),
+        "flat_cosine": lambda epoch: cosine(_bounded((epoch - half) / half)),
+        "fixed": lambda epoch: 1.0,
     }
     if kind not in table:
         raise ConfigError(
             f"schedule: got {kind!r}, expected one of {', '.join(table)}.{nearest(kind, table)}"
         )
-    return table[kind](epochs, lrf)
+    return table[kind]
+
+
+def _bounded(share: float) -> float:
+    return min(max(share, 0.0), 1.0)
 
 
 @dataclass(frozen=True)
@@ -257,11 +252,6 @@ def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
     named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     found = norms(list(named.values()))
     return dict(zip(named, found, strict=True))
-
-
-def _progress(epoch: float, epochs: int) -> float:
-    """Share of the training that is over, in [0, 1]."""
-    return min(max(epoch / max(epochs, 1), 0.0), 1.0)
 
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
