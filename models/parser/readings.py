@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from models.parser.signature import CHANNEL_ROLES, DOUBTFUL, FARTHEST, Argument, Constructor, Role
 from models.registry import LayerError, Scaling
@@ -48,7 +48,7 @@ class Reading(NamedTuple):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     width: int | None = None
-    written: Any = None
+    written: object = None
     drops_width: bool = False
     repeats_inside: bool = False
     is_guess: bool = False
@@ -96,7 +96,7 @@ class _Head(NamedTuple):
     """What the leading numbers of a row are taken for."""
 
     rest: tuple[Any, ...]
-    width: Any = None
+    width: object = None
     is_guess: bool = False
     is_doubt: bool = False
 
@@ -125,38 +125,37 @@ def _heads(constructor: Constructor, row: RowArguments, inputs: Inputs) -> Itera
         yield _Head(args[1:], args[0], is_guess=True)
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _is_width(value: Any) -> bool:
+def _is_width(value: object) -> bool:
     if isinstance(value, (list, tuple)):
         return bool(value) and all(_is_width(v) for v in value)
     return _is_count(value) and value >= LEAST_WIDTH
 
 
-def _is_scaled_input(value: Any, scaling: Scaling, inputs: Inputs) -> bool:
+def _is_scaled_input(value: object, scaling: Scaling, inputs: Inputs) -> bool:
     return _is_count(value) and scaling.channels(value) == inputs.channels[0]
 
 
-def _is_known_input(value: Any, scaling: Scaling, inputs: Inputs) -> bool:
+def _is_known_input(value: object, scaling: Scaling, inputs: Inputs) -> bool:
     """Whether `value`, as it stands or scaled, is what the row reads anyway."""
     values = value if isinstance(value, (list, tuple)) else [value]
-    if not all(_is_count(v) for v in values):
-        return False
+    counts = [v for v in values if _is_count(v)]
     wanted = [*inputs.channels] if isinstance(value, (list, tuple)) else [inputs.channels[0]]
-    return wanted in ([*values], [scaling.channels(v) for v in values])
+    return counts == [*values] and wanted in (counts, [scaling.channels(v) for v in counts])
 
 
-def as_row_number(argument: Argument, value: Any, scaling: Scaling) -> Any:
+def as_row_number(argument: Argument, value: object, scaling: Scaling) -> object:
     """What a row says by name so that `argument` gets `value`: widths are written in full."""
     if argument.word not in (*CHANNEL_ROLES, Role.INNER) or not _is_width(value):
         return value
-    full = value if isinstance(value, (list, tuple)) else round(value / scaling.width)
+    full = round(value / scaling.width) if _is_count(value) else value
     return full if scaled(full, scaling) == value else value
 
 
-def scaled(value: Any, scaling: Scaling) -> Any:
+def scaled(value: object, scaling: Scaling) -> object:
     """A width, or a list of them, times the model's factor."""
     if isinstance(value, (list, tuple)):
         return [scaled(v, scaling) for v in value]
@@ -193,7 +192,7 @@ def _with_input(free: list[Argument]) -> list[Argument]:
     return [a._replace(role=a.word) if i == place else a for i, a in enumerate(free)]
 
 
-def _keyword(argument: Argument | None, value: Any, scaling: Scaling, inputs: Inputs) -> Any:
+def _keyword(argument: Argument | None, value: object, scaling: Scaling, inputs: Inputs) -> object:
     """What a row gives by name: widths are scaled, the input's is known."""
     if argument is None or argument.role not in (*CHANNEL_ROLES, Role.INNER):
         return value
@@ -257,7 +256,7 @@ def _given(
     return None
 
 
-def _inner(argument: Argument, value: Any, scaling: Scaling) -> Any:
+def _inner(argument: Argument, value: object, scaling: Scaling) -> object:
     is_width = argument.role in (Role.INNER, Role.OUTPUT) and _is_width(value)
     return scaled(value, scaling) if is_width else value
 
@@ -269,7 +268,7 @@ def _takes_repeats(argument: Argument) -> bool:
     return argument.role is Role.REPEATS and not isinstance(argument.default, (list, tuple))
 
 
-def _values(argument: Argument, width: Any, inputs: Inputs) -> list[Any]:
+def _values(argument: Argument, width: object, inputs: Inputs) -> list[object]:
     """What an argument may be given without the row saying it, the likeliest first; empty: the row must."""
     height, extent = inputs.size
     if argument.role in (Role.INPUT, Role.WIDTH):
@@ -278,9 +277,9 @@ def _values(argument: Argument, width: Any, inputs: Inputs) -> list[Any]:
         if width is not None:
             return [width]
         same = inputs.channels[0]
-        values = [list(inputs.channels), same] if argument.wants_list else [same]
+        values: list[object] = [list(inputs.channels), same] if argument.wants_list else [same]
         return values if argument.is_required else [_LEFT_OUT, *values]
-    sizes: dict[Role, list[Any]] = {
+    sizes: dict[Role, list[object]] = {
         Role.SIZE: [(height, extent), height] if not isinstance(argument.default, int) else [height, (height, extent)],
         Role.HEIGHT: [height],
         Role.EXTENT: [extent],
@@ -297,9 +296,10 @@ def _input_values(argument: Argument, inputs: Inputs) -> list[Any]:
     channels = inputs.channels
     if len(channels) == 1:
         return [[channels[0]], channels[0]] if argument.wants_list else [channels[0]]
-    numbers = list(dict.fromkeys((channels[0], sum(channels), channels[-1])))
+    first, second = channels[0], sum(channels)
     if len(set(channels)) > 1:
-        numbers = list(dict.fromkeys((sum(channels), channels[0], channels[-1])))
+        first, second = second, first
+    numbers = dict.fromkeys((first, second, channels[-1]))
     return [list(channels), *numbers] if argument.wants_list else [*numbers, list(channels)]
 
 

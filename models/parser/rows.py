@@ -11,13 +11,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from utils.config import read_yaml
 from utils.errors import ConfigError, nearest
 
 SECTIONS = ("backbone", "head")
 LITERALS = {"None": None, "True": True, "False": False, "none": None, "true": True, "false": False}
+NO_FACTORS = (1.0, 1.0, math.inf)
 MOST_REPEATS, LARGEST_ARGUMENT, LARGEST_FACTOR = 1000, 1_000_000, 100
 DETECT_FOLDER = Path(__file__).parents[1] / "detect"
 
@@ -38,7 +39,7 @@ class RowSpec(NamedTuple):
     @property
     def place(self) -> str:
         """`head[3] (line 27)`."""
-        return f"{self.section}[{self.number}]" + (f" (line {self.line})" if self.line else "")
+        return place_of(self.section, self.number, self.line)
 
 
 @dataclass(frozen=True)
@@ -143,139 +144,116 @@ def parse_spec(file: str, config: dict[str, Any], lines: Mapping[str, Sequence[i
     Raises:
         ConfigError: with every problem of the file, one line each.
     """
-    problems: list[str] = []
-    num_classes = _check_values(file, config, problems)
-    depth, width, max_channels, size = _factors(file, config, problems)
+    problems = _wrong_values(config)
+    factors, size, wrong = _factors(config)
+    problems += [wrong] if wrong else []
     rows: list[RowSpec] = []
     for section in SECTIONS:
         value = config.get(section)
         if not isinstance(value, list) or not value:
             problems.append(
-                f"{file} {section}: got {value!r}, expected a list of rows [from, repeats, module, args]."
+                f"{section}: got {value!r}, expected a list of rows [from, repeats, module, args]."
             )
             continue
         places: Sequence[int | None] = lines.get(section) or [None] * len(value)
         for number, row in enumerate(value):
+            place = place_of(section, number, places[number])
             try:
                 rows.append(_read_row(section, number, places[number], row, config))
             except ConfigError as error:
-                where = f"{section}[{number}]" + (
-                    f" (line {places[number]})" if places[number] else ""
-                )
-                problems.append(f"{file} {where}: {error}")
+                problems.append(f"{place}: {error}")
     if problems:
-        raise ConfigError(*problems)
+        raise ConfigError(*(f"{file} {problem}" for problem in problems))
     imports = config.get("imports") or ()
     return ModelSpec(
-        file, config, tuple(rows), num_classes, depth, width, max_channels, size,
+        file, config, tuple(rows), config.get("nc", 80), *factors, size,
         config.get("activation"), tuple([imports] if isinstance(imports, str) else imports),
     )  # fmt: skip
 
 
-def _check_values(file: str, config: Mapping[str, Any], problems: list[str]) -> int:
-    """Add what is wrong with the plain keys to `problems`; the number of classes."""
+def place_of(section: str, number: int, line: int | None) -> str:
+    """`head[3] (line 27)`."""
+    return f"{section}[{number}]" + (f" (line {line})" if line else "")
+
+
+def _wrong_values(config: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the plain keys."""
     num_classes, channels = config.get("nc", 80), config.get("ch", 3)
-    if not _is_count(num_classes):
-        problems.append(
-            f"{file} nc: got {num_classes!r}, expected a whole number of classes, 1 or more."
-        )
-        num_classes = 1
-    if not _is_count(channels):
-        problems.append(
-            f"{file} ch: got {channels!r}, expected the number of an image's channels, 1 or more."
-        )
     anchors, imports = config.get("anchors"), config.get("imports") or []
-    if anchors is not None and not _is_count(anchors) and not _are_anchors(anchors):
-        problems.append(
-            f"{file} anchors: got {anchors!r}, expected a number of anchors or one list of widths and heights in "
-            "pixels a level, such as [10,13, 16,30, 33,23]."
-        )
-    if not isinstance(imports, str) and not (
-        isinstance(imports, list) and all(isinstance(i, str) for i in imports)
-    ):
-        problems.append(
-            f"{file} imports: got {imports!r}, expected a Python file or a list of them."
-        )
-    return num_classes
+    names = [imports] if isinstance(imports, str) else imports
+    checks = (
+        (_is_count(num_classes), f"nc: got {num_classes!r}, expected a whole number of classes, 1 or more."),
+        (_is_count(channels), f"ch: got {channels!r}, expected the number of an image's channels, 1 or more."),
+        (anchors is None or _is_count(anchors) or _are_anchors(anchors),
+         f"anchors: got {anchors!r}, expected a number of anchors or one list of widths and heights in "
+         "pixels a level, such as [10,13, 16,30, 33,23]."),
+        (isinstance(names, list) and all(isinstance(i, str) for i in names),
+         f"imports: got {imports!r}, expected a Python file or a list of them."),
+    )  # fmt: skip
+    return [problem for is_right, problem in checks if not is_right]
 
 
-def _is_count(value: Any) -> bool:
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_count(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def _are_anchors(value: Any) -> bool:
-    if (
-        not isinstance(value, list)
-        or not value
-        or not all(isinstance(row, list) and row for row in value)
-    ):
+def _are_anchors(value: object) -> bool:
+    if not isinstance(value, list) or not all(isinstance(row, list) and row for row in value):
         return False
-    numbers = [number for row in value for number in row]
-    is_positive = all(
-        isinstance(n, (int, float)) and not isinstance(n, bool) and n > 0 for n in numbers
-    )
-    return is_positive and len({len(row) for row in value}) == 1 and len(value[0]) % 2 == 0
+    lengths = {len(row) for row in value}
+    are_positive = all(_is_number(n) and n > 0 for row in value for n in row)
+    return are_positive and len(lengths) == 1 and not any(n % 2 for n in lengths)
 
 
-def _factors(
-    file: str, config: Mapping[str, Any], problems: list[str]
-) -> tuple[float, float, float, str]:
+def _factors(config: Mapping[str, Any]) -> tuple[tuple[float, float, float], str, str]:
+    """Depth, width and max_channels, the size's letter, and what is wrong with them."""
     scales, size = config.get("scales"), str(config.get("scale") or "")
     values = [config.get("depth_multiple", 1.0), config.get("width_multiple", 1.0), math.inf]
     if scales:
-        values = [1.0, 1.0, math.inf]
-        factors = scales.get(size) if isinstance(scales, Mapping) else None
+        chosen = scales.get(size) if isinstance(scales, Mapping) else None
+        wrong = ""
         if not isinstance(scales, Mapping):
-            problems.append(
-                f"{file} scales: got {scales!r}, expected letters with [depth, width, max_channels]."
-            )
+            wrong = f"scales: got {scales!r}, expected letters with [depth, width, max_channels]."
         elif size not in scales:
-            problems.append(
-                f"{file} scales: got size {size!r}, expected one of {', '.join(map(str, scales))}."
-            )
-        elif not isinstance(factors, list) or len(factors) not in (2, 3):
-            problems.append(
-                f"{file} scales {size}: got {factors!r}, expected [depth, width, max_channels]."
-            )
-        else:
-            values[: len(factors)] = factors
+            wrong = f"scales: got size {size!r}, expected one of {', '.join(map(str, scales))}."
+        elif not isinstance(chosen, list) or len(chosen) not in (2, 3):
+            wrong = f"scales {size}: got {chosen!r}, expected [depth, width, max_channels]."
+        if wrong or chosen is None:
+            return NO_FACTORS, size, wrong
+        values = [*chosen, math.inf][:3]
     for label, value in zip(("depth", "width", "max_channels"), values, strict=True):
         most = math.inf if label == "max_channels" else LARGEST_FACTOR
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not 0 < value <= most:
+        if not _is_number(value) or not 0 < value <= most:
             expected = "a number above 0" + ("" if most == math.inf else f", up to {most}")
-            problems.append(f"{file} {label}: got {value!r}, expected {expected}.")
-            return 1.0, 1.0, math.inf, size
-    return float(values[0]), float(values[1]), float(values[2]), size
+            return NO_FACTORS, size, f"{label}: got {value!r}, expected {expected}."
+    return (float(values[0]), float(values[1]), float(values[2])), size, ""
 
 
 def _read_row(
-    section: str, number: int, line: int | None, row: Any, config: Mapping[str, Any]
+    section: str, number: int, line: int | None, row: object, config: Mapping[str, Any]
 ) -> RowSpec:
     if not isinstance(row, list) or len(row) not in (4, 5):
         raise ConfigError(
             f"got {row!r}, expected [from, repeats, module, args] or the same with a name behind."
         )
-    source, repeats, module, args = row[:4]
-    name = row[4] if len(row) == 5 else None
+    source, repeats, module, args, name = (*row, None)[:5]
+    args = [] if args is None else args
     items = source if isinstance(source, list) else [source]
-    if not items or not all(
-        isinstance(item, (int, str)) and not isinstance(item, bool) for item in items
-    ):
-        raise ConfigError(f"got from {source!r}, expected an index, a name or a list of them.")
-    is_count = isinstance(repeats, int) and not isinstance(repeats, bool)
-    if not is_count or not 1 <= repeats <= MOST_REPEATS:
-        raise ConfigError(
-            f"got repeats {repeats!r}, expected a whole number, 1 or more, up to {MOST_REPEATS}."
-        )
-    if not isinstance(module, str):
-        raise ConfigError(f"got module {module!r}, expected the name of a layer.")
-    if name is not None and not isinstance(name, str):
-        raise ConfigError(f"got name {name!r}, expected a word.")
-    if args is None:
-        args = []
-    if not isinstance(args, (list, dict)):
-        raise ConfigError(f"got arguments {args!r}, expected a list or a mapping.")
+    are_references = all(isinstance(i, (int, str)) and not isinstance(i, bool) for i in items)
+    checks = (
+        (items and are_references, f"from {source!r}, expected an index, a name or a list of them."),
+        (_is_count(repeats) and repeats <= MOST_REPEATS,
+         f"repeats {repeats!r}, expected a whole number, 1 or more, up to {MOST_REPEATS}."),
+        (isinstance(module, str), f"module {module!r}, expected the name of a layer."),
+        (name is None or isinstance(name, str), f"name {name!r}, expected a word."),
+        (isinstance(args, (list, dict)), f"arguments {args!r}, expected a list or a mapping."),
+    )  # fmt: skip
+    if wrong := next((problem for is_right, problem in checks if not is_right), ""):
+        raise ConfigError(f"got {wrong}")
     positional = [] if isinstance(args, dict) else list(args)
     keywords = dict(args) if isinstance(args, dict) else {}
     if positional and isinstance(positional[-1], dict):
@@ -288,7 +266,7 @@ def _read_row(
     )
 
 
-def _refuse_huge(values: list[Any]) -> None:
+def _refuse_huge(values: Sequence[object]) -> None:
     """A layer of a billion channels, or of as many parts, fills the memory before anything is said."""
     for value in values:
         if isinstance(value, list):
@@ -297,7 +275,7 @@ def _refuse_huge(values: list[Any]) -> None:
             raise ConfigError(f"got argument {value:g}, expected {LARGEST_ARGUMENT} at most.")
 
 
-def resolve(value: Any, config: Mapping[str, Any]) -> Any:
+def resolve(value: object, config: Mapping[str, Any]) -> Any:
     """The meaning of an argument: a key of the file, a literal, or the string itself."""
     if isinstance(value, list):
         return [resolve(item, config) for item in value]

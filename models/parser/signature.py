@@ -87,7 +87,7 @@ class Argument(NamedTuple):
     def is_required(self) -> bool:
         return self.default is Parameter.empty
 
-    def suits(self, value: Any, farthest: int = FARTHEST) -> bool:
+    def suits(self, value: object, farthest: int = FARTHEST) -> bool:
         """Whether `value` is of the kind of the default: a width of 1024 is no probability, a word is no number, and what is
         `farthest` times the default means another parameter."""
         default = self.default

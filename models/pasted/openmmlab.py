@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -22,6 +23,7 @@ from utils.logger import get_logger
 T = TypeVar("T")
 Config = Mapping[str, object]
 Build = Callable[..., nn.Module]
+Fill = Callable[..., Tensor]
 RELU: Config = {"type": "ReLU"}
 IN_PLACE = ("ReLU", "LeakyReLU", "RReLU", "ReLU6", "ELU", "SiLU", "Mish", "HSwish")
 
@@ -213,53 +215,37 @@ class DepthwiseSeparableConvModule(nn.Module):
         return self.pointwise_conv(self.depthwise_conv(x))
 
 
-def _set(module: nn.Module, fill: Callable[[Tensor], Tensor], bias: float) -> None:
-    """A weight by some rule, a bias by one number, where there are such."""
-    for name, parameter in module.named_parameters(recurse=False):
-        if name == "weight":
-            fill(parameter)
-        elif name == "bias":
-            nn.init.constant_(parameter, bias)
+def _initializer(fill: Fill, uniform: Fill | None = None) -> Callable[..., None]:
+    """A function that fills a weight by some rule and a bias by one number, where a module has such."""
+
+    def initialize(
+        module: nn.Module,
+        *args: float,
+        bias: float = 0,
+        distribution: str = "normal",
+        **options: object,
+    ) -> None:
+        chosen = uniform if uniform is not None and distribution == "uniform" else fill
+        own = dict(module.named_parameters(recurse=False))
+        if "weight" in own:
+            chosen(own["weight"], *args, **options)
+        if "bias" in own:
+            nn.init.constant_(own["bias"], bias)
+
+    return initialize
 
 
-def constant_init(module: nn.Module, val: float, bias: float = 0) -> None:
-    """One value for the weight, one for the bias."""
-    _set(module, lambda w: nn.init.constant_(w, val), bias)
-
-
-def normal_init(module: nn.Module, mean: float = 0, std: float = 1, bias: float = 0) -> None:
-    """A normal distribution."""
-    _set(module, lambda w: nn.init.normal_(w, mean, std), bias)
-
-
-def trunc_normal_init(
-    module: nn.Module, mean: float = 0, std: float = 1, a: float = -2, b: float = 2, bias: float = 0
-) -> None:
-    """A normal distribution cut to [a, b]."""
-    _set(module, lambda w: nn.init.trunc_normal_(w, mean, std, a, b), bias)
-
-
-def xavier_init(
-    module: nn.Module, gain: float = 1, bias: float = 0, distribution: str = "normal"
-) -> None:
-    """Glorot's initialisation."""
-    is_uniform = distribution == "uniform"
-    fill = nn.init.xavier_uniform_ if is_uniform else nn.init.xavier_normal_
-    _set(module, lambda w: fill(w, gain), bias)
-
-
-def kaiming_init(
-    module: nn.Module,
-    a: float = 0,
-    mode: str = "fan_out",
-    nonlinearity: str = "relu",
-    bias: float = 0,
-    distribution: str = "normal",
-) -> None:
-    """He's initialisation."""
-    is_uniform = distribution == "uniform"
-    fill = nn.init.kaiming_uniform_ if is_uniform else nn.init.kaiming_normal_
-    _set(module, lambda w: fill(w, a, mode, nonlinearity), bias)  # type: ignore[arg-type]
+_INITIALIZERS: Mapping[str, Callable[..., None]] = {
+    "constant_init": _initializer(nn.init.constant_),
+    "normal_init": _initializer(nn.init.normal_),
+    "uniform_init": _initializer(nn.init.uniform_),
+    "trunc_normal_init": _initializer(nn.init.trunc_normal_),
+    "xavier_init": _initializer(nn.init.xavier_normal_, nn.init.xavier_uniform_),
+    "kaiming_init": _initializer(
+        partial(nn.init.kaiming_normal_, mode="fan_out", nonlinearity="relu"),
+        partial(nn.init.kaiming_uniform_, mode="fan_out", nonlinearity="relu"),
+    ),
+}
 
 
 def bias_init_with_prob(prior_prob: float = 0.01) -> float:
@@ -291,8 +277,7 @@ NAMES: Mapping[str, object] = {
     "MaxPool2d": nn.MaxPool2d, "ConvTranspose2d": nn.ConvTranspose2d,
     "build_norm_layer": build_norm_layer, "build_activation_layer": ACTIVATIONS.build, "build_conv_layer": CONVS.build,
     "build_dropout": lambda cfg: DROPS.build(cfg) if cfg else nn.Identity(),
-    "constant_init": constant_init, "normal_init": normal_init, "trunc_normal_init": trunc_normal_init,
-    "xavier_init": xavier_init, "kaiming_init": kaiming_init, "bias_init_with_prob": bias_init_with_prob,
+    **_INITIALIZERS, "bias_init_with_prob": bias_init_with_prob,
     "trunc_normal_": nn.init.trunc_normal_, "auto_fp16": _unchanged, "force_fp32": _unchanged,
     **dict.fromkeys(("load_checkpoint", "_load_checkpoint", "load_state_dict"), _no_weights), "to_2tuple": deformable.pair,
     "get_root_logger": lambda *args, **kwargs: get_logger(), "print_log": lambda msg, *args, **kwargs: get_logger().info(msg),
