@@ -215,20 +215,6 @@ def number(minimum: float = -math.inf, maximum: float = math.inf) -> Callable[[s
     return parse
 
 
-def report_ignored_flags(options: argparse.Namespace, defaults: Mapping[str, object]) -> None:
-    """Say in one line which flags were given that are accepted for compatibility only.
-
-    Args:
-        options: what the parser returned.
-        defaults: attribute name of each such flag and its default.
-    """
-    values = {**defaults, **vars(options)}
-    given = [name for name, default in defaults.items() if values[name] != default]
-    if given:
-        flags = ", ".join("--" + name.replace("_", "-") for name in given)
-        get_logger().info(f"accepted but without effect here: {flags}")
-
-
 def _problem(key: str, default: object, value: object) -> str:
     """What is wrong with a value where the recipe of the family has `default`; empty if nothing."""
     kind = _kind(default)

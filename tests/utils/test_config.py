@@ -18,7 +18,6 @@ from utils.config import (
     parse_value,
     parse_yaml,
     read_yaml,
-    report_ignored_flags,
     save_yaml,
 )
 from utils.errors import ConfigError
@@ -248,13 +247,6 @@ def test_bad_values_are_one_line_and_exit_code_two(words, expected, capsys) -> N
     assert expected in printed.err
     assert printed.err.count("\n") == 1
     assert printed.out == ""
-
-
-def test_flags_without_effect_are_said_once_and_only_if_given(messages) -> None:
-    report_ignored_flags(parser().parse_args([]), {"quad": False})
-    assert messages == []
-    report_ignored_flags(parser().parse_args(["--quad"]), {"quad": False, "epochs": 100})
-    assert messages == ["accepted but without effect here: --quad"]
 
 
 LISTS = "a0: &a0 [1, 1]\n" + "".join(
