@@ -106,20 +106,18 @@ def _create(
     device: str | None,
 ) -> nn.Module:
     """A network by its published name, with weights if asked for."""
-    if pretrained:
-        path = pretrained if isinstance(pretrained, str) else f"{name}.pt"
-        with _own_packages():
-            pretrained_models = importlib.import_module("models.weights.load")
-            loaded = pretrained_models.load_weights(path, cfg=name, num_classes=classes)
-            pretrained_models.require_whole(path, loaded.report)
-            return _finish(loaded.model, autoshape, device)
     with _own_packages():
+        if pretrained:
+            path = pretrained if isinstance(pretrained, str) else f"{name}.pt"
+            loading = importlib.import_module("models.weights.load")
+            loaded = loading.load_weights(path, cfg=name, num_classes=classes)
+            loading.require_whole(path, loaded.report)
+            return _finish(loaded.model, autoshape, device)
         config = importlib.import_module("models.parser.rows").read_model_config(name)[1]
         build_model = importlib.import_module("models.yolo").build_model
         model = build_model({**config, "ch": channels}, num_classes=classes)
-        importlib.import_module("utils.logger").get_logger().info(
-            f"{name}: fresh weights, not trained"
-        )
+        logger = importlib.import_module("utils.logger").get_logger()
+        logger.info(f"{name}: fresh weights, not trained")
         return _finish(model.eval(), autoshape, device)
 
 

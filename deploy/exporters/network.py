@@ -1,5 +1,4 @@
-"""What is exported: the fused network with its decoding as one module, and what the file says of
-it."""
+"""What is exported: the fused network with its decoding as one module, and what the file says of it."""
 
 from __future__ import annotations
 

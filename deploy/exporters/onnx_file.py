@@ -84,9 +84,10 @@ def trace_onnx(
     """The ONNX model of `network`."""
     import onnx
 
-    images = example(options)
     chooses = "dynamo" in inspect.signature(torch.onnx.export).parameters
     legacy: dict[str, Any] = {"dynamo": False} if chooses else {}
+    axes = {name: {0: AXIS_NAMES[0]} for name in outputs}
+    axes[INPUT] = AXIS_NAMES if options.dynamic == "all" else {0: AXIS_NAMES[0]}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecation of the exporter, constants that were checked
         if options.dynamo:
@@ -96,8 +97,8 @@ def trace_onnx(
             with _silent_output(), tempfile.TemporaryDirectory() as folder:
                 path = os.path.join(folder, "traced.onnx")
                 torch.onnx.export(
-                    network, (images,), path, input_names=[INPUT], output_names=outputs,
-                    opset_version=options.opset, dynamic_axes=_dynamic_axes(options, outputs),
+                    network, (example(options),), path, input_names=[INPUT], output_names=outputs,
+                    opset_version=options.opset, dynamic_axes=axes if options.dynamic else {},
                     **legacy,
                 )  # fmt: skip
                 proto = onnx.load(path)
@@ -112,7 +113,8 @@ def trace_onnx(
         except (ValueError, RuntimeError) as error:
             if "opset_version" not in str(error) and "ONNX opset" not in str(error):
                 raise
-            raise _unknown_opset(options, error) from error
+            reason = " ".join(str(error).split())[:150]
+            raise ConfigError(f"--opset: got {options.opset} - {reason}. Take 17.") from error
         proto = _trace_dynamo(network, outputs, replace(options, opset=opset), why)
     get_logger().info(f"{why}; written by torch.export's exporter instead, opset {opset}")
     return proto
@@ -122,20 +124,10 @@ def _computes_double(proto: onnx.ModelProto) -> bool:
     """Whether layers with weights work in float64, as behind a torch.linspace without a dtype; few runtimes do."""
     import onnx
 
-    inferred = onnx.shape_inference.infer_shapes(proto).graph
-    double = {
-        value.name
-        for value in inferred.value_info
-        if value.type.tensor_type.elem_type == onnx.TensorProto.DOUBLE
-    }
+    made = {name for n in proto.graph.node if n.op_type in WEIGHTED for name in n.output}
     return any(
-        name in double for n in proto.graph.node if n.op_type in WEIGHTED for name in n.output
-    )
-
-
-def _unknown_opset(options: ExportOptions, error: Exception) -> ConfigError:
-    return ConfigError(
-        f"--opset: got {options.opset} - {' '.join(str(error).split())[:150]}. Take 17."
+        value.name in made and value.type.tensor_type.elem_type == onnx.TensorProto.DOUBLE
+        for value in onnx.shape_inference.infer_shapes(proto).graph.value_info
     )
 
 
@@ -212,13 +204,6 @@ def _output_sizes(network: ExportNetwork, options: ExportOptions) -> dict[str, t
     if network.form == "decoded":
         names = list(TAPS)
     return {name: tuple(t.shape) for name, t in zip(names, tensors)}
-
-
-def _dynamic_axes(options: ExportOptions, outputs: list[str]) -> dict[str, dict[int, str]]:
-    if not options.dynamic:
-        return {}
-    axes = dict(AXIS_NAMES) if options.dynamic == "all" else {0: AXIS_NAMES[0]}
-    return {INPUT: axes} | {name: {0: AXIS_NAMES[0]} for name in outputs}
 
 
 def _name_axes(

@@ -9,7 +9,7 @@ import ast
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -28,6 +28,7 @@ LARGEST_SIDE = 1 << 14
 LARGEST_BATCH = 4096
 MOST_PIXELS = 1 << 27  # of a batch; a batch of 64 has 105 million at 1280
 IMAGE_TYPES = ("tensor(float)", "torch.float32", "f32", "Tensor")  # in the words of each library
+FAMILY = "[a-z][a-z0-9_-]{0,31}"
 DYNAMIC = ("", "batch", "all")
 
 
@@ -71,7 +72,9 @@ def parse_metadata(metadata: Mapping[str, str], source: str) -> ArtifactInfo:
         imgsz=read("imgsz", _imgsz, f"[height, width] from 1 to {LARGEST_SIDE}"),
         batch=read("batch", _whole(LARGEST_BATCH), f"1 to {LARGEST_BATCH}"),
         dynamic=dynamic == "all",
-        family=read("family", _family, "the name of a family"),
+        family=read(
+            "family", lambda text: _held(text, re.fullmatch(FAMILY, text)), "the name of a family"
+        ),
         postprocess_kind=read("postprocess", _one_of(("nms", "topk")), "nms or topk"),
         layout=read("layout", _one_of(LAYOUTS), f"one of {', '.join(LAYOUTS)}"),
         channels=read("channels", _whole(MOST_CHANNELS), f"1 to {MOST_CHANNELS}"),
@@ -91,58 +94,43 @@ def _wrong(source: str, key: str, got: str, expected: str) -> CheckpointError:
     )
 
 
-def _whole(highest: int) -> Callable[[str], int]:
-    def convert(text: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,9}", text) or not 1 <= int(text) <= highest:
-            raise ValueError
-        return int(text)
-
-    return convert
-
-
-def _one_of(known: Iterable[str]) -> Callable[[str], str]:
-    def convert(text: str) -> str:
-        if text not in known:
-            raise ValueError
-        return text
-
-    return convert
-
-
-def _family(text: str) -> str:
-    if not re.fullmatch(r"[a-z][a-z0-9_-]{0,31}", text):
+def _held(value: T, is_good: object) -> T:
+    """`value`, which is refused unless it is good."""
+    if not is_good:
         raise ValueError
-    return text
+    return value
+
+
+def _one_of(known: Sequence[str]) -> Callable[[str], str]:
+    return lambda text: _held(text, text in known)
+
+
+def _whole(most: int) -> Callable[[str], int]:
+    return lambda text: _held(
+        int(text), re.fullmatch("[0-9]{1,9}", text) and 1 <= int(text) <= most
+    )
 
 
 def _literal(text: str) -> Any:
-    if len(text) > LONGEST_TEXT:
-        raise ValueError
-    return ast.literal_eval(text)
+    return ast.literal_eval(_held(text, len(text) <= LONGEST_TEXT))
 
 
 def _names(text: str) -> tuple[str, ...]:
     names = _literal(text)
-    is_table = isinstance(names, dict) and 1 <= len(names) <= MOST_CLASSES
-    if not is_table or sorted(names) != list(range(len(names))):
-        raise ValueError
-    if not all(isinstance(name, (str, int, float)) for name in names.values()):
-        raise ValueError
-    return tuple(str(names[key]) for key in range(len(names)))
+    _held(names, isinstance(names, dict) and 1 <= len(names) <= MOST_CLASSES)
+    _held(names, all(isinstance(name, (str, int, float)) for name in names.values()))
+    return tuple(str(names[key]) for key in range(len(names)))  # KeyError where one is missing
 
 
 def _imgsz(text: str) -> tuple[int, int]:
     height, width = _literal(text)
-    sides = (height, width)
-    if not all(type(side) is int and 1 <= side <= LARGEST_SIDE for side in sides):
-        raise ValueError
-    return sides
+    are_sides = all(type(side) is int and 1 <= side <= LARGEST_SIDE for side in (height, width))
+    return _held((height, width), are_sides)
 
 
 def _thresholds(text: str) -> tuple[float, float, int]:
     conf, iou, max_det = _literal(text)
-    if not (0 <= conf <= 1 and 0 <= iou <= 1 and type(max_det) is int and max_det >= 1):
-        raise ValueError
+    _held(max_det, type(max_det) is int and max_det >= 1 and 0 <= conf <= 1 and 0 <= iou <= 1)
     return float(conf), float(iou), max_det
 
 
@@ -174,19 +162,13 @@ def check_inputs(inputs: Sequence[GraphInput], info: ArtifactInfo, path: Path) -
         raise _other_input(path, f"an input of {kind}", "images of float32")
     height, width = (None, None) if info.dynamic else info.imgsz
     expected = (info.batch, info.channels, height, width)
-    if sizes is not None and not _fit(sizes, expected):
-        raise _other_input(
-            path, f"an input of {_told(sizes)}", f"{_told(expected)} as its metadata say"
-        )
+    if sizes is None:
+        return name
+    fixed = [size if isinstance(size, int) else wanted for size, wanted in zip(sizes, expected)]
+    if len(sizes) != len(expected) or fixed != list(expected):
+        told = f"{_told(expected)} as its metadata say"
+        raise _other_input(path, f"an input of {_told(sizes)}", told)
     return name
-
-
-def _fit(sizes: Sequence[object], expected: Sequence[int | None]) -> bool:
-    """Whether fixed sizes are the expected ones; None expects a size that may differ."""
-    return len(sizes) == len(expected) and all(
-        not isinstance(size, int) or size == wanted
-        for size, wanted in zip(sizes, expected, strict=True)
-    )
 
 
 def _told(sizes: Sequence[object]) -> str:
