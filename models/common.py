@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -145,16 +146,10 @@ class DWConv(Conv):
         dilation: int = 1,
         activation: bool | nn.Module = True,
     ) -> None:
-        groups = _common_divisor(in_channels, out_channels)
+        groups = math.gcd(in_channels, out_channels)
         super().__init__(
             in_channels, out_channels, kernel_size, stride, None, groups, dilation, activation
         )
-
-
-def _common_divisor(a: int, b: int) -> int:
-    while b:
-        a, b = b, a % b
-    return a
 
 
 def _concat_rule(in_channels: Sequence[Any], args: Sequence[Any], scaling: Scaling) -> Plan:
@@ -235,7 +230,11 @@ class C3(nn.Module):
         self.cv1 = Conv(in_channels, hidden)
         self.cv2 = Conv(in_channels, hidden)
         self.cv3 = Conv(2 * hidden, out_channels)
-        self.m = nn.Sequential(
+        self.m = self.path(hidden, repeats, shortcut, groups)
+
+    def path(self, hidden: int, repeats: int, shortcut: bool, groups: int) -> nn.Module:
+        """What stands between `cv1` and the joint: `hidden` channels in and out."""
+        return nn.Sequential(
             *(Bottleneck(hidden, hidden, shortcut, groups, expansion=1.0) for _ in range(repeats))
         )
 

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from models.common import Conv, aggregate, short_names
+from models.blocks.rep import RepConvN
+from models.common import C3, Conv, aggregate, short_names
 from models.registry import (
     LayerError,
     Plan,
@@ -41,82 +41,6 @@ class Silence(nn.Module):
         return x
 
 
-@register(convolution)
-@short_names
-class RepConvN(nn.Module):
-    """A 3x3 and a 1x1 convolution in parallel, summed; one convolution after `reparameterize()`."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int = 3,
-        stride: int = 1,
-        groups: int = 1,
-        activation: bool = True,
-    ) -> None:
-        super().__init__()
-        if kernel_size % 2 == 0:
-            raise LayerError(f"got kernel size {kernel_size}, expected an odd one")
-        self.conv1: Conv | None = Conv(
-            in_channels, out_channels, kernel_size, stride, groups=groups, activation=False
-        )
-        self.conv2: Conv | None = Conv(
-            in_channels, out_channels, 1, stride, groups=groups, activation=False
-        )
-        self.conv: nn.Conv2d | None = None
-        self.has_default_activation = activation
-        self.act: nn.Module = nn.SiLU() if activation else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.conv is not None:
-            return self.act(self.conv(x))
-        assert self.conv1 is not None and self.conv2 is not None
-        return self.act(self.conv1(x) + self.conv2(x))
-
-    def reparameterize(self) -> None:
-        """Fold both branches and their BatchNorms into one convolution with bias, in place."""
-        if self.conv1 is None or self.conv2 is None:
-            return
-        weight, bias = _folded(self.conv1)
-        pointwise, pointwise_bias = _folded(self.conv2)
-        margin = weight.shape[-1] // 2
-        with torch.no_grad():
-            weight += F.pad(pointwise, [margin] * 4)
-            bias += pointwise_bias
-        spatial = self.conv1.conv
-        self.conv = nn.Conv2d(
-            spatial.in_channels,
-            spatial.out_channels,
-            weight.shape[-1],
-            spatial.stride[0],
-            margin,
-            groups=spatial.groups,
-            device="meta",
-        )
-        self.conv.weight, self.conv.bias = nn.Parameter(weight), nn.Parameter(bias)
-        self.conv1 = self.conv2 = None
-
-
-def _folded(branch: Conv) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the one convolution that equals `branch` in eval mode."""
-    conv, norm = branch.conv, branch.bn
-    mean, variance = getattr(norm, "running_mean", None), getattr(norm, "running_var", None)
-    if mean is None or variance is None:  # folded before, by `fuse`
-        bias = conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
-        return conv.weight.detach().clone(), bias.detach().clone()
-    weight, bias = fuse_conv_bn_weights(
-        conv.weight,
-        conv.bias,
-        mean,
-        variance,
-        norm.eps,
-        norm.weight,
-        norm.bias,
-    )
-    return weight.detach(), bias.detach()
-
-
 @short_names
 class RepNBottleneck(nn.Module):
     """A re-parameterizable and a plain 3x3 convolution, a residual where the widths agree."""
@@ -133,37 +57,20 @@ class RepNBottleneck(nn.Module):
         hidden = int(out_channels * expansion)
         self.cv1 = RepConvN(in_channels, hidden, 3)
         self.cv2 = Conv(hidden, out_channels, 3, groups=groups)
-        self.has_residual = shortcut and in_channels == out_channels
+        self.add = shortcut and in_channels == out_channels
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.cv2(self.cv1(x))
-        return x + y if self.has_residual else y
+        return x + y if self.add else y
 
 
-@short_names
-class RepNCSP(nn.Module):
-    """Cross-stage partial block over re-parameterizable bottlenecks."""
+class RepNCSP(C3):
+    """`C3` over re-parameterizable bottlenecks."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        repeats: int = 1,
-        shortcut: bool = True,
-        groups: int = 1,
-        expansion: float = 0.5,
-    ) -> None:
-        super().__init__()
-        hidden = int(out_channels * expansion)
-        self.cv1 = Conv(in_channels, hidden)
-        self.cv2 = Conv(in_channels, hidden)
-        self.cv3 = Conv(2 * hidden, out_channels)
-        self.m = nn.Sequential(
+    def path(self, hidden: int, repeats: int, shortcut: bool, groups: int) -> nn.Module:
+        return nn.Sequential(
             *(RepNBottleneck(hidden, hidden, shortcut, groups, 1.0) for _ in range(repeats))
         )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.cv3(torch.cat((self.m(self.cv1(x)), self.cv2(x)), 1))
 
 
 @register(convolution)

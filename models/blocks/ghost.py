@@ -47,19 +47,8 @@ class GhostBottleneck(nn.Module):
 
 
 @register(stacked)
-@short_names
 class C3Ghost(C3):
     """`C3` over ghost bottlenecks."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        repeats: int = 1,
-        shortcut: bool = True,
-        groups: int = 1,
-        expansion: float = 0.5,
-    ) -> None:
-        super().__init__(in_channels, out_channels, 0, shortcut, groups, expansion)
-        hidden = int(out_channels * expansion)
-        self.m = nn.Sequential(*(GhostBottleneck(hidden, hidden) for _ in range(repeats)))
+    def path(self, hidden: int, repeats: int, shortcut: bool, groups: int) -> nn.Module:
+        return nn.Sequential(*(GhostBottleneck(hidden, hidden) for _ in range(repeats)))

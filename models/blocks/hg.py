@@ -1,8 +1,4 @@
-"""Blocks of RT-DETR's convolutional parts: HGNetv2's stem and block, and the neck's fusion block.
-
-HGNetv2 was published with PP-HGNet (PaddleClas, Apache-2.0) and taken over by RT-DETR
-(arXiv 2304.08069); the fusion block is RT-DETR's CSPRepLayer, made of RepVGG convolutions
-(arXiv 2101.03697).
+"""HGNetv2's stem and block, published with PP-HGNet (PaddleClas, Apache-2.0) and taken over by RT-DETR (arXiv 2304.08069).
 
 Letters: B batch, C channels, H height, W width.
 Attribute names are those of the published state dicts.
@@ -17,9 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.blocks.rep import fold_branches
-from models.common import Conv, DWConv, batch_norm, short_names
-from models.registry import LayerError, Plan, Scaling, convolution, register, single, stacked
+from models.common import Conv, DWConv, short_names
+from models.registry import LayerError, Plan, Scaling, convolution, register, single
 
 
 def _stem_rule(in_channels: Sequence[Any], args: Sequence[Any], scaling: Scaling) -> Plan:
@@ -123,88 +118,3 @@ class HGBlock(nn.Module):
             maps.append(layer(maps[-1]))
         y = self.ec(self.sc(torch.cat(maps, 1)))
         return x + y if self.has_residual else y
-
-
-@register(convolution)
-@short_names
-class RepConv(nn.Module):
-    """A 3x3 and a 1x1 convolution in parallel, foldable into one 3x3 (arXiv 2101.03697).
-
-    Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output.
-        kernel_size: of the larger convolution, odd.
-        stride: of both.
-        padding: of the larger convolution; None keeps the size at stride 1.
-        groups: of both.
-        dilation: of the larger convolution.
-        activation: behind the sum, as in `Conv`.
-        bn: a third path, BatchNorm alone, where the input has the output's shape.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int = 3,
-        stride: int = 1,
-        padding: int | None = None,
-        groups: int = 1,
-        dilation: int = 1,
-        activation: bool | nn.Module = True,
-        bn: bool = False,
-    ) -> None:
-        super().__init__()
-        if kernel_size % 2 == 0:
-            raise LayerError(f"got kernel size {kernel_size}, expected an odd one")
-        self.conv1: Conv | None = Conv(
-            in_channels, out_channels, kernel_size, stride, padding, groups, dilation, activation
-        )
-        self.act, self.has_default_activation = self.conv1.act, activation is True
-        self.conv1.act, self.conv1.has_default_activation = nn.Identity(), False
-        self.conv2: Conv | None = Conv(
-            in_channels, out_channels, 1, stride, groups=groups, activation=False
-        )
-        has_identity = bn and in_channels == out_channels and stride == 1
-        self.bn = batch_norm(in_channels) if has_identity else None
-        self.conv: nn.Conv2d | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.conv is not None:
-            return self.act(self.conv(x))
-        assert self.conv1 is not None and self.conv2 is not None
-        total = self.conv1(x) + self.conv2(x)
-        return self.act(total if self.bn is None else total + self.bn(x))
-
-    def reparameterize(self) -> None:
-        """Replace the branches by the one convolution that equals them in eval mode."""
-        if self.conv1 is None or self.conv2 is None:
-            return
-        self.conv = fold_branches((self.conv1, self.conv2), self.bn)
-        self.conv1 = self.conv2 = self.bn = None
-
-
-@register(stacked)
-@short_names
-class RepC3(nn.Module):
-    """RT-DETR's fusion block: one path through `RepConv`s, one past them, added.
-
-    Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output.
-        repeats: number of `RepConv`s.
-        expansion: inner channels as a share of the output's.
-    """
-
-    def __init__(
-        self, in_channels: int, out_channels: int, repeats: int = 3, expansion: float = 1.0
-    ) -> None:
-        super().__init__()
-        hidden = int(out_channels * expansion)
-        self.cv1 = Conv(in_channels, hidden, 1)
-        self.cv2 = Conv(in_channels, hidden, 1)
-        self.m = nn.Sequential(*(RepConv(hidden, hidden) for _ in range(repeats)))
-        self.cv3 = nn.Identity() if hidden == out_channels else Conv(hidden, out_channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.cv3(self.m(self.cv1(x)) + self.cv2(x))

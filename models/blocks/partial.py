@@ -51,22 +51,11 @@ class CrossConv(nn.Module):
 
 
 @register(stacked)
-@short_names
 class C3x(C3):
     """`C3` over cross convolutions."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        repeats: int = 1,
-        shortcut: bool = True,
-        groups: int = 1,
-        expansion: float = 0.5,
-    ) -> None:
-        super().__init__(in_channels, out_channels, 0, shortcut, groups, expansion)
-        hidden = int(out_channels * expansion)
-        self.m = nn.Sequential(
+    def path(self, hidden: int, repeats: int, shortcut: bool, groups: int) -> nn.Module:
+        return nn.Sequential(
             *(CrossConv(hidden, hidden, 3, 1, groups, 1.0, shortcut) for _ in range(repeats))
         )
 

@@ -1,58 +1,165 @@
-"""Parallel convolutions folded into one (RepVGG, arXiv 2101.03697, section 3.3)."""
+"""Parallel convolutions folded into one (RepVGG, arXiv 2101.03697, section 3.3), and the blocks made of them.
+
+Letters: B batch, C channels, H height, W width. Attribute names are those of the published state dicts.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from models.common import Conv
+from models.common import Conv, batch_norm, short_names
+from models.fusing.folding import fold_norm
+from models.registry import LayerError, convolution, register, stacked
+
+
+class ConvNorm(Protocol):
+    """A convolution and the norm behind it, or what `fuse` has left of that."""
+
+    @property
+    def conv(self) -> nn.Conv2d: ...
+    @property
+    def bn(self) -> nn.Module: ...
 
 
 @torch.no_grad()
-def fold_branches(branches: Sequence[Conv], identity: nn.BatchNorm2d | None = None) -> nn.Conv2d:
+def fold_branches(branches: Sequence[ConvNorm], identity: nn.Module | None = None) -> nn.Conv2d:
     """The one convolution that equals, in eval mode, the sum of `branches` before their activations.
+
+    All sums are made in float64 and rounded once, to the type of the first branch.
 
     Args:
         branches: on one input; strides and groups are equal, kernels odd and centred. The first has the largest kernel.
-        identity: BatchNorm of a path without a convolution; input and output channels are then equal.
+        identity: norm of a path without a convolution; input and output channels are then equal.
     """
     first = branches[0].conv
-    size: tuple[int, int] = (first.kernel_size[0], first.kernel_size[1])
-    folded = [_folded(branch) for branch in branches]
-    if identity is not None:
-        per_group = first.in_channels // first.groups
-        kernel = torch.eye(per_group).repeat(first.groups, 1)[:, :, None, None].to(first.weight)
-        folded.append(_with_norm(kernel, None, identity))
-    conv = nn.Conv2d(
-        first.in_channels, first.out_channels, size, first.stride, first.padding, first.dilation, first.groups,  # type: ignore[arg-type]
-        device="meta",
+    folded = nn.utils.skip_init(
+        nn.Conv2d, first.in_channels, first.out_channels, first.kernel_size, first.stride, first.padding,
+        first.dilation, first.groups, device=first.weight.device, dtype=first.weight.dtype,
     )  # fmt: skip
-    conv.weight = nn.Parameter(
-        sum((_centred(weight, size) for weight, _ in folded), torch.tensor(0.0).to(first.weight))
-    )
-    conv.bias = nn.Parameter(sum((bias for _, bias in folded), torch.tensor(0.0).to(first.weight)))
-    return conv
+    weight = torch.zeros_like(first.weight, dtype=torch.float64)
+    bias = weight.new_zeros(first.out_channels)
+    one, none = weight.new_ones(first.out_channels), torch.zeros_like(bias)
+    for branch in branches:
+        scale, shift = fold_norm(branch.bn) or (one, none)
+        rows, columns = ((weight.shape[i] - branch.conv.weight.shape[i]) // 2 for i in (2, 3))
+        kernel = branch.conv.weight.double() * scale[:, None, None, None]
+        weight += functional.pad(kernel, (columns, columns, rows, rows))
+        bias += shift if branch.conv.bias is None else branch.conv.bias.double() * scale + shift
+    if identity is not None:
+        scale, shift = fold_norm(identity) or (one, none)
+        outputs = torch.arange(first.out_channels, device=weight.device)
+        centre = weight[:, :, weight.shape[2] // 2, weight.shape[3] // 2]
+        centre[outputs, outputs % weight.shape[1]] += scale
+        bias += shift
+    folded.weight.copy_(weight)
+    folded.bias.copy_(bias)
+    return folded.requires_grad_(first.weight.requires_grad).train(first.training)
 
 
-def _folded(branch: Conv) -> tuple[Tensor, Tensor]:
-    return _with_norm(branch.conv.weight, branch.conv.bias, branch.bn)
+@register(convolution)
+@short_names
+class RepConv(nn.Module):
+    """A 3x3 and a 1x1 convolution in parallel, foldable into one 3x3 (arXiv 2101.03697).
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        kernel_size: of the larger convolution, odd.
+        stride: of both.
+        padding: of the larger convolution; None keeps the size at stride 1.
+        groups: of both.
+        dilation: of the larger convolution.
+        activation: behind the sum, as in `Conv`.
+        bn: a third path, BatchNorm alone, where the input has the output's shape.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        padding: int | None = None,
+        groups: int = 1,
+        dilation: int = 1,
+        activation: bool | nn.Module = True,
+        bn: bool = False,
+    ) -> None:
+        super().__init__()
+        if kernel_size % 2 == 0:
+            raise LayerError(f"got kernel size {kernel_size}, expected an odd one")
+        self.conv1: Conv | None = Conv(
+            in_channels, out_channels, kernel_size, stride, padding, groups, dilation, activation
+        )
+        self.act, self.has_default_activation = self.conv1.act, activation is True
+        self.conv1.act, self.conv1.has_default_activation = nn.Identity(), False
+        self.conv2: Conv | None = Conv(
+            in_channels, out_channels, 1, stride, groups=groups, activation=False
+        )
+        has_identity = bn and in_channels == out_channels and stride == 1
+        self.bn = batch_norm(in_channels) if has_identity else None
+        self.conv: nn.Conv2d | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.conv is not None:
+            return self.act(self.conv(x))
+        assert self.conv1 is not None and self.conv2 is not None
+        total = self.conv1(x) + self.conv2(x)
+        return self.act(total if self.bn is None else total + self.bn(x))
+
+    def reparameterize(self) -> None:
+        """Replace the branches by the one convolution that equals them in eval mode."""
+        if self.conv1 is None or self.conv2 is None:
+            return
+        self.conv = fold_branches((self.conv1, self.conv2), self.bn)
+        self.conv1 = self.conv2 = self.bn = None
 
 
-def _with_norm(weight: Tensor, bias: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Weight and bias with `norm` in them; what `fuse` leaves in place of a norm that it has folded changes nothing."""
-    mean, variance = getattr(norm, "running_mean", None), getattr(norm, "running_var", None)
-    if mean is None or variance is None:
-        bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
-        return weight.detach(), bias.detach()
-    assert isinstance(norm, nn.BatchNorm2d)
-    return fuse_conv_bn_weights(weight, bias, mean, variance, norm.eps, norm.weight, norm.bias)
+@register(convolution)
+@short_names
+class RepConvN(RepConv):
+    """`RepConv` as YOLOv9's rows write it."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        groups: int = 1,
+        activation: bool = True,
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, groups=groups, activation=activation
+        )
 
 
-def _centred(weight: Tensor, size: tuple[int, int]) -> Tensor:
-    """A kernel with zeros around it, up to `size` (height, width)."""
-    rows, columns = (size[0] - weight.shape[2]) // 2, (size[1] - weight.shape[3]) // 2
-    return functional.pad(weight, (columns, columns, rows, rows))
+@register(stacked)
+@short_names
+class RepC3(nn.Module):
+    """RT-DETR's fusion block: one path through `RepConv`s, one past them, added.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        repeats: number of `RepConv`s.
+        expansion: inner channels as a share of the output's.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, repeats: int = 3, expansion: float = 1.0
+    ) -> None:
+        super().__init__()
+        hidden = int(out_channels * expansion)
+        self.cv1 = Conv(in_channels, hidden, 1)
+        self.cv2 = Conv(in_channels, hidden, 1)
+        self.m = nn.Sequential(*(RepConv(hidden, hidden) for _ in range(repeats)))
+        self.cv3 = nn.Identity() if hidden == out_channels else Conv(hidden, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.cv3(self.m(self.cv1(x)) + self.cv2(x))

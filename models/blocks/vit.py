@@ -73,19 +73,8 @@ class TransformerBlock(nn.Module):
 
 
 @register(stacked)
-@short_names
 class C3TR(C3):
     """`C3` over a chain of encoder layers with four heads."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        repeats: int = 1,
-        shortcut: bool = True,
-        groups: int = 1,
-        expansion: float = 0.5,
-    ) -> None:
-        super().__init__(in_channels, out_channels, 0, shortcut, groups, expansion)
-        hidden = int(out_channels * expansion)
-        self.m = TransformerBlock(hidden, hidden, 4, repeats)  # type: ignore[assignment]
+    def path(self, hidden: int, repeats: int, shortcut: bool, groups: int) -> nn.Module:
+        return TransformerBlock(hidden, hidden, 4, repeats)

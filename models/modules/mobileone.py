@@ -12,10 +12,10 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.blocks.rep import fold_branches
 from models.registry import LayerError, Plan, Scaling, convolution, register
 
 
@@ -92,43 +92,13 @@ class MobileOneBlock(nn.Module):
             y = y + self.scale(x)
         return y if self.skip is None else y + self.skip(x)
 
-    @torch.no_grad()
     def reparameterize(self) -> None:
         """Fold all branches into one convolution with bias (section 3.2 of the paper); in place, idempotent."""
         if self.branches is None:
             return
-        first = self.branches[0].conv
-        assert isinstance(first, nn.Conv2d)
-        folded = nn.utils.skip_init(
-            nn.Conv2d, first.in_channels, first.out_channels, first.kernel_size, first.stride, first.padding,
-            first.dilation, first.groups, bias=True, device=first.weight.device, dtype=first.weight.dtype,
-        )  # fmt: skip
-        weight = torch.zeros_like(first.weight, dtype=torch.float64)
-        bias = weight.new_zeros(first.out_channels)
-        centre = first.kernel_size[0] // 2
-        for branch in (*self.branches, self.scale):
-            if branch is not None:
-                factor, shift = _norm_as_affine(branch.bn)
-                kernel = branch.conv.weight.double() * factor[:, None, None, None]
-                margin = (weight.shape[-1] - kernel.shape[-1]) // 2
-                weight += F.pad(kernel, [margin] * 4)
-                bias += shift
-        if self.skip is not None:
-            factor, shift = _norm_as_affine(self.skip)
-            outputs = torch.arange(first.out_channels, device=weight.device)
-            weight[outputs, outputs % weight.shape[1], centre, centre] += factor
-            bias += shift
-        folded.weight.copy_(weight)
-        folded.bias.copy_(bias)
-        folded.requires_grad_(first.weight.requires_grad).train(self.training)
-        self.conv, self.branches, self.scale, self.skip = folded, None, None, None
-
-
-def _norm_as_affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """`factor, shift` (C,), float64, of an evaluating BatchNorm: y = x * factor + shift."""
-    assert norm.running_mean is not None and norm.running_var is not None
-    factor = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-    return factor, norm.bias.double() - norm.running_mean.double() * factor
+        branches = [b for b in (*self.branches, self.scale) if b is not None]
+        self.conv = fold_branches(branches, self.skip)  # type: ignore[arg-type]
+        self.branches = self.scale = self.skip = None
 
 
 def _stage_rule(in_channels: Sequence[Any], args: Sequence[Any], scaling: Scaling) -> Plan:

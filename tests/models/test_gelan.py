@@ -14,10 +14,10 @@ from models.blocks.gelan import (
     ADown,
     CBFuse,
     CBLinear,
-    RepConvN,
     RepNCSPELAN4,
     Silence,
 )
+from models.blocks.rep import RepConvN
 from models.registry import LayerError, Scaling, find
 from models.yolo import build_model
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from models import registry
-from models.blocks.hg import HGBlock, HGStem, RepC3, RepConv
+from models.blocks.hg import HGBlock, HGStem
+from models.blocks.rep import RepC3, RepConv
 from models.modules.hgnet import HGNetv2_L, HGNetv2_X
 
 
