@@ -27,7 +27,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PillowImage
-from PIL import UnidentifiedImageError
+from PIL import ImageFile, TiffImagePlugin, UnidentifiedImageError
 
 from utils.errors import DatasetError
 from utils.files import refuse_special
@@ -249,9 +249,9 @@ def _on_white(rgba: PillowImage.Image) -> PillowImage.Image:
 
 def _deep_colours(image: PillowImage.Image) -> Pixels | None:
     """Channels (H, W, C) of 16 bits, of which Pillow would keep the upper half; else None."""
-    file = getattr(image, "fp", None)
-    if file is None or not _is_deep(image):
+    if not isinstance(image, ImageFile.ImageFile) or not _is_deep(image) or image.fp is None:
         return None
+    file = image.fp
     place = file.tell()
     file.seek(0)
     data = file.read()
@@ -266,17 +266,17 @@ def _deep_colours(image: PillowImage.Image) -> Pixels | None:
     return None if order is None else decoded[:, :, order]
 
 
-def _is_deep(image: PillowImage.Image) -> bool:
+def _is_deep(image: ImageFile.ImageFile) -> bool:
     """Whether the file of a colour image that is not loaded yet has 16 bits a channel."""
-    tiles = getattr(image, "tile", None)
-    if image.mode not in ("RGB", "RGBA", "LA") or not tiles:
+    if image.mode not in ("RGB", "RGBA", "LA") or not image.tile:
         return False
     if image.format == "JPEG2000":
         return True  # its header is read by OpenCV; 8 bits are given back to Pillow
-    if image.format == "TIFF":
-        return max(getattr(image, "tag_v2", {}).get(_BITS_TAG, (8,))) == 16
-    told = tiles[0][3]
-    return ";16" in str(told) or (image.format == "PPM" and FULL_WHITE in tuple(told))
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        return max(image.tag_v2.get(_BITS_TAG, (8,))) == 16
+    told = image.tile[0][3]
+    white = told[-1] if image.format == "PPM" and isinstance(told, tuple) else None
+    return ";16" in str(told) or white == FULL_WHITE
 
 
 def _peak(image: PillowImage.Image) -> int:

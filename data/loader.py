@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -30,7 +31,9 @@ from utils.structures import Batch, Targets
 PREFETCH = 2
 """Batches that each worker holds ready."""
 SHARED_MEMORY = "/dev/shm"
-GROUP_SIGNALS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+GROUP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+if sys.platform != "win32":
+    GROUP_SIGNALS.add(signal.SIGHUP)
 
 
 class _Handed(Dataset["Sample | DatasetError"]):
@@ -169,7 +172,7 @@ def _tell_once(message: str) -> None:
 
 def available_cores() -> int:
     """Cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
+    if sys.platform == "linux":
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
@@ -188,7 +191,7 @@ def _end_workers() -> None:
 @contextmanager
 def _signals_blocked() -> Iterator[None]:
     """Keep back the signals that all processes of a run get; processes that are made meanwhile do too."""
-    if not hasattr(signal, "pthread_sigmask"):  # as on Windows
+    if sys.platform == "win32":
         yield
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
@@ -210,7 +213,7 @@ def _begin_worker(_: int) -> None:
         # The main process sends SIGTERM, and repeats it, to a worker that hangs.
         is_last_resort = number == signal.SIGTERM
         signal.signal(number, _end_next_time if is_last_resort else signal.SIG_IGN)
-    if hasattr(signal, "pthread_sigmask"):
+    if sys.platform != "win32":
         signal.pthread_sigmask(signal.SIG_UNBLOCK, GROUP_SIGNALS)
 
 
