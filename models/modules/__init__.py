@@ -164,11 +164,10 @@ def layer_of(module: ModuleType, name: str) -> Layer | None:
     if name.startswith("_"):
         return None
     value = vars(module).get(name)
-    home = str(getattr(value, "__module__", None))
-    is_own = home == module.__name__ or home.startswith(f"{module.__name__}.")
-    if is_own and (inspect.isclass(value) or inspect.isfunction(value)):
-        return Layer(name, value, by_signature)
-    return None
+    if not inspect.isclass(value) and not inspect.isfunction(value):
+        return None
+    is_own = f"{value.__module__}.".startswith(f"{module.__name__}.")
+    return Layer(name, value, by_signature) if is_own else None
 
 
 def names_in_file(name: str) -> list[str]:

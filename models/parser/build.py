@@ -7,10 +7,8 @@ module is built it is run on the meta device, so that every shape, stride and mi
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -23,6 +21,7 @@ from models.parser.lookup import UnknownLayerError, find_layer, is_backbone, pla
 from models.parser.pasted import Settled, materialize, settle
 from models.parser.readings import RowArguments, given_text
 from models.parser.rows import ModelSpec, RowSpec
+from models.parser.signature import shown, signature_of
 from models.parser.slots import MapSlots, backbone_slots, brief, neck_slots, plain_slot, shapes_of
 from models.parser.trials import Traits, check, maps_of, outputs_of
 from models.parser.wiring import (
@@ -274,13 +273,17 @@ def _module(job: _Job, plan: Plan) -> nn.Module:
 
 
 def _construct(layer: Layer, plan: Plan, row: RowSpec) -> nn.Module:
-    try:
-        signature = inspect.signature(layer.build)
-    except (TypeError, ValueError):  # built in, without a signature
-        kwargs = row.kwargs
-    else:
-        kwargs = whole_names(layer.build, row.kwargs)
-        _check_arguments(signature, plan.args, row.args, kwargs)
+    signature, kwargs = signature_of(layer.build), row.kwargs
+    if signature is not None:
+        kwargs = whole_names(layer.build, kwargs)
+        try:
+            signature.bind(*plan.args, **kwargs)
+        except TypeError as error:
+            inserted = len(plan.args) - len(row.args)
+            raise LayerError(
+                f"wrong arguments - got {len(row.args)} {row.args} ({error}), expected {shown(layer.build)}"
+                + (f"; the first {inserted} come from the parser." if inserted > 0 else ".")
+            ) from error
     try:
         with foreign_code(LayerError, users=modules.USER_CODE):
             module = layer.build(*plan.args, **kwargs)
@@ -290,24 +293,6 @@ def _construct(layer: Layer, plan: Plan, row: RowSpec) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise LayerError(f"is a {type(module).__name__}, expected a torch.nn.Module.")
     return module
-
-
-def _check_arguments(
-    signature: inspect.Signature,
-    args: Sequence[Any],
-    written: Sequence[Any],
-    kwargs: Mapping[str, Any],
-) -> None:
-    try:
-        signature.bind(*args, **kwargs)
-    except TypeError as error:
-        inserted = len(args) - len(written)
-        parameters = signature.parameters.values()
-        own = ", ".join(str(p.replace(annotation=p.empty)) for p in parameters)
-        raise LayerError(
-            f"wrong arguments - got {len(written)} {written} ({error}), expected ({own})"
-            + (f"; the first {inserted} come from the parser." if inserted > 0 else ".")
-        ) from error
 
 
 def _propagate(module: nn.Module, values: Sequence[object], style: Style) -> object:

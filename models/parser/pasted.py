@@ -30,7 +30,7 @@ from models.parser.readings import (
     as_written,
     readings,
 )
-from models.parser.signature import Constructor, Role, read_constructor, shown, usage
+from models.parser.signature import Constructor, Role, read_constructor, shown, signature_of, usage
 from models.parser.slots import brief, is_map, shapes_of, told
 from models.parser.wiring import Style, arguments
 from models.registry import Layer, LayerError
@@ -211,10 +211,8 @@ def _styles(module: nn.Module, case: _Case) -> list[Style]:
     """How `forward` may want its inputs, the likeliest first."""
     if len(case.values) == 1:
         return ["map", "list"]
-    try:
-        parameters = inspect.signature(module.forward).parameters.values()
-    except (TypeError, ValueError):
-        return ["list", "spread"]
+    signature = signature_of(module.forward)
+    parameters = signature.parameters.values() if signature is not None else ()
     required = [p for p in parameters if p.default is p.empty]
     wants_each = len(required) > 1 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
     return ["spread", "list"] if wants_each else ["list", "spread"]
@@ -287,10 +285,12 @@ def call_text(layer: Layer, reading: Reading) -> str:
 
 def _bound(build: Callable[..., Any], reading: Reading) -> dict[str, Any] | None:
     """Every argument of the call by name, defaults among them; those of `*args` as `*0`, `*1`."""
+    signature = signature_of(build)
+    if signature is None:
+        return None
     try:
-        signature = inspect.signature(build)
         call = signature.bind(*reading.args, **reading.kwargs)
-    except (TypeError, ValueError):
+    except TypeError:
         return None
     call.apply_defaults()
     found: dict[str, Any] = {}

@@ -123,12 +123,20 @@ class Constructor(NamedTuple):
         return next((a for a in self.arguments if a.role in roles), None)
 
 
+def signature_of(call: Callable[..., object]) -> inspect.Signature | None:
+    """The signature of `call`; None for what is built in and has none."""
+    try:
+        return inspect.signature(call)
+    except (TypeError, ValueError):
+        return None
+
+
 def read_constructor(build: Callable[..., Any]) -> Constructor:
     """The parameters of `build`, each with its role."""
-    try:
-        parameters = list(inspect.signature(build).parameters.values())
-    except (TypeError, ValueError):  # built in, without a signature
+    signature = signature_of(build)
+    if signature is None:
         return Constructor((), True, True)
+    parameters = signature.parameters.values()
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     arguments = [
         Argument(p.name, _role(p), _role(p), p.default, _wants_list(p), p.kind in NEW_PARAMETER)
@@ -144,11 +152,10 @@ def read_constructor(build: Callable[..., Any]) -> Constructor:
 
 def shown(build: Callable[..., Any]) -> str:
     """`(c1, reduction=16)`: the parameters as their author wrote them, without types."""
-    try:
-        parameters = inspect.signature(build).parameters.values()
-    except (TypeError, ValueError):
-        return "(...)"
-    return f"({', '.join(str(p.replace(annotation=p.empty)) for p in parameters)})"
+    signature = signature_of(build)
+    parameters = signature.parameters.values() if signature is not None else ()
+    own = ", ".join(str(p.replace(annotation=p.empty)) for p in parameters)
+    return f"({own})" if signature is not None else "(...)"
 
 
 def _role(parameter: Parameter) -> Role:

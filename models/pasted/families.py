@@ -94,7 +94,10 @@ def _layers() -> Names:
 
 @cache
 def _timm(package: str, file: str = "") -> Names:
-    """What timm has anywhere in its layers and tools; of one name twice that of `file` or else of `package` is meant."""
+    """What timm has anywhere in its layers and tools; of one name twice that of `file` or else of `package` is meant.
+
+    Its private files are named as in timm 1.0.31; one that another version lacks adds nothing.
+    """
     own = [importlib.import_module(name) for name in ("timm.models", "timm.layers", package)]
     own += [sys.modules[file]] if file in sys.modules else []
     parts = [
