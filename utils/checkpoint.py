@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import CheckpointError
-from utils.weight_files.torch_file import open_file
+from utils.weight_files.torch_file import open_file, plain
 from utils.weight_files.unpickle_names import PickleError
 
 FORMAT = "yoke"
@@ -113,7 +113,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         with open_file(path) as file:
             found = file.content
             is_ours = isinstance(found, dict) and found.get("format") == FORMAT
-            content = file.plain() if is_ours else None
+            content = plain(file.content, file.tensor) if is_ours else None
     except PickleError as error:
         raise ForeignCheckpointError(
             f"{error} Expected a checkpoint that train.py wrote."

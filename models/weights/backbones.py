@@ -6,6 +6,7 @@ go by the longest common suffix of their names, unless its module knows more abo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -18,10 +19,9 @@ from models.weights.matching import ROW, Shapes, match_suffixes, nearest_key
 HALF = 0.5
 TRANSLATED = "translated: "  # in front of names that stand for no tensor of the file
 # Modules of classifiers, by the names that timm, torchvision and papers' code give them.
-CLASSIFIERS = {
-    *("fc", "head", "heads", "classifier", "last", "linear", "logits", "probe", "classif"),
-    *("AuxLogits", "aux", "aux1", "aux2"),
-}
+CLASSIFIER = re.compile(
+    r"(^|\.)(fc|heads?|classifier|last|linear|logits|probe|classif|AuxLogits|aux[12]?|(head|fc|classifier)_[^.]*)\."
+)
 
 
 class DetectorRow(Protocol):
@@ -211,14 +211,7 @@ def by_rows(part: Part, sources: Mapping[str, str], source: Shapes, target: Shap
 
 def classifier_keys(keys: Iterable[str]) -> tuple[str, ...]:
     """Those of `keys` that belong to a classifier."""
-    return tuple(
-        key
-        for key in keys
-        if any(
-            part in CLASSIFIERS or part.startswith(("head_", "fc_", "classifier_"))
-            for part in key.split(".")[:-1]
-        )
-    )
+    return tuple(key for key in keys if CLASSIFIER.search(key))
 
 
 def is_enough(part: Part, match: PartMatch) -> bool:

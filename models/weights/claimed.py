@@ -29,6 +29,7 @@ class TensorBudget(TorchFunctionMode):
         super().__init__()
         self.path, self.numbers = path, numbers
         self.left = GROWTH * numbers + SLACK
+        self.refusal: CheckpointError | None = None
 
     def __torch_function__(
         self,
@@ -43,10 +44,11 @@ class TensorBudget(TorchFunctionMode):
         size = args[0] if args and isinstance(args[0], (tuple, list)) else args
         wanted = math.prod(side for side in size if isinstance(side, int))
         if wanted > self.left:
-            raise CheckpointError(
+            self.refusal = CheckpointError(
                 f"{self.path}: its model asks for tensors of {wanted:.3g} numbers, its weights have {self.numbers}. "
                 "Expected a model that fits its weights."
             )
+            raise self.refusal
         made = function(*args, **(kwargs or {}))
         if isinstance(made, Tensor) and not made.is_meta:
             self.left -= made.numel()
@@ -84,9 +86,14 @@ def claimed(
                 f"{path}: its config asks for {count:.3g} classes, its weights have {numbers} numbers. Expected a model "
                 "that fits its weights."
             )
+    budget = TensorBudget(path, numbers)
     try:
-        with TensorBudget(path, numbers):
+        with budget:
             yield
+    except CheckpointError:
+        if budget.refusal is None:
+            raise
+        raise budget.refusal from None  # without the row in which it came to light
     except ConfigError as error:
         raise first_problem(path, error) from error
 

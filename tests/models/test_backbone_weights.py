@@ -153,7 +153,8 @@ def test_less_than_half_is_refused_with_the_nearest_names(
     given: Any = str(path) if flag != "backbone" else ["test_resnet", f"weights={path}"]
     with pytest.raises(CheckpointError, match=message) as caught:
         build_with(**{flag: given})
-    assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+    row = "model (--backbone test_resnet) backbone[0] test_resnet: " if flag == "backbone" else ""
+    assert str(caught.value).startswith(f"{row}{path}: ") and "\n" not in str(caught.value)
 
 
 def test_half_of_the_tensors_is_enough_and_less_is_not(full: nn.Module, untrained: DetectionModel):

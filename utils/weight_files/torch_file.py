@@ -99,10 +99,6 @@ class TensorFile:
         values = torch.frombuffer(buffer, dtype=dtype, count=len(buffer) // dtype.itemsize)
         return values.as_strided(reference.size, reference.stride, reference.offset).clone()
 
-    def plain(self) -> object:
-        """The content as tensors and plain data; see `plain`."""
-        return plain(self.content, self.tensor)
-
 
 def plain(value: object, tensor: Callable[[TensorRef], Tensor] | None = None) -> object:
     """A copy of containers, numbers and text, with None for everything else.

@@ -34,6 +34,8 @@ MAX_OPCODES = 3_000_000  # a checkpoint with 2,000 tensors, its average and opti
 MAX_COPIED = 1 << 28
 BYTES_PER_ITEM = 64
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+# Sets are kept as lists: nothing has to be hashed.
+CONTAINERS = {"TUPLE": tuple, "LIST": list, "FROZENSET": list}
 NUMBERS_AND_TEXT = frozenset(
     """
 INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING BINBYTES
@@ -104,22 +106,19 @@ class Interpreter:
                 self._step_containers(name, arg)
 
     def _step_containers(self, name: str, arg: object) -> None:
-        """Opcodes of tuples, lists and dictionaries; sets are kept as lists, nothing has to be hashed."""
+        """Opcodes of tuples, lists and dictionaries."""
         stack = self.stack
         match name:
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
                 items = [stack.pop() for _ in range(int(name[-1]))]
                 stack.append(tuple(items[::-1]))
-            case "TUPLE":
+            case "TUPLE" | "LIST" | "FROZENSET":
                 items = self._pop_mark()
-                self.stack.append(tuple(items))
-            case "EMPTY_DICT":
-                stack.append({})
+                self.stack.append(CONTAINERS[name](items))
             case "EMPTY_LIST" | "EMPTY_SET":
                 stack.append([])
-            case "LIST" | "FROZENSET":
-                items = self._pop_mark()
-                self.stack.append(items)
+            case "EMPTY_DICT":
+                stack.append({})
             case "DICT":
                 items = self._pop_mark()
                 self.stack.append({})
@@ -141,7 +140,7 @@ class Interpreter:
         stack = self.stack
         match name, arg:
             case "GLOBAL", str(dotted):
-                stack.append(resolve(*_split(dotted)))
+                stack.append(resolve(*dotted.split(" ", 1)))
             case "STACK_GLOBAL", _:
                 what, module = stack.pop(), stack.pop()
                 if not isinstance(what, str) or not isinstance(module, str):
@@ -157,7 +156,7 @@ class Interpreter:
                 stack.append(self._call(stack.pop(), args, is_class=True))
             case "INST", str(dotted):
                 items = self._pop_mark()
-                what = resolve(*_split(dotted))
+                what = resolve(*dotted.split(" ", 1))
                 self.stack.append(self._call(what, tuple(items), is_class=True))
             case "OBJ", _:
                 what, *items = self._pop_mark()
@@ -243,9 +242,3 @@ def _place(arg: object) -> int:
     if not isinstance(arg, int) or not 0 <= arg < MAX_OPCODES:
         raise PickleError("damaged: a place in the memo that no writer takes")
     return arg
-
-
-def _split(dotted: str) -> tuple[str, str]:
-    """Module and name of `module name`."""
-    module, _, name = dotted.partition(" ")
-    return module, name
