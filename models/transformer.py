@@ -22,8 +22,8 @@ from torch.nn import functional
 
 from models.common import short_names
 from models.registry import channels_first, register
+from utils.boxes import widen
 
-HALF_TYPES = (torch.float16, torch.bfloat16)
 SAMPLINGS = ("grid_sample", "gather")
 
 
@@ -32,11 +32,6 @@ class MapSize(NamedTuple):
 
     height: int
     width: int
-
-
-def widen(x: Tensor) -> Tensor:
-    """Half precision to float32; wider types stay as they are."""
-    return x.float() if x.dtype in HALF_TYPES else x
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:

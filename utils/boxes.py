@@ -98,7 +98,7 @@ class BoxPair:
     """
 
     def __init__(self, first: Tensor, second: Tensor, eps: float = EPS) -> None:
-        self.first, self.second, self.eps = _wide(first), _wide(second), eps
+        self.first, self.second, self.eps = widen(first), widen(second), eps
 
     @cached_property
     def intersection(self) -> Tensor:
@@ -171,9 +171,9 @@ class BoxPair:
         return first, self.second[..., 2:] - self.second[..., :2]
 
 
-def _wide(boxes: Tensor) -> Tensor:
-    """Half precision cannot hold areas in pixels; wider types stay as they are."""
-    return boxes.float() if boxes.dtype in (torch.float16, torch.bfloat16) else boxes
+def widen(x: Tensor) -> Tensor:
+    """Half precision, which holds no area in pixels, to float32; wider types stay as they are."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _angle(boxes: Tensor) -> Tensor:

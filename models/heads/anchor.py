@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from models.head import Head
 from models.registry import LayerError, Plan, Scaling, single
-from models.transformer import widen
+from utils.boxes import widen
 from utils.structures import Decoded, Targets
 
 OBJECTS_PER_IMAGE = 7.7  # of COCO (arXiv 1405.0312, section 5): what a cell's objectness starts from, spread over its level

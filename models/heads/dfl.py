@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from models.common import Conv, DWConv
 from models.head import Head
 from models.registry import LayerError
-from models.transformer import widen
-from utils.boxes import xyxy_to_cxcywh
+from utils.boxes import widen, xyxy_to_cxcywh
 from utils.logger import get_logger
 from utils.structures import Decoded, Targets
 

@@ -29,9 +29,8 @@ from models.transformer import (
     LayerNorm,
     MapSize,
     inverse_sigmoid,
-    widen,
 )
-from utils.boxes import cxcywh_to_xyxy
+from utils.boxes import cxcywh_to_xyxy, widen
 from utils.logger import get_logger
 from utils.structures import Decoded, Targets
 
