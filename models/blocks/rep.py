@@ -17,7 +17,7 @@ from models.fusing.folding import fold_norm
 from models.registry import LayerError, convolution, register, stacked
 
 
-class ConvNorm(Protocol):
+class _ConvNorm(Protocol):
     """A convolution and the norm behind it, or what `fuse` has left of that."""
 
     @property
@@ -27,7 +27,7 @@ class ConvNorm(Protocol):
 
 
 @torch.no_grad()
-def fold_branches(branches: Sequence[ConvNorm], identity: nn.Module | None = None) -> nn.Conv2d:
+def fold_branches(branches: Sequence[_ConvNorm], identity: nn.Module | None = None) -> nn.Conv2d:
     """The one convolution that equals, in eval mode, the sum of `branches` before their activations.
 
     All sums are made in float64 and rounded once, to the type of the first branch.

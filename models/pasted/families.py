@@ -29,7 +29,7 @@ from models.blocks import (
     ghost,
     hg,
     layers,
-    partial,
+    rep,
     resnet,
     sampling,
     vit,
@@ -79,7 +79,7 @@ def _public(module: ModuleType) -> dict[str, object]:
 def _layers() -> Names:
     """Our layers and small functions, and the heads where they are there already."""
     found: dict[str, object] = {"torch": torch, "nn": nn, "F": functional, "math": math}
-    wild = (cbam, ghost, partial, resnet, sampling, vit, yolov10)
+    wild = (cbam, ghost, rep, resnet, sampling, vit, yolov10)
     for module in (layers, hg, gelan, *wild, csp, common, helpers):
         for name, value in vars(module).items():
             is_code = inspect.isclass(value) or inspect.isfunction(value)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from models.blocks.cbam import CBAM, ChannelAttention, SpatialAttention
+from models.blocks.csp import C1, C2, C3SPP, BottleneckCSP, C3x, CrossConv
 from models.blocks.ghost import C3Ghost, GhostBottleneck
-from models.blocks.partial import C1, C2, C3SPP, BottleneckCSP, C3x, CrossConv
 from models.blocks.rep import RepConv, fold_branches
 from models.blocks.resnet import ResNetBlock, ResNetLayer
 from models.blocks.sampling import (
