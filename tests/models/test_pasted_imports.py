@@ -19,7 +19,7 @@ from pasted_files import run as run
 from torch import nn
 
 from models import common, registry
-from models.blocks import csp, layers
+from models.blocks import csp, layers, rep
 from models.pasted import deformable
 from models.pasted.imports import PastedImportError, pasted_imports
 from utils import boxes
@@ -52,6 +52,8 @@ def line_of(run, text: str) -> str:
         ("from ..modules.conv import GhostConv as found", common.GhostConv),
         ("from ..modules.block import C2f as found", csp.C2f),
         ("from .common import SPP as found", common.SPP),
+        ("from .block import RepC3 as found", rep.RepC3),
+        ("from models.common import RepConvN as found", rep.RepConvN),
         ("from ...utils.ops import xywh2xyxy as found", boxes.cxcywh_to_xyxy),
         ("from . import conv\nfound = conv.Conv", common.Conv),
         ("from ultralytics.nn import modules\nfound = modules.C2f", csp.C2f),

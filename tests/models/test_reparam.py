@@ -143,6 +143,15 @@ LEFT = {
     "conv read by a function": Net(
         lambda n, x: n.bn(y := n.conv(x)) + F.relu(y), conv=conv(), bn=nn.BatchNorm2d(3)
     ),
+    "conv sliced": Net(
+        lambda n, x: n.bn(y := n.conv(x)) + y[:, :1], conv=conv(), bn=nn.BatchNorm2d(3)
+    ),
+    "conv read as a number": Net(
+        lambda n, x: n.bn(y := n.conv(x)) * sum(y.flatten().tolist()[:9]), conv=conv(), bn=nn.BatchNorm2d(3)
+    ),
+    "conv overwritten in a slice": Net(
+        lambda n, x: (y := n.conv(x), y.__setitem__(0, 1.0), n.bn(y))[2], conv=conv(), bn=nn.BatchNorm2d(3)
+    ),
     "conv output returned": Net(lambda n, x: (n.bn(y := n.conv(x)), y), conv=conv(), bn=nn.BatchNorm2d(3)),
     "shared conv": Net(
         lambda n, x: n.a(n.conv(x)) + n.b(n.conv(x * 2)),
