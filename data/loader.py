@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -31,6 +32,7 @@ from utils.structures import Batch, Targets
 PREFETCH = 2
 """Batches that each worker holds ready."""
 SHARED_MEMORY = "/dev/shm"
+NEWS_OF_A_DEATH = 1.0  # seconds; the system tells of a killed worker after its connection is gone
 GROUP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 if sys.platform != "win32":
     GROUP_SIGNALS.add(signal.SIGHUP)
@@ -57,12 +59,18 @@ class DetectionLoader(DataLoader["Sample | DatasetError"]):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         try:
-            with _signals_blocked():  # a new worker opens itself to them when it knows what to do
-                batches = super().__iter__()
-            for batch in batches:
-                if isinstance(batch, DatasetError):
-                    raise batch
-                yield batch  # type: ignore[misc]
+            try:
+                with (
+                    _signals_blocked()
+                ):  # a new worker opens itself to them when it knows what to do
+                    batches = super().__iter__()
+                for batch in batches:
+                    if isinstance(batch, DatasetError):
+                        raise batch
+                    yield batch  # type: ignore[misc]
+            except (ConnectionError, EOFError):
+                time.sleep(NEWS_OF_A_DEATH)  # torch's own error, which says whose, is on its way
+                raise
         except RuntimeError as error:
             if not (told := worker_death(error)):
                 raise

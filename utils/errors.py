@@ -148,7 +148,10 @@ def run_cli(main: Callable[[], None]) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        main()
+        try:
+            main()
+        finally:
+            _forget_workers()
     except UserError as error:
         _end(f"error: {error}", 2)
     except BrokenPipeError:
@@ -192,6 +195,12 @@ def worker_death(error: RuntimeError) -> str:
         f"data loader: {text}. Most often the machine or /dev/shm ran out of memory. Try --workers 0, "
         "fewer workers, or a smaller --batch-size; a training goes on with --resume."
     )
+
+
+def _forget_workers() -> None:
+    """Once the script has ended, the death of a data loader's worker is no news: torch would raise it anywhere."""
+    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def _stop_at_sigterm() -> None:

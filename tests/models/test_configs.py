@@ -179,7 +179,7 @@ def test_each_size_of_emo_under_yolov5_has_exactly_its_size(size: str, expected:
 
 
 def anchor_points(model: DetectionModel, size: tuple[int, int]) -> int:
-    per_cell = getattr(model.head, "num_anchors", 1)
+    per_cell = model.head.num_anchors or 1
     return per_cell * sum(size[0] // s * (size[1] // s) for s in model.strides)
 
 
