@@ -15,6 +15,7 @@ from utils.config import increment_path, integer, number, parse_imgsz
 from utils.device import AMP_CHOICES
 from utils.errors import CheckpointError, ConfigError
 from utils.logger import get_logger
+from utils.optim import OPTIMIZERS
 
 T = TypeVar("T")
 PATIENCE = 100
@@ -245,7 +246,7 @@ class TrainOptions(RunFlags, DataFlags, ModelFlags):
     # optimisation
     hyp: str | None = flag(None, "recipe YAML over the family's own in data/hyps")
     epochs: int = flag(100, "passes over the data, 100 if left out", type=FROM_ONE)
-    optimizer: str | None = flag(None, "instead of the recipe's", choices=("SGD", "Adam", "AdamW"))
+    optimizer: str | None = flag(None, "instead of the recipe's", choices=OPTIMIZERS)
     box_loss: str | None = flag(None, "instead of the recipe's: giou, file.py:name", type=box_loss)
     cls_loss: str | None = flag(None, "instead of the recipe's", choices=tuple(CLASS_LOSSES))
     cos_lr: bool = flag(False, "cosine instead of the recipe's schedule")

@@ -8,23 +8,27 @@ from typing import Any
 
 from engine.flags import spelling
 from engine.options import SCHEDULES, TrainOptions
-from models.family import Recipe, recipe_file
+from engine.pace import Length, settle_pace
+from models.family import RECIPES, Recipe, recipe_file
+from models.kinds import Kind, backbone_kind
 from models.losses.box import name_problem
 from models.losses.classification import class_loss_problem
 from models.losses.own import settle_own
 from models.yolo import DetectionModel
-from utils.config import check_recipe, load_hyp
+from utils.config import check_recipe, load_hyp, written_keys
 from utils.logger import get_logger
 
+KIND_RECIPES = RECIPES / "backbones"
 CHECKS = {"box_loss": name_problem, "cls_loss": class_loss_problem}
 
 
-def recipe_of(options: TrainOptions, family: str, saved: Recipe | None) -> Recipe:
+def recipe_of(options: TrainOptions, model: DetectionModel, saved: Recipe | None) -> Recipe:
     """The recipe of a new run, or that of an earlier one, `saved`, with the whole path of a user's box loss in it.
 
     Raises:
         ConfigError: a file has unknown keys or wrong values, or a user's loss is not found.
     """
+    family = model.head.family
     if saved is None:
         schedule = next((kind for name, kind in SCHEDULES.items() if vars(options)[name]), None)
         overrides = {
@@ -35,26 +39,29 @@ def recipe_of(options: TrainOptions, family: str, saved: Recipe | None) -> Recip
             "box_loss": options.box_loss,
             "cls_loss": options.cls_loss,
         }
-        hyp = recipe(family, options.hyp, overrides)
+        hyp = recipe(family, options.hyp, overrides, backbone_kind(model))
     else:
         hyp = complete(saved, family, str(options.resume))
     beside = [Path(options.hyp).parent] if options.hyp and not options.box_loss else []
     return {**hyp, "box_loss": settle_own(hyp["box_loss"], [*beside, Path()])}
 
 
-def recipe(family: str, hyp: str | None, overrides: Recipe) -> dict[str, Any]:
-    """The hyper-parameters of a run: the family's file, the user's over it, then flags that are set.
+def recipe(
+    family: str, hyp: str | None, overrides: Recipe, kind: Kind | None = None
+) -> dict[str, Any]:
+    """The hyper-parameters of a run: the family's file, that of the backbone's kind, the user's, then flags that are set.
 
     Raises:
         ConfigError: unknown keys or wrong types in the user's file.
     """
-    merged = dict(load_hyp(hyp, recipe_file(family), CHECKS))
-    if hyp:
-        get_logger().info(f"recipe: {hyp} over data/hyps/{family}.yaml")
-    else:
-        get_logger().info(
-            f"recipe: data/hyps/{family}.yaml, the {family} family's own (--hyp to change it)"
-        )
+    over = [path for path in (kind and KIND_RECIPES / f"{kind}.yaml", hyp) if path]
+    merged = dict(load_hyp(over, recipe_file(family), CHECKS))
+    told = f"data/hyps/{family}.yaml, the {family} family's own"
+    if kind:
+        told = f"data/hyps/backbones/{kind}.yaml, for the backbone's kind, over {told}"
+    get_logger().info(
+        f"recipe: {hyp} over {told}" if hyp else f"recipe: {told} (--hyp to change it)"
+    )
     given = {key: value for key, value in overrides.items() if value is not None}
     for key in given.keys() - merged.keys():
         get_logger().info(
@@ -74,13 +81,26 @@ def complete(hyp: Recipe, family: str, source: str = "resume") -> dict[str, Any]
     return {**default, **hyp}
 
 
-def settle_optimizer(
-    hyp: Recipe, num_classes: int, images: int, batch_size: int, epochs: int
-) -> Recipe:
+def settle(hyp: Recipe, options: TrainOptions, model: DetectionModel, length: Length) -> Recipe:
+    """The recipe with what follows from a new run's length and first weights; what the user's file says stays."""
+    family, num_classes = model.head.family, model.head.num_classes
+    kept = written_keys(options.hyp, recipe_file(family)) if options.hyp else frozenset()
+    hyp = settle_pace(settle_optimizer(hyp, num_classes, length), length, kept)
+    has_weights = model.is_pretrained or options.weights or options.backbone_weights
+    if has_weights or "backbone_lr" in kept or hyp["backbone_lr"] == 1.0:
+        return hyp
+    get_logger().info(
+        f"backbone_lr: 1, its {hyp['backbone_lr']:g} is for backbones with weights, and this one has none"
+    )
+    return {**hyp, "backbone_lr": 1.0}
+
+
+def settle_optimizer(hyp: Recipe, num_classes: int, length: Length) -> Recipe:
     """Decide what `optimizer: auto` means for a training of this length; the recipe has the rule and its numbers."""
     if hyp["optimizer"] != "auto":
         return hyp
-    steps = math.ceil(images / max(batch_size, hyp["nbs"])) * epochs
+    images = length.batches * length.batch_size
+    steps = math.ceil(images / max(length.batch_size, hyp["nbs"])) * length.epochs
     is_short = steps <= hyp["auto_steps"]
     name, lr = "SGD", hyp["auto_sgd_lr"]
     if is_short:
@@ -95,7 +115,7 @@ def settle_optimizer(
 
 def lr_factors(model: DetectionModel, hyp: Recipe) -> dict[str, float]:
     """Learning-rate factor of each parameter that does not have the common one: those of the backbone rows."""
-    factor = hyp.get("backbone_lr", 1.0)
+    factor = hyp["backbone_lr"]
     if factor == 1.0:
         return {}
     prefixes = tuple(f"model.{i}." for i, row in enumerate(model.rows) if row.section == "backbone")

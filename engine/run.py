@@ -20,7 +20,8 @@ from engine.datasets import open_data, open_splits, settle_white
 from engine.evaluation import evaluator_of
 from engine.freeze import freeze
 from engine.options import TrainOptions
-from engine.recipe import lr_factors, recipe_of, settle_optimizer
+from engine.pace import Length, accumulated, warmup_of
+from engine.recipe import lr_factors, recipe_of, settle
 from engine.stopping import StopRequest
 from models.family import Criterion, Recipe, build_criterion
 from models.weights.load import build_to_resume, build_to_train
@@ -34,8 +35,6 @@ from utils.layers import memory_format_for, with_shared_norms
 from utils.logger import get_logger
 from utils.metrics import CocoEvaluator
 from utils.optim import Schedule, Warmup, build_optimizer, build_schedule
-
-LEAST_WARMUP = 100  # iterations; three epochs of a small data set are too short to warm up
 
 
 class EpochProgress(NamedTuple):
@@ -190,7 +189,7 @@ def prepare(
     data = settle_white(data, model)
     refuse_sizes(options, model)
     imgsz = parse_imgsz(options.imgsz, model.max_stride)
-    hyp = recipe_of(options, model.head.family, hyp)
+    saved, hyp = hyp, recipe_of(options, model, hyp)
     criterion = build_criterion(model.head, hyp, imgsz, allow_code=options.allow_code)
     model.head.take_recipe(hyp)
     _place_on(device, model)
@@ -200,9 +199,10 @@ def prepare(
     frozen = freeze(model, options.freeze) if options.freeze else []
     splits = open_splits(options, data, hyp, imgsz, model.max_stride, world)
     fit_to_objects(model, splits.train_set, imgsz, hyp, options)
-    num_classes, images = model.head.num_classes, len(splits.train_set)
-    hyp = settle_optimizer(hyp, num_classes, images, batch_size, options.epochs)
-    accumulate = max(round(hyp["nbs"] / batch_size), 1)
+    length = Length(len(splits.train_loader), options.epochs, batch_size)
+    if saved is None:
+        hyp = settle(hyp, options, model, length)
+    accumulate = accumulated(hyp, length)
     autocast = autocast_dtype(options.amp, device)
     ema = ModelEMA(model, hyp["ema_decay"], hyp["ema_tau"])
     return Run(
@@ -220,7 +220,7 @@ def prepare(
         optimizer=_optimizer(model, hyp, batch_size * accumulate, criterion.times_batch),
         scaler=torch.amp.GradScaler(device.type, enabled=autocast is torch.float16),
         schedule=build_schedule(hyp["schedule"], options.epochs, hyp["lrf"]),
-        warmup=_warmup(hyp, len(splits.train_loader)),
+        warmup=warmup_of(hyp, length),
         accumulate=accumulate,
         autocast=autocast,
         **splits._asdict(),
@@ -288,12 +288,6 @@ def _optimizer(
     return build_optimizer(
         model, hyp["optimizer"], hyp["lr0"], hyp["momentum"], decay, lr_factors=factors
     )
-
-
-def _warmup(hyp: Recipe, batches: int) -> Warmup:
-    iterations = round(hyp["warmup_epochs"] * batches)
-    iterations = max(iterations, LEAST_WARMUP) if iterations else 0
-    return Warmup(iterations, hyp["warmup_bias_lr"], hyp["warmup_momentum"])
 
 
 def _wrap(model: DetectionModel, device: torch.device, world: World) -> nn.Module:

@@ -46,6 +46,7 @@ class DetectionModel(nn.Module):
         config: the mapping that rebuilds the model.
         names: class names.
         imgsz: size (height, width) the model was built for.
+        is_pretrained: whether its rows asked for weights.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class DetectionModel(nn.Module):
         self.config = dict(config)
         self.names = names
         self.imgsz = imgsz
+        self.is_pretrained = False
 
     @property
     def head(self) -> Head[Any]:
@@ -190,7 +192,8 @@ def build_model(
             spec = _with_backbone(spec, lines, backbone)
         model = parse_model(spec, names=names, imgsz=imgsz)
         # Weights that rows ask for are in the model by now, and go where it goes.
-        model.config = forget_weights(model.config)
+        plain = forget_weights(model.config)
+        model.is_pretrained, model.config = plain != model.config, plain
         modules.tell_broken_files()
         _tell_notes(spec, model.rows)
     return model

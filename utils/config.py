@@ -27,11 +27,11 @@ KNOWN_HYP_KEYS = frozenset(
 
 
 HYP_RANGES = {
-    **dict.fromkeys(("nbs", "anchor_t", "ema_tau", "tal_topk"), (1.0, math.inf)),
+    **dict.fromkeys(("nbs", "anchor_t", "ema_tau", "tal_topk", "least_steps"), (1.0, math.inf)),
     **dict.fromkeys(("momentum", "warmup_momentum", "auto_momentum"), (0.0, 0.9999)),
     **dict.fromkeys(("hsv_h", "hsv_s", "hsv_v", "translate", "flipud", "fliplr"), (0.0, 1.0)),
     **dict.fromkeys(("mosaic", "mosaic9", "mixup", "copy_paste"), (0.0, 1.0)),
-    **dict.fromkeys(("label_smoothing", "ema_decay", "focal_alpha"), (0.0, 1.0)),
+    **dict.fromkeys(("label_smoothing", "ema_decay", "focal_alpha", "warmup_share", "ema_share"), (0.0, 1.0)),
     **dict.fromkeys(("box_alpha", "shape_theta", "qfl_beta", "wiou_alpha", "wiou_steps"), (1.0, math.inf)),
     **dict.fromkeys(("nwd_constant", "wiou_delta"), (0.001, math.inf)), "inner_ratio": (0.1, 10.0),
     "scale": (0.0, 0.99), "degrees": (0.0, 180.0), "shear": (0.0, 89.0), "perspective": (0.0, 0.01),
@@ -44,14 +44,14 @@ Recipe = Mapping[str, Any]
 
 
 def load_hyp(
-    path: str | Path | None,
+    path: str | Path | Sequence[str | Path] | None,
     family_default_path: str | Path,
     checks: Mapping[str, Callable[[Any], str]] = MappingProxyType({}),
 ) -> Recipe:
     """Hyper-parameters: the family's file, overlaid with the user's, its section for the family last.
 
     Args:
-        path: the user's file, None for the family's recipe as it stands.
+        path: the user's file, or several, the later over the earlier; None for the family's recipe as it stands.
         family_default_path: the family's recipe; it says which keys there are and of what type. The files beside it
             are the other families', whose names may stand over sections that are meant for them alone.
         checks: for keys whose values must be more than of that type, what is wrong with a value.
@@ -64,11 +64,25 @@ def load_hyp(
     """
     default = Path(family_default_path)
     base = load_yaml(default)
-    if path is None:
-        return MappingProxyType(base)
-    family, families = default.stem, {file.stem for file in default.parent.glob("*.yaml")}
-    problems, without_effect, merged = [], [], dict(base)
-    for key, value, line in _recipe_entries(read_yaml(path), family, families):
+    merged = dict(base)
+    for file in [path] if isinstance(path, (str, Path)) else path or ():
+        merged |= _overlay(file, base, default, checks)
+    return MappingProxyType(merged)
+
+
+def written_keys(path: str | Path, family_default_path: str | Path) -> frozenset[str]:
+    """The keys that a user's recipe has for a family."""
+    return frozenset(
+        key for key, _, _ in _recipe_entries(read_yaml(path), Path(family_default_path))
+    )
+
+
+def _overlay(
+    path: str | Path, base: Recipe, default: Path, checks: Mapping[str, Callable[[Any], str]]
+) -> dict[str, Any]:
+    """What one file puts over the family's recipe `base`; see `load_hyp`."""
+    problems, without_effect, found = [], [], {}
+    for key, value, line in _recipe_entries(read_yaml(path), default):
         where = f"{path}:{line}"
         if key in base:
             if problem := _problem(key, base[key], value):
@@ -77,7 +91,7 @@ def load_hyp(
                 problem = checks[key](value)
             if problem:
                 problems.append(f"{where}: {key} - {problem}")
-            merged[key] = float(value) if type(base[key]) is float and type(value) is int else value
+            found[key] = float(value) if type(base[key]) is float and type(value) is int else value
         elif key in KNOWN_HYP_KEYS:
             without_effect.append(key)
         else:
@@ -85,8 +99,8 @@ def load_hyp(
     if problems:
         raise ConfigError(*problems)
     if without_effect:
-        get_logger().info(f"{path}: without effect for {family}: {', '.join(without_effect)}")
-    return MappingProxyType(merged)
+        get_logger().info(f"{path}: without effect for {default.stem}: {', '.join(without_effect)}")
+    return found
 
 
 def check_recipe(recipe: Recipe, default: Recipe, source: str) -> None:
@@ -104,10 +118,9 @@ def check_recipe(recipe: Recipe, default: Recipe, source: str) -> None:
         raise ConfigError(*problems)
 
 
-def _recipe_entries(
-    file: YamlFile, family: str, families: set[str]
-) -> Iterator[tuple[str, Any, int]]:
-    """Key, value and line of what a recipe says for all families, then for `family`."""
+def _recipe_entries(file: YamlFile, default: Path) -> Iterator[tuple[str, Any, int]]:
+    """Key, value and line of what a recipe says for all families, then for that of the file `default`."""
+    family, families = default.stem, {file.stem for file in default.parent.glob("*.yaml")}
     own = file.data.get(family)
     for key, value in file.data.items():
         if key not in families or not isinstance(value, dict):

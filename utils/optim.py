@@ -18,8 +18,9 @@ from torch.optim import Optimizer
 from utils.errors import CheckpointError, ConfigError, nearest
 from utils.foreach import norms
 from utils.layers import NORM_LAYERS
+from utils.muon import MuSGD
 
-OPTIMIZERS = ("SGD", "Adam", "AdamW")
+OPTIMIZERS = ("SGD", "Adam", "AdamW", "MuSGD")
 ROLES = ("weight", "norm", "bias")
 
 Schedule = Callable[[float], float]
@@ -41,7 +42,7 @@ def build_optimizer(
 
     Args:
         model: parameters are named as the model names them (give it unwrapped from DDP).
-        name: SGD (with Nesterov momentum), Adam or AdamW.
+        name: SGD (with Nesterov momentum), Adam, AdamW, or MuSGD, whose dense filters take a group before the others.
         lr: learning rate before schedule and warm-up.
         momentum: of SGD, or beta1 of the Adams.
         weight_decay: of the first group.
@@ -57,6 +58,8 @@ def build_optimizer(
             f"{nearest(name, OPTIMIZERS)}"
         )
     groups = parameter_groups(model, lr_factors)
+    if name == "MuSGD":
+        groups = [part for group in groups for part in _with_filters_apart(model, group)]
     if not any(group["params"] for group in groups):
         raise ConfigError(
             "freeze: every parameter is frozen, nothing is left to train. Freeze fewer rows."
@@ -66,8 +69,34 @@ def build_optimizer(
         group["weight_decay"] = weight_decay if group["role"].startswith("weight") else 0.0
     if name == "SGD":
         return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
+    if name == "MuSGD":
+        return MuSGD(groups, lr, momentum=momentum)
     adam = torch.optim.Adam if name == "Adam" else torch.optim.AdamW
     return adam(groups, lr=lr, betas=(momentum, 0.999))
+
+
+def _with_filters_apart(model: nn.Module, group: dict[str, Any]) -> list[dict[str, Any]]:
+    """A group of weights as two: the dense filters, whose step may be orthogonal, behind all others."""
+    if not group["role"].startswith("weight"):
+        return [group]
+    owners = dict(model.named_modules())
+    is_dense = [_is_dense(owners[name.rpartition(".")[0]], p) for name, p in _pairs(group)]
+    parts = []
+    for wanted, role in ((False, group["role"]), (True, f"{group['role']} dense")):
+        chosen = [pair for pair, dense in zip(_pairs(group), is_dense) if dense == wanted]
+        names, params = [name for name, _ in chosen], [p for _, p in chosen]
+        parts.append({**group, "role": role, "names": names, "params": params, "muon": wanted})
+    return parts
+
+
+def _pairs(group: Mapping[str, Any]) -> list[tuple[str, nn.Parameter]]:
+    return list(zip(group["names"], group["params"], strict=True))
+
+
+def _is_dense(owner: nn.Module, parameter: Tensor) -> bool:
+    """Whether a weight is one matrix over all channels: not of a depthwise or grouped convolution, not an embedding."""
+    is_grouped = isinstance(owner, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and owner.groups > 1
+    return parameter.ndim >= 2 and not is_grouped and not isinstance(owner, nn.Embedding)
 
 
 def parameter_groups(
@@ -75,9 +104,10 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Trainable parameters by role: `{"role", "factor", "names", "params"}` for weight, norm, bias.
 
-    A bias is what its module calls `bias`; a norm is what stands in a normalisation layer, or has one
-    dimension or none (layer scales); all the rest are weights. A shared parameter is listed once.
-    Parameters with a factor of their own stand in groups such as `weight x0.1`.
+    A bias is what its module calls `bias`; a norm is what stands in a normalisation layer, has one dimension
+    that counts or none (layer scales, strengths of connections), or is a table of positions; all the rest
+    are weights. A shared parameter is listed once. Parameters with a factor of their own stand in groups
+    such as `weight x0.1`.
     """
     factors = lr_factors or {}
     groups: dict[str, dict[str, Any]] = {}
@@ -101,7 +131,10 @@ def _role(name: str, parameter: Tensor, norm_modules: set[str]) -> str:
     owner, _, leaf = name.rpartition(".")
     if leaf == "bias":
         return "bias"
-    return "norm" if owner in norm_modules or parameter.ndim <= 1 else "weight"
+    is_scale = leaf != "weight" and parameter.numel() == max(parameter.shape, default=1)
+    is_table = "pos_embed" in leaf or "position" in leaf or leaf.endswith("_token")
+    is_free = owner in norm_modules or parameter.ndim <= 1 or is_scale or is_table
+    return "norm" if is_free else "weight"
 
 
 def optimizer_state_by_name(optimizer: Optimizer) -> dict[str, Any]:

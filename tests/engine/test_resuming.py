@@ -153,11 +153,11 @@ def test_a_run_keeps_its_recipe_also_when_it_gets_longer(shared_data: Path, tmp_
     words = arguments(Path("yolo11n"), shared_data, tmp_path)
     first = prepare(read_training(words)[0], tmp_path, CPU, World())
     longer = read_training([*words, "--epochs", "100000", "--hyp", "gone.yaml", "--cos-lr"])[0]
-    saved = {key: value for key, value in first.hyp.items() if key != "ema_tau"}
+    saved = {key: value for key, value in first.hyp.items() if key != "ema_share"}
     second = prepare(longer, tmp_path, CPU, World(), hyp={**saved, "lr0": 0.125})
     assert first.hyp["optimizer"] == second.hyp["optimizer"] == "AdamW"
     assert (second.hyp["lr0"], second.hyp["schedule"]) == (0.125, "linear")
-    assert second.hyp["ema_tau"] == first.hyp["ema_tau"]  # a key that an old run did not know
+    assert second.hyp["ema_share"] == first.hyp["ema_share"]  # a key that an old run did not know
 
 
 @pytest.fixture

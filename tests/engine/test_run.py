@@ -39,6 +39,13 @@ def run_of(cfg: Path | str, data: Path, folder: Path, *words: str, world: World 
     return prepare(options_of(cfg, data, *words), folder, CPU, world)
 
 
+def as_published(folder: Path, *lines: str) -> list[str]:
+    """Flags for a recipe that says itself how many images a step sees, as published."""
+    hyp = folder / "hyp.yaml"
+    hyp.write_text("\n".join(("nbs: 64", *lines)))
+    return ["--hyp", str(hyp)]
+
+
 def names_of(run: Run, role: str) -> list[str]:
     return next(g["names"] for g in run.optimizer.param_groups if g["role"] == role)
 
@@ -71,7 +78,9 @@ def test_sizes_are_rounded_up_and_need_not_be_square(
 def test_gradients_accumulate_up_to_the_nominal_batch(
     batch: int, accumulate: int, decay: float, tiny_cfg: Path, shared_data: Path, tmp_path: Path
 ):
-    run = run_of(tiny_cfg, shared_data, tmp_path, "--batch-size", str(batch))
+    run = run_of(
+        tiny_cfg, shared_data, tmp_path, "--batch-size", str(batch), *as_published(tmp_path)
+    )
     assert run.accumulate == accumulate
     decays = {group["role"]: group["weight_decay"] for group in run.optimizer.param_groups}
     assert decays == {"weight": pytest.approx(decay), "norm": 0.0, "bias": 0.0}
@@ -134,6 +143,35 @@ def test_the_backbone_may_have_a_learning_rate_of_its_own(
     backbone = {rate for name, rate in rates.items() if int(name.split(".")[1]) < 5}
     head = {rate for name, rate in rates.items() if int(name.split(".")[1]) >= 5}
     assert (sorted(backbone), sorted(head)) == (pytest.approx([0.002]), [0.02])
+
+
+def test_a_backbone_without_weights_learns_as_fast_as_the_rest(
+    shared_data: Path, tmp_path: Path, capsys
+):
+    """RT-DETR's recipe has a tenth for its pretrained backbone."""
+    words = ("rtdetr-r18", shared_data, tmp_path)
+    run = run_of(*words)
+    assert run.hyp["backbone_lr"] == 1.0
+    assert "backbone_lr: 1, its 0.1 is for backbones with weights" in capsys.readouterr().err
+    hyp = tmp_path / "hyp.yaml"
+    hyp.write_text("backbone_lr: 0.1\n")
+    assert run_of(*words, "--hyp", str(hyp)).hyp["backbone_lr"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--backbone", "mobilenetv3_small_050"], "data/hyps/backbones/depthwise.yaml"),
+        (["--backbone", "resnet10t"], "data/hyps/backbones/plain.yaml"),
+        (["--backbone", "revcol_tiny"], "data/hyps/backbones/reversible.yaml"),
+        ([], "data/hyps/yolo11.yaml, the yolo11 family's own"),
+    ],
+)
+def test_the_recipe_is_that_of_the_backbones_kind(
+    words: list[str], told: str, shared_data: Path, tmp_path: Path, capsys
+):
+    run_of("yolo11n", shared_data, tmp_path, *words)
+    assert f"recipe: {told}" in capsys.readouterr().err
 
 
 def test_images_with_rare_classes_are_drawn_more_often(
@@ -238,14 +276,13 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
 def test_gradients_that_wait_for_the_next_step_are_kept(
     tiny_cfg: Path, shared_data: Path, tmp_path: Path
 ):
-    hyp = tmp_path / "hyp.yaml"
-    hyp.write_text("warmup_epochs: 0\n")  # accumulation of 16 from the first iteration on
-    run = trained(run_of(tiny_cfg, shared_data, tmp_path, "--hyp", str(hyp)))
+    words = as_published(tmp_path, "warmup_epochs: 0")  # batches gather from the first one on
+    run = trained(run_of(tiny_cfg, shared_data, tmp_path, *words))
     pending = checkpoint_of(run, 0)["optimizer"]["pending"]
     assert set(pending) == {name for name, _ in run.model.named_parameters()}
     assert run.place.last_step == -1 and run.ema.updates == 0
     save(run, tmp_path / "last.pt", 0)
-    fresh = run_of(tiny_cfg, shared_data, tmp_path, "--hyp", str(hyp))
+    fresh = run_of(tiny_cfg, shared_data, tmp_path, *words)
     restore(fresh, load_resumable(tmp_path / "last.pt"))
     gradients = {name: p.grad for name, p in fresh.model.named_parameters()}
     assert same(gradients, {name: p.grad for name, p in run.model.named_parameters()})

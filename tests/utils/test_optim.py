@@ -48,14 +48,40 @@ def test_groups_are_weights_norms_and_biases_by_name() -> None:
     }
 
 
+def test_scales_and_tables_of_positions_do_not_decay_whatever_their_shape() -> None:
+    net = nn.Module()
+    net.alpha0 = nn.Parameter(torch.ones(1, 4, 1, 1))
+    net.pos_embed = nn.Parameter(torch.ones(1, 9, 4))
+    net.relative_position_bias_table = nn.Parameter(torch.ones(9, 4))
+    net.point = nn.Conv2d(4, 1, 1, bias=False)  # a filter, though one dimension counts
+    groups = {g["role"]: g["names"] for g in parameter_groups(net)}
+    assert groups["norm"] == ["alpha0", "pos_embed", "relative_position_bias_table"]
+    assert groups["weight"] == ["point.weight"]
+
+
+def test_dense_filters_alone_may_step_orthogonally() -> None:
+    net = Net()
+    net.depthwise = nn.Conv2d(4, 4, 3, groups=4)
+    optimizer = build_optimizer(net, "MuSGD", 0.01, 0.9, 5e-4)
+    groups = {g["role"]: (g["names"], g["muon"], g["weight_decay"]) for g in optimizer.param_groups}
+    assert groups["weight dense"] == (["conv.weight", "last.weight"], True, 5e-4)
+    assert groups["weight"] == (["depthwise.weight"], False, 5e-4)
+    assert groups["norm"][1:] == (False, 0.0) and len(optimizer.param_groups) == 4
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_only_weights_decay_and_the_order_of_groups_is_fixed(name: str) -> None:
     optimizer = build_optimizer(Net(), name, lr=0.01, momentum=0.9, weight_decay=5e-4)
-    assert [g["role"] for g in optimizer.param_groups] == ["weight", "norm", "bias"]
-    assert [g["weight_decay"] for g in optimizer.param_groups] == [5e-4, 0, 0]
+    dense = ["weight dense"] if name == "MuSGD" else []
+    assert [g["role"] for g in optimizer.param_groups] == ["weight", *dense, "norm", "bias"]
+    assert [g["weight_decay"] for g in optimizer.param_groups if g["role"] != "weight dense"] == [
+        5e-4,
+        0,
+        0,
+    ]
     assert all(g["initial_lr"] == 0.01 for g in optimizer.param_groups)
     momentum = optimizer.param_groups[0]
-    assert (momentum["momentum"] if name == "SGD" else momentum["betas"][0]) == 0.9
+    assert (momentum["momentum"] if "SGD" in name else momentum["betas"][0]) == 0.9
 
 
 def test_frozen_parameters_are_left_out_and_empty_groups_stay() -> None:

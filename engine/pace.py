@@ -1,0 +1,83 @@
+"""How fast a training goes: recipes were published for hundreds of thousands of optimiser steps; this one may have a thousand.
+
+What counts in steps follows the number of steps that the run has. In a run as long as the published ones nothing changes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Set
+from typing import Any, NamedTuple
+
+from utils.logger import get_logger
+from utils.optim import Warmup
+
+LEAST_WARMUP = 100  # iterations, where so many are no larger share of the run than a warm-up may be
+
+
+class Length(NamedTuple):
+    """How long a training is.
+
+    Attributes:
+        batches: of an epoch, in this process.
+        epochs: all of them.
+        batch_size: images a batch, over all processes.
+    """
+
+    batches: int
+    epochs: int
+    batch_size: int
+
+    @property
+    def iterations(self) -> int:
+        """Batches of the whole training."""
+        return self.batches * self.epochs
+
+
+def warmup_of(hyp: Mapping[str, Any], length: Length) -> Warmup:
+    """The warm-up of a settled recipe."""
+    iterations = round(hyp["warmup_epochs"] * length.batches)
+    return Warmup(iterations, hyp["warmup_bias_lr"], hyp["warmup_momentum"])
+
+
+def accumulated(hyp: Mapping[str, Any], length: Length) -> int:
+    """Batches whose gradients an optimiser step gathers."""
+    return max(round(hyp["nbs"] / length.batch_size), 1)
+
+
+def settle_pace(
+    hyp: Mapping[str, Any], length: Length, kept: Set[str] = frozenset()
+) -> dict[str, Any]:
+    """The recipe with `nbs`, `warmup_epochs`, `ema_decay` and `ema_tau` as this training wants them.
+
+    Batches are gathered into steps of `nbs` images only as far as `least_steps` steps remain. The warm-up takes no more than
+    `warmup_share` of the run, and LEAST_WARMUP iterations at least where that leaves room. The average looks back, and ramps up,
+    over `ema_share` of the steps at most. A recipe that is settled already stays as it is.
+
+    Args:
+        hyp: the recipe.
+        length: of the training.
+        kept: keys that stay as they are.
+    """
+    wanted = accumulated(hyp, length)
+    gathered = min(wanted, max(int(length.iterations / hyp["least_steps"]), 1))
+    gathered = wanted if "nbs" in kept else gathered
+    steps = length.iterations / gathered
+    warmup, most = hyp["warmup_epochs"] * length.batches, hyp["warmup_share"] * length.iterations
+    window = max(hyp["ema_share"] * steps, 1.0)
+    settled = {
+        "nbs": hyp["nbs"] if gathered == wanted else gathered * length.batch_size,
+        "warmup_epochs": min(max(warmup, LEAST_WARMUP), most) / length.batches if warmup else 0.0,
+        "ema_decay": min(hyp["ema_decay"], 1 - 1 / window),
+        "ema_tau": min(hyp["ema_tau"], window),
+    }
+    changed = {
+        key: value
+        for key, value in settled.items()
+        if key not in kept and not math.isclose(value, hyp[key])
+    }
+    told = ", ".join(f"{key} {value:.4g} (not {hyp[key]:g})" for key, value in changed.items())
+    get_logger().info(
+        f"pace: {length.iterations} batches, {int(steps)} optimiser steps; {told or 'as the recipe says'}"
+    )
+    return {**hyp, **changed}

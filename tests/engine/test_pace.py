@@ -1,0 +1,66 @@
+"""What follows the number of optimiser steps, and that long runs keep the published numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from engine.pace import Length, accumulated, settle_pace
+
+PUBLISHED: dict[str, Any] = {
+    "nbs": 64, "least_steps": 3000, "warmup_epochs": 3.0, "warmup_share": 0.1, "ema_decay": 0.9999, "ema_tau": 2000,
+    "ema_share": 0.1, "lr0": 0.01,
+}  # fmt: skip
+
+
+def test_a_run_as_long_as_the_published_ones_keeps_their_numbers(capsys):
+    """COCO: 117,266 images, 500 epochs, batch 16."""
+    assert settle_pace(PUBLISHED, Length(7330, 500, 16)) == PUBLISHED
+    assert "916250 optimiser steps; as the recipe says" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"),
+    # batches x epochs: iterations // 3000 batches a step at most; warm-up between 100 iterations and a tenth of the run
+    [
+        (Length(13, 100, 16), (16, 100 / 13, 1 - 1 / 130, 130)),  # 1300 steps
+        (Length(25, 30, 16), (16, 3.0, 1 - 1 / 75, 75)),  # 750 steps, warm-up 75
+        (Length(25, 10, 16), (16, 1.0, 1 - 1 / 25, 25)),
+        (Length(60, 100, 16), (32, 3.0, 1 - 1 / 300, 300)),  # two batches a step, 3000 steps
+        (Length(7330, 1, 16), (32, 0.1, 1 - 1 / 366.5, 366.5)),
+        (Length(13, 100, 128), (64, 100 / 13, 1 - 1 / 130, 130)),  # a batch above nbs
+        (Length(1, 1, 4), (4, 0.1, 0.0, 1.0)),  # one step: the average is the model
+    ],
+)
+def test_a_short_run_is_paced_by_its_steps(length: Length, expected: tuple[float, ...]):
+    settled = settle_pace(PUBLISHED, length)
+    keys = ("nbs", "warmup_epochs", "ema_decay", "ema_tau")
+    assert [settled[key] for key in keys] == pytest.approx(list(expected))
+    assert settled["lr0"] == 0.01
+    assert settle_pace(settled, length) == settled, "settled once is settled"
+
+
+def test_what_changes_is_said(capsys):
+    settle_pace(PUBLISHED, Length(25, 30, 16))
+    told = "pace: 750 batches, 750 optimiser steps; nbs 16 (not 64), ema_decay 0.9867 (not 0.9999), ema_tau 75 (not 2000)"
+    assert told in capsys.readouterr().err
+
+
+def test_no_warm_up_stays_none():
+    assert (
+        settle_pace({**PUBLISHED, "warmup_epochs": 0.0}, Length(25, 30, 16))["warmup_epochs"] == 0
+    )
+
+
+def test_what_the_user_wrote_stays():
+    settled = settle_pace(PUBLISHED, Length(25, 30, 16), kept={"nbs", "ema_tau", "mosaic"})
+    assert (settled["nbs"], settled["ema_tau"]) == (64, 2000)
+    assert settled["ema_decay"] == pytest.approx(
+        1 - 1 / (0.1 * 750 / 4)
+    )  # of the steps that are left
+
+
+def test_batches_of_a_step():
+    assert accumulated(PUBLISHED, Length(1, 1, 16)) == 4
+    assert accumulated(PUBLISHED, Length(1, 1, 100)) == 1
