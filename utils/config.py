@@ -53,7 +53,7 @@ HYP_RANGES = {
 """Smallest and largest value of a recipe's number; of those that are not here, 0 and what is plainly too much."""
 LARGEST_NUMBER = 1e9
 
-FAMILIES = ("yolov5", "yolov9", "yolo11", "rtdetr")
+FAMILIES = ("yolov5", "yolov9", "yolo11", "rtdetr", "dfine")
 """A recipe may have a section of each name, with what is meant for that family alone."""
 
 
