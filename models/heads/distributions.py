@@ -40,9 +40,10 @@ def bin_distances(reg_max: int, half_range: Tensor, scale: Tensor) -> Tensor:
         scale: c, one number.
     """
     limit = (half_range * scale).reshape(1)
-    steps = torch.arange(1, reg_max // 2, device=limit.device, dtype=limit.dtype)
-    outwards = torch.cat(((limit + 1) ** (2 / (reg_max - 2) * steps) - 1, 2 * limit))
-    return torch.cat((-outwards.flip(0), torch.zeros_like(limit), outwards))
+    half = reg_max // 2
+    steps = torch.arange(1 - half, half, device=limit.device, dtype=limit.dtype)
+    inner = steps.sign() * ((limit + 1) ** (steps.abs() / (half - 1)) - 1)
+    return torch.cat((-2 * limit, inner, 2 * limit))
 
 
 def mean_distances(logits: Tensor, distances: Tensor) -> Tensor:
