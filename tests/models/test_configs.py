@@ -254,14 +254,15 @@ def test_the_familys_loss_is_finite_and_reaches_every_parameter(
 def test_the_folded_form_predicts_the_same(name: str, model: DetectionModel):
     state = {key: value.clone() for key, value in model.state_dict().items()}
     model.eval()
-    deployed = reparameterize_model(model)
+    is_amplifying = name.startswith("dfine")  # six layers of these weights make much of one rounding
+    deployed = reparameterize_model(model.double() if is_amplifying else model)
     image = golden_weights.image(*size_for(name)).double()
     with torch.no_grad():
         expected = model.double().decode(model(image))
         found = deployed.double().decode(deployed(image))
     model.float()
     for a, b in zip(expected, found, strict=True):
-        assert (a - b).abs().max() <= 1e-4 * a.abs().max()
+        assert (a - b).abs().max() <= (1e-9 if is_amplifying else 1e-4) * a.abs().max()
     assert count_params(deployed) < count_params(model)
     left = [n for n, m in deployed.named_modules() if isinstance(m, nn.BatchNorm2d)]
     assert len(left) <= len([m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]) // 2
