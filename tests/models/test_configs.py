@@ -254,7 +254,9 @@ def test_the_familys_loss_is_finite_and_reaches_every_parameter(
 def test_the_folded_form_predicts_the_same(name: str, model: DetectionModel):
     state = {key: value.clone() for key, value in model.state_dict().items()}
     model.eval()
-    is_amplifying = name.startswith("dfine")  # six layers of these weights make much of one rounding
+    is_amplifying = name.startswith(
+        "dfine"
+    )  # six layers of these weights make much of one rounding
     deployed = reparameterize_model(model.double() if is_amplifying else model)
     image = golden_weights.image(*size_for(name)).double()
     with torch.no_grad():
