@@ -13,7 +13,7 @@ half precision cannot hold (softmax, normalisation, sampling locations) is compu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -55,10 +55,18 @@ class LayerNorm(nn.LayerNorm):
 
 
 class MLP(nn.Module):
-    """Linear layers with ReLU between them."""
+    """Linear layers with ReLU, or another activation, between them."""
 
-    def __init__(self, in_features: int, hidden: int, out_features: int, num_layers: int) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        hidden: int,
+        out_features: int,
+        num_layers: int,
+        activation: Callable[[Tensor], Tensor] = functional.relu,
+    ) -> None:
         super().__init__()
+        self.activation = activation
         widths = [in_features, *[hidden] * (num_layers - 1), out_features]
         self.layers = nn.ModuleList(
             nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)
@@ -66,7 +74,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
-            x = functional.relu(layer(x))
+            x = self.activation(layer(x))
         return self.layers[-1](x)
 
 

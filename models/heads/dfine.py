@@ -1,6 +1,7 @@
 """D-FINE's head: queries as in RT-DETR, boxes as four distributions that every layer refines.
 
-Source: D-FINE (arXiv 2410.13842): fine-grained distribution refinement (section 4.1), gated fusion and points by level (appendix).
+Sources: D-FINE (arXiv 2410.13842): fine-grained distribution refinement (section 4.1), gated fusion and points by level
+(appendix); DEIMv2 (arXiv 2509.20787) for the leaner layers that `deimv2` builds.
 
 Letters: B batch, C classes, D width, N bins of an edge less one, Q queries, K denoising queries, L decoder layers,
 S stages: before the first layer's refinement, and the layers.
@@ -21,6 +22,7 @@ from models.common import batch_norm
 from models.head import Head
 from models.heads.denoising import WithNoise, add_noisy_queries, take_noise
 from models.heads.distributions import bin_distances, boxes_from_distances, mean_distances
+from models.heads.gated_layers import GatedDecoderLayer
 from models.heads.queries import (
     decode_set,
     decoder_rule,
@@ -35,17 +37,14 @@ from models.registry import LayerError, register
 from models.transformer import (
     MLP,
     Decoder,
-    DeformableAttention,
     LayerNorm,
     MapSize,
-    SelfAttention,
     inverse_sigmoid,
     widen,
 )
 from utils.structures import Decoded, Targets
 
 HALF_RANGE = 0.5  # a: the finest bins reach this share of the side beyond an edge
-LARGEST_HALF = 65504.0  # largest number of float16
 LARGEST_POSITION = 10.0  # of a query's positional embedding
 LIKELIEST = 4  # bins of each edge whose probabilities tell how sure the edge is
 
@@ -103,63 +102,6 @@ class DFINERaw(NamedTuple):
     image_size: tuple[int, int]
 
 
-class Gate(nn.Module):
-    """Weighs what a query knew against what it has seen, channel by channel, in place of a residual."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.gate = nn.Linear(2 * width, 2 * width)
-        self.norm = LayerNorm(width)
-        nn.init.zeros_(self.gate.weight)  # a half of each
-        nn.init.zeros_(self.gate.bias)
-
-    def forward(self, known: Tensor, seen: Tensor) -> Tensor:
-        """(B, Q, D) twice to the same."""
-        of_known, of_seen = self.gate(torch.cat((known, seen), -1)).sigmoid().chunk(2, -1)
-        return self.norm(of_known * known + of_seen * seen)
-
-
-class GatedDecoderLayer(nn.Module):
-    """Self-attention among queries, deformable attention to the maps behind a gate, feed-forward; post-norm.
-
-    Args:
-        width: D.
-        num_heads: of both attentions.
-        feedforward: width of the feed-forward part.
-        num_points: sampling points per head, one number a level.
-    """
-
-    def __init__(
-        self, width: int, num_heads: int, feedforward: int, num_points: Sequence[int]
-    ) -> None:
-        super().__init__()
-        self.self_attn = SelfAttention(width, num_heads)
-        self.norm1 = LayerNorm(width)
-        self.cross_attn = DeformableAttention(
-            width, num_heads, len(num_points), num_points, is_projected=False
-        )
-        self.gateway = Gate(width)
-        self.linear1 = nn.Linear(width, feedforward)
-        self.linear2 = nn.Linear(feedforward, width)
-        self.norm3 = LayerNorm(width)
-
-    def forward(
-        self,
-        queries: Tensor,
-        position: Tensor,
-        boxes_cxcywh: Tensor,
-        memory: Tensor,
-        sizes: Sequence[MapSize],
-        allowed: Tensor | None = None,
-    ) -> Tensor:
-        """Refine `queries` (B, Q, D); `position` is their positional embedding, the rest as in the two attentions."""
-        queries = self.norm1(queries + self.self_attn(queries, position, allowed))
-        seen = self.cross_attn(queries + position, boxes_cxcywh, memory, sizes)
-        queries = self.gateway(queries, seen)
-        queries = queries + self.linear2(functional.relu(self.linear1(queries)))
-        return self.norm3(queries.clamp(-LARGEST_HALF, LARGEST_HALF))
-
-
 class EdgeQuality(nn.Module):
     """What the shape of the four distributions adds to all class logits of a query: sharp ones are sure of their edge."""
 
@@ -192,6 +134,8 @@ class DFINEDecoder(Head[DFINERaw]):
         reg_max: N, even, 4 or more.
         reg_scale: c; the larger, the finer the bins near an edge are, in sides of the box.
         num_denoising, label_noise, box_noise: as in `RTDETRDecoder`.
+        deimv2: DEIMv2's form: layers as `GatedDecoderLayer` says, one positional embedding of the first boxes for all of
+            them, SiLU between linear layers, tokens ranked as they are.
     """
 
     family = "dfine"
@@ -214,11 +158,12 @@ class DFINEDecoder(Head[DFINERaw]):
         num_denoising: int = 100,
         label_noise: float = 0.5,
         box_noise: float = 1.0,
+        deimv2: bool = False,
     ) -> None:
         super().__init__(num_classes, len(channels))
         if reg_max < 4 or reg_max % 2:
             raise LayerError(f"got reg_max {reg_max}, expected an even number from 4")
-        self.num_queries, self.reg_max = num_queries, reg_max
+        self.num_queries, self.reg_max, self.deimv2 = num_queries, reg_max, deimv2
         self.num_denoising, self.label_noise, self.box_noise = num_denoising, label_noise, box_noise
         self.strides = tuple(8 * 2**level for level in range(len(channels)))
         self.input_proj = nn.ModuleList(
@@ -233,7 +178,8 @@ class DFINEDecoder(Head[DFINERaw]):
                 f"got num_points {points}, expected one for each of {len(channels)} maps"
             )
         self.decoder = Decoder(
-            GatedDecoderLayer(hidden, num_heads, feedforward, points) for _ in range(num_layers)
+            GatedDecoderLayer(hidden, num_heads, feedforward, points, deimv2)
+            for _ in range(num_layers)
         )
         # Constants that come with the weights.
         self.up = nn.Parameter(torch.tensor([HALF_RANGE]), requires_grad=False)
@@ -246,20 +192,29 @@ class DFINEDecoder(Head[DFINERaw]):
         self.denoising_class_embed = (
             nn.Embedding(count + 1, hidden, padding_idx=count) if self.num_denoising else None
         )
-        self.query_pos_head = MLP(4, 2 * hidden, hidden, num_layers=2)
-        self.enc_output = nn.Sequential(nn.Linear(hidden, hidden), LayerNorm(hidden))
+        act = functional.silu if self.deimv2 else functional.relu
+        if self.deimv2:
+            self.query_pos_head = MLP(4, hidden, hidden, 3, act)
+            self.enc_output: nn.Module = nn.Identity()
+        else:
+            self.query_pos_head = MLP(4, 2 * hidden, hidden, 2, act)
+            self.enc_output = nn.Sequential(nn.Linear(hidden, hidden), LayerNorm(hidden))
         self.enc_score_head = nn.Linear(hidden, count)
-        self.enc_bbox_head = MLP(hidden, hidden, 4, num_layers=3)
-        self.pre_bbox_head = MLP(hidden, hidden, 4, num_layers=3)
+        self.enc_bbox_head = MLP(hidden, hidden, 4, 3, act)
+        self.pre_bbox_head = MLP(hidden, hidden, 4, 3, act)
         self.dec_score_head = nn.ModuleList(nn.Linear(hidden, count) for _ in range(num_layers))
         self.dec_bbox_head = nn.ModuleList(
-            MLP(hidden, hidden, 4 * (self.reg_max + 1), num_layers=3) for _ in range(num_layers)
+            MLP(hidden, hidden, 4 * (self.reg_max + 1), 3, act) for _ in range(num_layers)
         )
         self.quality = nn.ModuleList(EdgeQuality() for _ in range(num_layers))
         initialize_weights(
             (self.enc_score_head, *self.dec_score_head),
             (self.enc_bbox_head, self.pre_bbox_head, *self.dec_bbox_head),
-            (self.enc_output[0], *self.query_pos_head.layers),
+            (
+                m
+                for m in (*self.enc_output.modules(), *self.query_pos_head.layers)
+                if isinstance(m, nn.Linear)
+            ),
         )
 
     def initialize(self, strides: Sequence[int]) -> None:
@@ -318,8 +273,9 @@ class DFINEDecoder(Head[DFINERaw]):
         logits, all_boxes, all_edges = [], [], []
         reference, edges, known = boxes, content.new_zeros(()), torch.zeros_like(content)
         for number, layer in enumerate(self.decoder.layers):
-            position = self.query_pos_head(boxes.to(content.dtype))
-            position = position.clamp(-LARGEST_POSITION, LARGEST_POSITION)
+            if number == 0 or not self.deimv2:
+                position = self.query_pos_head(boxes.to(content.dtype))
+                position = position.clamp(-LARGEST_POSITION, LARGEST_POSITION)
             content = layer(content, position, boxes, memory, sizes, allowed)
             if number == 0:
                 start = (widen(self.pre_bbox_head(content)) + inverse_sigmoid(boxes)).sigmoid()

@@ -51,6 +51,7 @@ PARAMETERS = {
     "dfine-n": 3_782_693,
     "dfine-s": 10_321_877,
     "dfine-m": 19_590_064,
+    "deimv2-n": 3_600_421,
     "yolo11-mobilenetv4": 2_206_648,
 }
 # The couplings as their write-ups print them: file, classes, parameters. In the first file a
@@ -65,11 +66,12 @@ COUPLINGS = [
 # Number of entries of the state dict at 80 classes, and checksum of its keys and shapes: those of the
 # published weights where there are any. A change here means that saved weights no longer load.
 LAYOUTS = {
-    "dfine-l": (1243, 1043818807),
-    "dfine-m": (1045, 3625038931),
-    "dfine-n": (667, 3927343964),
-    "dfine-s": (787, 907465368),
-    "dfine-x": (1561, 1381442012),
+    "deimv2-n": (656, 2611477922),
+    "dfine-l": (1243, 1351537293),
+    "dfine-m": (1045, 4178220449),
+    "dfine-n": (667, 1949377609),
+    "dfine-s": (787, 204567787),
+    "dfine-x": (1561, 79570569),
     "gelan-c": (937, 2077421967),
     "gelan-e": (1811, 3300430920),
     "gelan-m": (907, 1625901645),
@@ -123,7 +125,7 @@ CONFIGS = [
 
 def size_for(name: str) -> tuple[int, int]:
     """Not square; RT-DETR and D-FINE rank 300 candidates, so they need as many cells."""
-    if name == "dfine-n":  # without a map at stride 8
+    if name in ("dfine-n", "deimv2-n"):  # without a map at stride 8
         return (256, 320)
     return (128, 160) if name.startswith(("rtdetr", "dfine")) else (64, 96)
 
@@ -202,14 +204,16 @@ def leaves(value: Any) -> list[Tensor]:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_predictions_have_their_shapes_in_training_and_in_use(name: str, model: DetectionModel):
-    assert model.strides == ((16, 32) if name == "dfine-n" else (8, 16, 32))
+    assert model.strides == ((16, 32) if name in ("dfine-n", "deimv2-n") else (8, 16, 32))
     for height, width in (size_for(name), size_for(name)[::-1]):
         model.eval()
         with torch.no_grad():
             raw = model(torch.rand(1, 3, height, width))
             boxes, scores = model.decode(raw)
         count = (
-            300 if name.startswith(("rtdetr", "dfine")) else anchor_points(model, (height, width))
+            300
+            if name.startswith(("rtdetr", "dfine", "deimv2"))
+            else anchor_points(model, (height, width))
         )
         assert boxes.shape == (1, count, 4) and scores.shape == (1, count, CLASSES)
         assert boxes.isfinite().all() and scores.min() >= 0 and scores.max() <= 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.family import build_criterion, recipe_file
 from models.heads.dfine import DFINEDecoder
 from models.heads.distributions import boxes_from_distances, mean_distances
+from models.heads.gated_layers import RMSNorm, SwiGLU
 from models.meta import run_on_meta
 from models.reparam import fuse
 from models.transformer import set_sampling
@@ -44,9 +46,10 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 
 
-def small_model() -> DetectionModel:
+def small_model(deimv2: bool = False) -> DetectionModel:
     torch.manual_seed(0)
-    model = build_model(SMALL, imgsz=(64, 64))
+    head = [[2, 8, 5], 1, "DFINEDecoder", ["nc", {**HEAD, "deimv2": deimv2}]]
+    model = build_model({**SMALL, "head": [*SMALL["head"][:-1], head]}, imgsz=(64, 64))
     for name, value in model.state_dict().items():  # no zero weight hides a mistake
         if value.is_floating_point() and "running" not in name and value.numel() > 1:
             value.add_(0.02 * torch.randn(value.shape))
@@ -180,8 +183,11 @@ def test_refinement_of_the_last_layer_trains_those_before_but_what_they_attend_a
 
 
 @pytest.mark.parametrize("counts", [(2, 3), (0, 1), (0, 0)])
-def test_every_parameter_has_a_gradient_whatever_the_batch_holds(counts: tuple[int, int]):
-    model, targets = small_model().train(), targets_of(*counts)
+@pytest.mark.parametrize("deimv2", [False, True])
+def test_every_parameter_has_a_gradient_whatever_the_batch_holds(
+    counts: tuple[int, int], deimv2: bool
+):
+    model, targets = small_model(deimv2).train(), targets_of(*counts)
     sum(losses_of(model, torch.rand(2, 3, 64, 64), targets).values()).backward()
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert [n for n, p in trained.items() if p.grad is None or not p.grad.isfinite().all()] == []
@@ -231,8 +237,10 @@ def test_options_that_do_not_fit_are_one_line(options: dict[str, Any], told: str
     assert told in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_half_precision_agrees_with_float32_to_half_a_pixel():
-    model, images = small_model().eval(), torch.rand(1, 3, 64, 64)
+@pytest.mark.parametrize("deimv2", [False, True])
+def test_half_precision_agrees_with_float32_to_half_a_pixel(deimv2: bool):
+    model, images = small_model(deimv2).eval(), torch.rand(1, 3, 64, 64)
+    model.head.num_queries = 64 + 16 + 4  # every cell: no near tie chooses among them
     with torch.inference_mode():
         full = model.decode(model(images))
         half = model.half().decode(model(images.half()))
@@ -267,6 +275,27 @@ def test_model_overfits_one_batch():
     assert sum(totals[-5:]) < 0.5 * sum(totals[:5])
 
 
+def test_deimv2s_layers_worked_out_by_hand():
+    """SwiGLU: gate 1 and value 3 of input 1 are silu(1) * 3. RMS of (3, 4) is sqrt(12.5)."""
+    layer = SwiGLU(1, 2)
+    with torch.no_grad():
+        layer.linear1.weight.copy_(torch.tensor([[1.0], [3.0]]))
+        for parameter in (layer.linear1.bias, layer.linear2.bias):
+            parameter.zero_()
+        layer.linear2.weight.fill_(1.0)
+    assert layer(torch.ones(1, 1)).item() == pytest.approx(3 / (1 + math.exp(-1)))
+    found = RMSNorm(2)(torch.tensor([[3.0, 4.0]]))[0]
+    assert found.tolist() == pytest.approx([3 / math.sqrt(12.5), 4 / math.sqrt(12.5)], rel=1e-5)
+
+
+def test_deimv2_embeds_the_first_boxes_alone():
+    model = small_model(deimv2=True).eval()
+    calls: list[int] = []
+    model.head.query_pos_head.register_forward_hook(lambda *_: calls.append(1))
+    model(torch.rand(1, 3, 64, 64))
+    assert len(calls) == 1 and isinstance(model.head.enc_output, nn.Identity)
+
+
 # --- deployment -----------------------------------------------------------------------------------
 
 
@@ -295,8 +324,9 @@ class _Deployed(nn.Module):
         return self.model.head.export_layout(self.model(images))
 
 
-def test_traced_model_takes_any_batch_and_size():
-    model = _Deployed(small_model()).eval()
+@pytest.mark.parametrize("deimv2", [False, True])
+def test_traced_model_takes_any_batch_and_size(deimv2: bool):
+    model = _Deployed(small_model(deimv2)).eval()
     with torch.no_grad():
         traced = torch.jit.trace(model, (torch.rand(2, 3, 96, 128),), check_trace=False)
         images = torch.rand(3, 3, 128, 64)
