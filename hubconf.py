@@ -163,3 +163,4 @@ yolo11n, yolo11s, yolo11m, yolo11l, yolo11x = (_entry(f"yolo11{size}") for size 
 gelan_t, gelan_s, gelan_m, gelan_c, gelan_e = (_entry(f"gelan-{size}") for size in "tsmce")
 yolov9_t, yolov9_s, yolov9_m, yolov9_c, yolov9_e = (_entry(f"yolov9-{size}") for size in "tsmce")
 rtdetr_l, rtdetr_x = (_entry(f"rtdetr-{size}") for size in "lx")
+dfine_n, dfine_s, dfine_m, dfine_l, dfine_x = (_entry(f"dfine-{size}") for size in "nsmlx")

@@ -95,7 +95,7 @@ BACKBONES = {
     "ViT": Backbone(("vit_tiny_patch16_224",)),
     "EfficientNet": Backbone(("efficientnet_b0",)),
 }
-HEADS = ("yolov5n", "gelan-t", "yolov9-t", "yolo11n", "rtdetr-r18")
+HEADS = ("yolov5n", "gelan-t", "yolov9-t", "yolo11n", "rtdetr-r18", "dfine-s")
 
 
 def check_cell(

@@ -13,10 +13,12 @@ from torch import Tensor
 from models.head import Head
 from models.heads.anchor import AnchorDetect
 from models.heads.ddetect import DDetect, DualDDetect
+from models.heads.dfine import DFINEDecoder
 from models.heads.dfl import DFLDetect
 from models.heads.rtdetr import RTDETRDecoder
 from models.losses.anchor import AnchorLoss, scaled_gains
 from models.losses.box import BoxLoss
+from models.losses.dfine import DFINELoss
 from models.losses.hungarian import HungarianLoss
 from models.losses.task_aligned import DualTaskAlignedLoss, TaskAlignedLoss
 from utils.errors import ConfigError
@@ -70,6 +72,7 @@ FAMILIES = [
     Family(DualDDetect, DualTaskAlignedLoss),
     Family(DFLDetect, TaskAlignedLoss),
     Family(RTDETRDecoder, HungarianLoss),
+    Family(DFINEDecoder, DFINELoss),
 ]
 
 

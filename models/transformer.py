@@ -13,7 +13,7 @@ half precision cannot hold (softmax, normalisation, sampling locations) is compu
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,10 +50,18 @@ class LayerNorm(nn.LayerNorm):
 
 
 class MLP(nn.Module):
-    """Linear layers with ReLU between them."""
+    """Linear layers with ReLU, or another activation, between them."""
 
-    def __init__(self, in_features: int, hidden: int, out_features: int, num_layers: int) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        hidden: int,
+        out_features: int,
+        num_layers: int,
+        activation: Callable[[Tensor], Tensor] = functional.relu,
+    ) -> None:
         super().__init__()
+        self.activation = activation
         widths = [in_features, *[hidden] * (num_layers - 1), out_features]
         self.layers = nn.ModuleList(
             nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)
@@ -61,7 +69,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
-            x = functional.relu(layer(x))
+            x = self.activation(layer(x))
         return self.layers[-1](x)
 
 
@@ -201,38 +209,51 @@ class DeformableAttention(nn.Module):
         width: D, a multiple of `num_heads`.
         num_heads: M.
         num_levels: L.
-        num_points: P, per head and level.
+        num_points: P, per head and level; or one number a level (arXiv 2407.17140, section 3.1).
+        is_projected: whether values and output go through linear layers of their own; D-FINE has none.
     """
 
-    def __init__(self, width: int, num_heads: int, num_levels: int, num_points: int) -> None:
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        num_levels: int,
+        num_points: int | Sequence[int],
+        is_projected: bool = True,
+    ) -> None:
         super().__init__()
         if width % num_heads:
             raise ValueError(
                 f"got width {width} and {num_heads} heads, expected a multiple of the heads"
             )
-        self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
+        points = [num_points] * num_levels if isinstance(num_points, int) else list(num_points)
+        if len(points) != num_levels or min(points) < 1:
+            raise ValueError(
+                f"got num_points {num_points} for {num_levels} maps, expected a number from 1 for each"
+            )
+        self.num_heads, self.num_points = num_heads, points
         self.sampling = SAMPLINGS[0]
-        total = num_heads * num_levels * num_points
+        total = num_heads * sum(points)
         self.sampling_offsets = nn.Linear(width, total * 2)
         self.attention_weights = nn.Linear(width, total)
-        self.value_proj = nn.Linear(width, width)
-        self.output_proj = nn.Linear(width, width)
+        own: type[nn.Module] = nn.Linear if is_projected else nn.Identity
+        self.value_proj, self.output_proj = own(width, width), own(width, width)
         self._initialize()
 
     def _initialize(self) -> None:
         """Each head starts with a direction of its own, point p at p steps from the centre."""
         for layer in (self.sampling_offsets, self.attention_weights):
             nn.init.zeros_(layer.weight)
-        for layer in (self.attention_weights, self.value_proj, self.output_proj):
-            nn.init.zeros_(layer.bias)
-        for layer in (self.value_proj, self.output_proj):
-            nn.init.xavier_uniform_(layer.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for own in (self.value_proj, self.output_proj):
+            if isinstance(own, nn.Linear):
+                nn.init.zeros_(own.bias)
+                nn.init.xavier_uniform_(own.weight)
         angle = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
         direction = torch.stack((angle.cos(), angle.sin()), -1)
         direction = direction / direction.abs().amax(-1, keepdim=True)
-        steps = torch.arange(1, self.num_points + 1)
-        offsets = direction[:, None, None] * steps[:, None]
-        offsets = offsets.expand(-1, self.num_levels, -1, -1)
+        steps = torch.cat([torch.arange(1, points + 1) for points in self.num_points])
+        offsets = direction[:, None] * steps[:, None]
         with torch.no_grad():
             self.sampling_offsets.bias.copy_(offsets.flatten())
 
@@ -250,19 +271,19 @@ class DeformableAttention(nn.Module):
         Returns:
             (B, Q, D).
         """
-        per_query = (self.num_heads, self.num_levels, self.num_points)
         weights = widen(self.attention_weights(queries)).unflatten(-1, (self.num_heads, -1))
-        weights = weights.softmax(-1).unflatten(-1, per_query[1:])
-        offsets = widen(self.sampling_offsets(queries)).unflatten(-1, (*per_query, 2))
-        centre, extent = boxes_cxcywh[:, :, None, None, None].chunk(2, -1)
-        locations = centre + offsets / self.num_points * extent * 0.5
+        weights = weights.softmax(-1).transpose(1, 2).flatten(0, 1)[:, None]
+        offsets = widen(self.sampling_offsets(queries)).unflatten(-1, (self.num_heads, -1, 2))
+        centre, extent = boxes_cxcywh[:, :, None, None].chunk(2, -1)
         maps = self.value_proj(memory).split([size.height * size.width for size in sizes], 1)
-        output = locations.new_zeros(())
-        for level, size in enumerate(sizes):
-            sampled = self._sample(maps[level], locations[:, :, :, level], size)
-            output = output + (
-                sampled * weights[:, :, :, level].transpose(1, 2).flatten(0, 1)[:, None]
-            ).sum(-1)
+        output = offsets.new_zeros(())
+        first = 0
+        for points, tokens, size in zip(self.num_points, maps, sizes, strict=True):
+            of_level = slice(first, first + points)
+            locations = centre + offsets[..., of_level, :] / points * extent * 0.5
+            sampled = self._sample(tokens, locations, size)
+            output = output + (sampled * weights[..., of_level]).sum(-1)
+            first += points
         output = output.unflatten(0, (-1, self.num_heads)).flatten(1, 2).transpose(1, 2)
         return self.output_proj(output.to(queries.dtype))
 
@@ -306,11 +327,16 @@ class DecoderLayer(nn.Module):
         num_heads: M.
         feedforward: width of the feed-forward part.
         num_levels: L.
-        num_points: P.
+        num_points: P, or one number a level.
     """
 
     def __init__(
-        self, width: int, num_heads: int, feedforward: int, num_levels: int, num_points: int
+        self,
+        width: int,
+        num_heads: int,
+        feedforward: int,
+        num_levels: int,
+        num_points: int | Sequence[int],
     ) -> None:
         super().__init__()
         self.self_attn = SelfAttention(width, num_heads)
@@ -342,6 +368,6 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """The decoder's layers; what they predict is up to the head."""
 
-    def __init__(self, layers: Sequence[DecoderLayer]) -> None:
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from models import common, modules, transformer  # noqa: F401  (they register layers)
-from models.blocks import cbam, csp, gelan, ghost, hg, resnet, sampling, vit, yolov10  # noqa: F401
+from models.blocks import cbam, csp, fusion, gelan, ghost, hg, resnet, sampling, vit, yolov10  # noqa: F401
 from models.head import Head
-from models.heads import ddetect, detect, rtdetr  # noqa: F401
+from models.heads import ddetect, detect, dfine, rtdetr  # noqa: F401
 from models.parser.build import apply_activation, build_rows
 from models.parser.graft import forget_weights, replace_backbone
 from models.parser.lookup import import_code, require_backbone

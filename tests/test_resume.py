@@ -133,7 +133,9 @@ def test_a_worker_that_the_system_kills_is_told_in_one_line(tmp_path: Path, flag
     assert process.returncode == 2
     assert "Traceback" not in told
     assert "is killed by signal: Killed. Most often the machine" in told.splitlines()[-1]
-    assert "error: data loader: DataLoader worker (pid" in told.splitlines()[-1]  # behind a bar, maybe
+    assert (
+        "error: data loader: DataLoader worker (pid" in told.splitlines()[-1]
+    )  # behind a bar, maybe
 
 
 def signalled(

@@ -2,21 +2,39 @@
 
 Source: DINO (arXiv 2203.03605, section 3.3).
 
-Letters: S stages, B batch, C classes, K denoising queries, Q other queries, G denoising groups, M most objects of an image.
+Letters: S stages, B batch, C classes, D width, K denoising queries, Q other queries, G denoising groups,
+M most objects of an image.
 Boxes are cxcywh, normalised to [0, 1] by the image size.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from utils.boxes import xyxy_to_cxcywh
+from utils.boxes import widen, xyxy_to_cxcywh
 from utils.structures import Targets
 
 BOX_EPS = 1e-5
+
+
+class Denoises(Protocol):
+    """A head with the numbers of denoising.
+
+    Attributes:
+        num_classes: C.
+        num_denoising: about how many copies of objects, right and wrong ones each, an image trains with; 0 for none.
+        label_noise: twice the probability that a copy gets a random class.
+        box_noise: how far a copy's corners move, in half sides (wrong copies: up to twice as far).
+    """
+
+    num_classes: int
+    num_denoising: int
+    label_noise: float
+    box_noise: float
 
 
 class Denoising(NamedTuple):
@@ -134,3 +152,77 @@ def allowed_pairs(noisy: NoisyQueries, num_queries: int) -> Tensor:
     group = torch.arange(total, device=device) // (total // noisy.groups)
     group = torch.cat((group, group.new_full((num_queries,), -1)))
     return (group[:, None] == group) | (group == -1)
+
+
+class WithNoise(NamedTuple):
+    """Denoising queries and, behind them, the others.
+
+    Attributes:
+        content: (B, K + Q, D).
+        boxes: cxcywh, (B, K + Q, 4).
+        allowed: as `allowed_pairs` says; None without noisy queries.
+        noisy: None without targets, without objects and where denoising is off; K is then 0.
+    """
+
+    content: Tensor
+    boxes: Tensor
+    allowed: Tensor | None
+    noisy: NoisyQueries | None
+
+    @property
+    def num_noisy(self) -> int:
+        """K."""
+        return 0 if self.noisy is None else self.noisy.labels.shape[1]
+
+
+def add_noisy_queries(
+    head: Denoises,
+    embedding: nn.Embedding,
+    content: Tensor,
+    boxes: Tensor,
+    targets: Targets | None,
+    image_size: tuple[int, int],
+) -> WithNoise:
+    """Put noisy copies of the objects before the queries.
+
+    Args:
+        head: says how many and how noisy.
+        embedding: content of a copy by its class.
+        content: of the queries, (B, Q, D).
+        boxes: of the queries, (B, Q, 4).
+        targets: the objects.
+        image_size: (height, width) in pixels.
+    """
+    noisy = None
+    if targets is not None and head.num_denoising:
+        noisy = noisy_queries(
+            targets, content.shape[0], image_size, head.num_classes,
+            count=head.num_denoising, label_noise=head.label_noise, box_noise=head.box_noise,
+        )  # fmt: skip
+    allowed = None if noisy is None else allowed_pairs(noisy, content.shape[1])
+    own_content, own_boxes = _embed(embedding, noisy, content)
+    return WithNoise(
+        torch.cat((own_content, content), 1), torch.cat((own_boxes, boxes), 1), allowed, noisy
+    )
+
+
+def _embed(
+    embedding: nn.Embedding, noisy: NoisyQueries | None, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Content (B, K, D) and boxes (B, K, 4) of the noisy queries.
+
+    Without any, K is 0; the empty content still hangs on the embedding, so that every parameter
+    has a gradient in every step, which DistributedDataParallel counts on.
+    """
+    if noisy is None:
+        nothing = embedding.weight[:0].expand(like.shape[0], -1, -1).to(like.dtype)
+        return nothing, widen(nothing[..., :4].detach())
+    content = embedding(noisy.labels) * noisy.is_real[..., None]
+    return content.to(like.dtype), noisy.boxes
+
+
+def take_noise(head: Denoises, hyp: Mapping[str, Any]) -> None:
+    """Give `head` the recipe's numbers; what its row switched off with a 0 stays off."""
+    head.num_denoising = head.num_denoising and hyp["num_denoising"]
+    head.label_noise = head.label_noise and hyp["label_noise"]
+    head.box_noise = head.box_noise and hyp["box_noise"]

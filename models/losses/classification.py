@@ -72,13 +72,32 @@ def focal_loss(
 def varifocal(logits: Tensor, targets: ClassTargets, numbers: Numbers) -> Tensor:
     """Varifocal loss (Zhang et al., arXiv 2008.13367, eq. 2): positives weigh their quality.
 
-    The weight of the negatives takes gradient too, which about doubles theirs.
+    The weight of the negatives takes gradient too, which about doubles theirs, unless the recipe says
+    `vfl_gradient: false`.
     """
-    positive = targets.is_positive
-    positive = (targets.quality > 0).to(logits.dtype) if positive is None else positive
-    weight = numbers["vfl_alpha"] * logits.sigmoid() ** numbers["vfl_gamma"] * (1 - positive)
-    weight = weight + targets.quality
+    probability = logits.sigmoid()
+    if not numbers.get("vfl_gradient", True):
+        probability = probability.detach()
+    weight = numbers["vfl_alpha"] * probability ** numbers["vfl_gamma"]
+    weight = weight * (1 - _positives(logits, targets)) + targets.quality
     return weight * _entropy(logits, targets.quality, numbers)
+
+
+def matchability(logits: Tensor, targets: ClassTargets, numbers: Numbers) -> Tensor:
+    """Matchability-aware loss (Huang et al., DEIM, arXiv 2412.04234, eq. 3): a match of a bad box is pushed down in full.
+
+    Positives aim at quality^gamma and weigh 1, negatives weigh p^gamma, without gradient of the weight.
+    """
+    gamma, positive = numbers["mal_gamma"], _positives(logits, targets)
+    weight = logits.sigmoid().detach() ** gamma * (1 - positive) + positive
+    return weight * _entropy(logits, targets.quality**gamma, numbers)
+
+
+def _positives(logits: Tensor, targets: ClassTargets) -> Tensor:
+    """1 for the class of a positive, 0 elsewhere."""
+    if targets.is_positive is not None:
+        return targets.is_positive
+    return (targets.quality > 0).to(logits.dtype)
 
 
 def quality_focal(logits: Tensor, targets: ClassTargets, numbers: Numbers) -> Tensor:
@@ -96,11 +115,13 @@ CLASS_LOSSES: dict[str, ClassLoss] = {
     "bce": binary_cross_entropy,
     "focal": focal,
     "varifocal": varifocal,
+    "mal": matchability,
     "quality": quality_focal,
 }
 NUMBERS = {
     "focal": ("focal_alpha", "focal_gamma"),
     "varifocal": ("vfl_alpha", "vfl_gamma"),
+    "mal": ("mal_gamma",),
     "quality": ("qfl_beta",),
 }
 """Numbers of the recipe that a loss reads."""

@@ -67,7 +67,7 @@ def test_which_recipe_is_used_is_said(capsys: pytest.CaptureFixture[str]):
     assert "data/hyps/rtdetr.yaml, the rtdetr family's own" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("family", ["yolov5", "yolov9", "yolo11", "rtdetr"])
+@pytest.mark.parametrize("family", ["yolov5", "yolov9", "yolo11", "rtdetr", "dfine"])
 def test_every_family_has_a_recipe_with_what_the_loop_needs(family: str):
     hyp = recipe(family, None, {})
     needed = "optimizer lr0 lrf schedule momentum weight_decay warmup_epochs warmup_bias_lr nbs"
@@ -108,7 +108,7 @@ def test_a_number_out_of_range_is_told_with_its_line(
 
 @pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_recipes_that_are_here_are_in_range(file: Path):
-    for family in ("yolov5", "yolov9", "yolo11", "rtdetr"):
+    for family in ("yolov5", "yolov9", "yolo11", "rtdetr", "dfine"):
         if file.stem in (family, "quick"):
             assert recipe(family, str(file), {})
 

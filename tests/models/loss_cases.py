@@ -10,6 +10,7 @@ import torch
 from models.family import build_criterion
 from models.heads.anchor import AnchorDetect, AnchorRaw
 from models.heads.ddetect import DualDDetect, DualRaw
+from models.heads.dfine import DFINEDecoder, DFINERaw, Refined
 from models.heads.dfl import DFLDetect, DFLRaw, anchor_points
 from models.heads.rtdetr import RTDETRDecoder, RTDETRRaw
 from utils.config import load_hyp
@@ -22,7 +23,7 @@ TARGETS = Targets(
     torch.tensor([1, 2, 0]),
     torch.tensor([[8.0, 8, 30, 40], [20, 10, 60, 50], [4, 0, 90, 60]]),
 )
-FAMILIES = ("yolov5", "yolov9", "yolo11", "rtdetr")
+FAMILIES = ("yolov5", "yolov9", "yolo11", "rtdetr", "dfine")
 
 
 def dfl_raw(seed: int) -> DFLRaw:
@@ -57,12 +58,23 @@ def query_case(seed: int) -> tuple[Any, Any, list[torch.Tensor]]:
     return head, raw, [logits, boxes, first, start]
 
 
+def distribution_case(seed: int) -> tuple[Any, Any, list[torch.Tensor]]:
+    _, raw, leaves = query_case(seed)
+    generator = torch.Generator().manual_seed(seed)
+    edges = torch.randn(1, 2, 6, 4, 9, generator=generator).requires_grad_()
+    refined = Refined(raw.logits, raw.boxes, edges, raw.boxes[0].detach())
+    head = DFINEDecoder(3, [8], 8, num_heads=2, num_layers=1, reg_max=8)
+    return head, DFINERaw(refined, *raw[2:]), [*leaves, edges]
+
+
 def case(family: str, seed: int = 0) -> tuple[Any, Any, list[torch.Tensor]]:
     """A head, its raw predictions for two images, and their leaves."""
     if family == "yolov5":
         return anchor_case(seed)
     if family == "rtdetr":
         return query_case(seed)
+    if family == "dfine":
+        return distribution_case(seed)
     head = DualDDetect(3, [8] * 4) if family == "yolov9" else DFLDetect(3, channels=[8, 8])
     main, aux = dfl_raw(seed), dfl_raw(seed + 1)
     if family == "yolo11":

@@ -301,11 +301,11 @@ def test_only_the_numbers_that_a_loss_reads_must_be_there():
         BoxLoss("alpha-iou", {})
 
 
-@pytest.mark.parametrize("family", ["yolov5", "yolov9", "yolo11", "rtdetr"])
+@pytest.mark.parametrize("family", ["yolov5", "yolov9", "yolo11", "rtdetr", "dfine"])
 def test_the_recipe_of_a_family_names_its_loss_and_holds_every_number(family: str):
     hyp = load_hyp(None, HYPS / f"{family}.yaml")
-    assert hyp["box_loss"] == ("giou" if family == "rtdetr" else "ciou")
-    assert hyp["cls_loss"] == ("varifocal" if family == "rtdetr" else "bce")
+    assert hyp["box_loss"] == ("giou" if family in ("rtdetr", "dfine") else "ciou")
+    assert hyp["cls_loss"] == ("varifocal" if family in ("rtdetr", "dfine") else "bce")
     for name in NAMES:
         assert BoxLoss(name, hyp)(PREDICTED, TARGET, FRAME).isfinite().all()
 

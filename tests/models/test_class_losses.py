@@ -18,7 +18,7 @@ from models.losses.classification import (
 from utils.errors import ConfigError
 
 HYP: dict[str, Any] = {
-    "focal_alpha": 0.25, "focal_gamma": 2.0, "vfl_alpha": 0.75, "vfl_gamma": 2.0, "qfl_beta": 2.0,
+    "focal_alpha": 0.25, "focal_gamma": 2.0, "vfl_alpha": 0.75, "vfl_gamma": 2.0, "mal_gamma": 2.0, "qfl_beta": 2.0,
 }  # fmt: skip
 LOG2, LOG4, LOG5 = math.log(2), math.log(4), math.log(5)  # of logits: LOG4 means p = 0.8
 CROSS = {0.8: math.log(5 / 4), 0.2: LOG5}  # -log p
@@ -45,6 +45,10 @@ def value_of(name: str, logit: float, label: float, quality: float, **numbers: f
         ("varifocal", LOG4, 1, 1.0, CROSS[0.8]),
         ("varifocal", LOG4, 0, 0.0, 3 / 4 * 0.8**2 * LOG5),
         ("varifocal", 3.0, 1, 0.0, 0.0),  # a positive whose box misses weighs nothing
+        ("mal", 0.0, 1, 0.5, LOG2),
+        ("mal", LOG4, 1, 0.5, CROSS[0.8] / 4 + LOG5 * 3 / 4),  # aims at 0.5^2
+        ("mal", LOG4, 1, 0.0, LOG5),  # a positive whose box misses weighs 1
+        ("mal", LOG4, 0, 0.0, 0.8**2 * LOG5),
         ("quality", 0.0, 1, 0.5, 0.0),  # the score is right
         ("quality", 0.0, 1, 1.0, 1 / 4 * LOG2),
         ("quality", LOG4, 0, 0.0, 0.8**2 * LOG5),
@@ -57,7 +61,7 @@ def test_values_by_hand(name: str, logit: float, label: float, quality: float, e
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("bce", 3 * LOG2), ("focal", 3 / 16 * LOG2), ("varifocal", 3 * LOG2), ("quality", 3 / 4 * LOG2)],
+    [("bce", 3 * LOG2), ("focal", 3 / 16 * LOG2), ("varifocal", 3 * LOG2), ("mal", 3 * LOG2), ("quality", 3 / 4 * LOG2)],
 )  # fmt: skip
 def test_positives_may_weigh_more(name: str, expected: float):
     assert value_of(name, 0.0, 1, 1.0, cls_pw=3.0) == pytest.approx(expected)
@@ -88,6 +92,8 @@ def test_gradients_agree_with_finite_differences(name: str):
     logits = torch.tensor([-2.0, -0.3, 0.4, 1.7], dtype=torch.float64, requires_grad=True)
     labels = torch.tensor([0.0, 1, 0, 1], dtype=torch.float64)
     targets = ClassTargets(labels, labels * 0.7, labels)
+    if name == "mal":  # its weight is a number: only where it has no weight of negatives
+        targets, logits = ClassTargets(*(t[1::2] for t in targets)), logits[1::2]
     assert torch.autograd.gradcheck(lambda x: CLASS_LOSSES[name](x, targets, HYP), logits)
 
 
@@ -111,7 +117,7 @@ def test_without_a_mask_a_positive_is_where_the_quality_is_above_nothing():
 
 @pytest.mark.parametrize(
     ("name", "told"),
-    [("varifokal", "Did you mean 'varifocal'?"), ("ce", "expected one of bce, focal, varifocal, quality.")],
+    [("varifokal", "Did you mean 'varifocal'?"), ("ce", "expected one of bce, focal, varifocal, mal, quality.")],
 )  # fmt: skip
 def test_a_name_that_is_not_known_is_one_line(name: str, told: str):
     with pytest.raises(ConfigError) as caught:

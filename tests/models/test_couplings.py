@@ -23,6 +23,7 @@ SMALL = {
     "yolov9-t": Backbone(("test_resnet",)),
     "yolo11n": Backbone(("MobileNetV4ConvSmall", "factor=0.25")),
     "rtdetr-r18": Backbone(("test_convnext",)),
+    "dfine-s": Backbone(("test_efficientnet",)),
 }
 
 

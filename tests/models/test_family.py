@@ -19,6 +19,7 @@ from models.family import FAMILIES, RECIPES, Family, build_criterion, family_of
 from models.head import Head
 from models.heads.anchor import AnchorDetect
 from models.heads.ddetect import DDetect, DualDDetect
+from models.heads.dfine import DFINEDecoder
 from models.heads.dfl import DFLDetect
 from models.heads.rtdetr import RTDETRDecoder
 from utils.config import load_yaml
@@ -39,6 +40,7 @@ def heads() -> list[Head]:
         DDetect(2, [8, 8]),
         DualDDetect(2, [8, 8, 8, 8]),
         RTDETRDecoder(2, [8, 8], 8, num_queries=2, num_heads=2, num_layers=1),
+        DFINEDecoder(2, [8, 8], 8, num_queries=2, num_heads=2, num_layers=2),
     ]
 
 
@@ -68,6 +70,8 @@ def test_a_head_says_what_the_contract_asks_for(head: Head):
     ("head", "told"),
     [
         (RTDETRDecoder(2, [8], 8, num_queries=2, num_heads=2, num_layers=1),
+         "objects beyond the head's 2 queries an image, not learned: 3 of 6"),
+        (DFINEDecoder(2, [8], 8, num_queries=2, num_heads=2, num_layers=1),
          "objects beyond the head's 2 queries an image, not learned: 3 of 6"),
         (DFLDetect(2, channels=[8]), "learned only where a point of its grid lies in them: 2 of 6"),
         (DDetect(2, [8]), "learned only where a point of its grid lies in them: 2 of 6"),

@@ -144,6 +144,7 @@ def test_configs_of_one_family_become_one_model(names):
         "yolo11n",
         "rtdetr-l",
         "rtdetr-r18",
+        "dfine-s",
     ],
 )
 def test_every_head_takes_another_backbone(name):

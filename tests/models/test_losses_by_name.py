@@ -43,12 +43,13 @@ def test_every_family_takes_a_step_with_every_loss(family: str, key: str, name: 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_box_loss_changes_the_term_of_the_boxes_alone(family: str):
-    term = "giou" if family == "rtdetr" else "box"
+    is_set = family in ("rtdetr", "dfine")
+    term = "giou" if is_set else "box"
     head, raw, _ = case(family)
-    own = "giou" if family == "rtdetr" else "ciou"
+    own = "giou" if is_set else "ciou"
     usual, same = criterion_of(family, head), criterion_of(family, head, box_loss=own)
     other = criterion_of(family, head, box_loss="nwd")
-    if family == "rtdetr":  # another cost would match other queries
+    if is_set:  # another cost would match other queries
         other.assigner = HungarianAssigner(2.0, 5.0, 0.0, 0.25, 2.0)
         usual.assigner = same.assigner = other.assigner
     expected, found = usual(raw, TARGETS), other(raw, TARGETS)

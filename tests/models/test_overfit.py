@@ -25,6 +25,7 @@ CONFIGS = {
     "yolov9-t": 0.005,
     "yolo11n": 0.005,
     "rtdetr-r18": 5e-4,
+    "dfine-s": 5e-4,
 }
 IMGSZ = (160, 160)
 STEPS = 250

@@ -14,6 +14,7 @@ import yaml
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from models.heads import denoising
 from models.heads.denoising import noisy_queries
 from models.heads.rtdetr import RTDETRDecoder, RTDETRRaw
 from models.losses.hungarian import HungarianLoss
@@ -205,13 +206,12 @@ def test_denoising_does_not_change_what_the_ordinary_queries_predict() -> None:
     torch.testing.assert_close(with_copies.boxes, without.boxes)
 
 
-def test_denoising_groups_do_not_see_each_other() -> None:
+def test_denoising_groups_do_not_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     model, images, targets = small_model().train(), torch.rand(2, 3, 64, 64), targets_of(1, 1)
     state = {key: value.clone() for key, value in model.state_dict().items()}
 
     def first_group(box_noise_elsewhere: float) -> Tensor:
         model.load_state_dict(state)
-        head = model.head
         queries = noisy_queries(
             targets, 2, (64, 64), 4, count=10, label_noise=0.5, box_noise=1.0,
             generator=torch.Generator().manual_seed(0),
@@ -219,7 +219,8 @@ def test_denoising_groups_do_not_see_each_other() -> None:
         assert queries is not None
         boxes = queries.boxes.clone()
         boxes[:, 2:] += box_noise_elsewhere
-        head._noisy_queries = lambda *_: queries._replace(boxes=boxes)
+        moved = queries._replace(boxes=boxes)
+        monkeypatch.setattr(denoising, "noisy_queries", lambda *_, **__: moved)
         return model(images, targets).denoising.boxes[:, :, :2]
 
     torch.testing.assert_close(first_group(0.0), first_group(-0.05))

@@ -77,24 +77,29 @@ def _attend_by_loops(layer, queries, boxes, memory, sizes):
     for b, q in torch.cartesian_prod(
         torch.arange(queries.shape[0]), torch.arange(queries.shape[1])
     ):
-        shape = (layer.num_heads, layer.num_levels, layer.num_points)
-        offsets = layer.sampling_offsets(queries[b, q]).view(*shape, 2)
-        weights = layer.attention_weights(queries[b, q]).view(shape[0], -1).softmax(-1).view(shape)
-        for head, level, point in torch.cartesian_prod(*(torch.arange(n) for n in shape)):
+        levels = [level for level, count in enumerate(layer.num_points) for _ in range(count)]
+        offsets = layer.sampling_offsets(queries[b, q]).view(layer.num_heads, -1, 2)
+        weights = layer.attention_weights(queries[b, q]).view(layer.num_heads, -1).softmax(-1)
+        for head, point in torch.cartesian_prod(*(torch.arange(n) for n in weights.shape)):
+            level = levels[point]
             channels = slice(head * width, (head + 1) * width)
             grid = value[level][b, :, channels].T.reshape(1, width, *sizes[level])
-            at = boxes[b, q, :2] + offsets[head, level, point] / shape[2] * boxes[b, q, 2:] / 2
+            shift = offsets[head, point] / layer.num_points[level]
+            at = boxes[b, q, :2] + shift * boxes[b, q, 2:] / 2
             seen = functional.grid_sample(
                 grid, (2 * at - 1).view(1, 1, 1, 2), align_corners=False
             ).flatten()
-            out[b, q, channels] += weights[head, level, point] * seen
+            out[b, q, channels] += weights[head, point] * seen
     return layer.output_proj(out)
 
 
 @pytest.mark.parametrize("sampling", ["grid_sample", "gather"])
-def test_deformable_attention_equals_its_definition(sampling: str) -> None:
+@pytest.mark.parametrize(("points", "is_projected"), [(2, True), ([1, 3], False)])
+def test_deformable_attention_equals_its_definition(
+    sampling: str, points: int | list[int], is_projected: bool
+) -> None:
     torch.manual_seed(0)
-    layer = DeformableAttention(8, num_heads=2, num_levels=2, num_points=2).double()
+    layer = DeformableAttention(8, 2, 2, points, is_projected).double()
     for parameter in layer.parameters():
         nn.init.normal_(parameter)
     set_sampling(layer, sampling)
@@ -104,6 +109,12 @@ def test_deformable_attention_equals_its_definition(sampling: str) -> None:
     with torch.no_grad():
         expected = _attend_by_loops(layer, queries, boxes, memory, sizes)
         torch.testing.assert_close(layer(queries, boxes, memory, sizes), expected)
+
+
+@pytest.mark.parametrize("points", [[2], [3, 6, 3], [2, 0]])
+def test_points_that_do_not_fit_the_maps_are_refused(points: list[int]) -> None:
+    with pytest.raises(ValueError, match="for 2 maps, expected a number from 1 for each"):
+        DeformableAttention(8, 2, 2, points)
 
 
 def test_unknown_sampling_is_refused() -> None:
