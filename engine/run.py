@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from data.config import DataConfig
 from data.dataset import DetectionDataset
 from data.loader import DetectionLoader
 from engine.anchors import fit_to_objects
@@ -183,26 +184,16 @@ def prepare(
     Raises:
         ConfigError, DatasetError, CheckpointError: what a user can mend, before anything is trained.
     """
-    data = open_data(options)
-    names = ("object",) if options.single_cls and len(data.names) > 1 else data.names
-    model = _model(options, names, config)
-    data = settle_white(data, model)
-    refuse_sizes(options, model)
-    imgsz = parse_imgsz(options.imgsz, model.max_stride)
-    saved, hyp = hyp, recipe_of(options, model, hyp)
-    criterion = build_criterion(model.head, hyp, imgsz, allow_code=options.allow_code)
-    model.head.take_recipe(hyp)
-    _place_on(device, model)
-    batch_size = settle_batch_size(options.batch_size, model, imgsz, device, world)
-    options = replace(options, batch_size=batch_size)
+    model, data, imgsz, recipe = _network(options, device, hyp, config)
+    criterion = build_criterion(model.head, recipe, imgsz, allow_code=options.allow_code)
+    size = settle_batch_size(options.batch_size, model, imgsz, device, world)
+    options = replace(options, batch_size=size)
     model = _share_norms(model, world) if options.sync_bn else model
     frozen = freeze(model, options.freeze) if options.freeze else []
-    splits = open_splits(options, data, hyp, imgsz, model.max_stride, world)
-    fit_to_objects(model, splits.train_set, imgsz, hyp, options)
-    length = Length(len(splits.train_loader), options.epochs, batch_size)
-    if saved is None:
-        hyp = settle(hyp, options, model, length)
-    accumulate = accumulated(hyp, length)
+    splits = open_splits(options, data, recipe, imgsz, model.max_stride, world)
+    fit_to_objects(model, splits.train_set, imgsz, recipe, options)
+    length = Length(len(splits.train_loader), options.epochs, size)
+    hyp = settle(recipe, options, model, length) if hyp is None else recipe
     autocast = autocast_dtype(options.amp, device)
     ema = ModelEMA(model, hyp["ema_decay"], hyp["ema_tau"])
     return Run(
@@ -217,16 +208,42 @@ def prepare(
         ema=ema,
         frozen=frozen,
         criterion=criterion,
-        optimizer=_optimizer(model, hyp, batch_size * accumulate, criterion.times_batch),
+        optimizer=_optimizer(model, hyp, length, criterion.times_batch),
         scaler=torch.amp.GradScaler(device.type, enabled=autocast is torch.float16),
         schedule=build_schedule(hyp["schedule"], options.epochs, hyp["lrf"]),
         warmup=warmup_of(hyp, length),
-        accumulate=accumulate,
+        accumulate=accumulated(hyp, length),
         autocast=autocast,
         **splits._asdict(),
         evaluator=evaluator_of(splits.val_set),
         val_criterion=build_criterion(ema.model.head, hyp, imgsz, allow_code=options.allow_code),
     )
+
+
+class Network(NamedTuple):
+    """The model on its device, the data set as it sees it, its image size (height, width) and its recipe."""
+
+    model: DetectionModel
+    data: DataConfig
+    imgsz: tuple[int, int]
+    hyp: Recipe
+
+
+def _network(
+    options: TrainOptions,
+    device: torch.device,
+    saved: Recipe | None,
+    config: Mapping[str, Any] | None,
+) -> Network:
+    data = open_data(options)
+    names = ("object",) if options.single_cls and len(data.names) > 1 else data.names
+    model = _model(options, names, config)
+    refuse_sizes(options, model)
+    imgsz = parse_imgsz(options.imgsz, model.max_stride)
+    hyp = recipe_of(options, model, saved)
+    model.head.take_recipe(hyp)
+    _place_on(device, model)
+    return Network(model, settle_white(data, model), imgsz, hyp)
 
 
 def _model(
@@ -280,9 +297,10 @@ def _share_norms(model: DetectionModel, world: World) -> DetectionModel:
 
 
 def _optimizer(
-    model: DetectionModel, hyp: Recipe, images: int, times_batch: bool
+    model: DetectionModel, hyp: Recipe, length: Length, times_batch: bool
 ) -> torch.optim.Optimizer:
-    """The recipe's, for steps of so many images; a gradient that grows with the batch wants a decay that does."""
+    """The recipe's; a gradient that grows with the images of a step wants a decay that does."""
+    images = length.batch_size * accumulated(hyp, length)
     decay = hyp["weight_decay"] * (images / hyp["nbs"] if times_batch else 1.0)
     factors = lr_factors(model, hyp)
     return build_optimizer(
