@@ -85,8 +85,9 @@ def settle(hyp: Recipe, options: TrainOptions, model: DetectionModel, length: Le
     """The recipe with what follows from a new run's length and first weights; what the user's file says stays."""
     family, num_classes = model.head.family, model.head.num_classes
     kept = written_keys(options.hyp, recipe_file(family)) if options.hyp else frozenset()
-    hyp = settle_pace(settle_optimizer(hyp, num_classes, length), length, kept)
-    has_weights = model.is_pretrained or options.weights or options.backbone_weights
+    has_weights = bool(model.is_pretrained or options.weights or options.backbone_weights)
+    hyp = settle_optimizer(hyp, length, num_classes if has_weights else None)
+    hyp = settle_pace(hyp, length, kept)
     if has_weights or "backbone_lr" in kept or hyp["backbone_lr"] == 1.0:
         return hyp
     get_logger().info(
@@ -95,8 +96,14 @@ def settle(hyp: Recipe, options: TrainOptions, model: DetectionModel, length: Le
     return {**hyp, "backbone_lr": 1.0}
 
 
-def settle_optimizer(hyp: Recipe, num_classes: int, length: Length) -> Recipe:
-    """Decide what `optimizer: auto` means for a training of this length; the recipe has the rule and its numbers."""
+def settle_optimizer(hyp: Recipe, length: Length, num_classes: int | None) -> Recipe:
+    """Decide what `optimizer: auto` means for a training of this length; the recipe has the rule and its numbers.
+
+    Args:
+        hyp: the recipe.
+        length: of the training.
+        num_classes: of a model that starts from weights; None for one that starts from nothing.
+    """
     if hyp["optimizer"] != "auto":
         return hyp
     images = length.batches * length.batch_size
@@ -104,7 +111,8 @@ def settle_optimizer(hyp: Recipe, num_classes: int, length: Length) -> Recipe:
     is_short = steps <= hyp["auto_steps"]
     name, lr = "SGD", hyp["auto_sgd_lr"]
     if is_short:
-        name, lr = "AdamW", round(hyp["auto_adamw_lr"] * 5 / (4 + num_classes), 6)
+        share = 1.0 if num_classes is None else 5 / (4 + num_classes)
+        name, lr = "AdamW", round(hyp["auto_adamw_lr"] * share, 6)
     momentum = hyp["auto_momentum"]
     get_logger().info(
         f"optimizer: {name}, lr0 {lr}, momentum {momentum} (auto, {steps} steps; --optimizer to choose)"

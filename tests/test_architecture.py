@@ -24,6 +24,7 @@ LONG_FILES = {
     "models/modules/revcol.py": 450,
 }
 MOST_FUNCTION_LINES = 60
+MOST_ANY = 20  # parameters in the whole tree that take anything
 LICENCE_TRAPS = ("ultralytics", "albumentationsx", "yolov5", "thop")
 
 
@@ -337,6 +338,32 @@ def test_functions_have_a_size_that_can_be_read():
         if length > MOST_FUNCTION_LINES
     }
     assert not long
+
+
+def any_parameters(tree: ast.AST) -> list[str]:
+    """Parameters whose type is exactly `Any`."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            a = node.args
+            every = [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg))]
+            found += [
+                f"{node.name}:{p.arg}"
+                for p in every
+                if p.annotation and ast.unparse(p.annotation) == "Any"
+            ]
+    return found
+
+
+def test_parameters_have_types():
+    assert any_parameters(ast.parse("def f(a: Any, *b: int, **c: Any): ...")) == ["f:a", "f:c"]
+    found = {str(path): names for path in PRODUCT if (names := any_parameters(parse(path)))}
+    assert sum(map(len, found.values())) <= MOST_ANY, found
+
+
+def test_a_training_loads_nothing_that_serves_models_elsewhere():
+    assert not [name for name in reachable("train") if under(name, "deploy")]
+    assert [name for name in reachable("detect") if under(name, "deploy.runtimes")]
 
 
 def requirements(text: str) -> list[str]:
