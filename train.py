@@ -177,6 +177,8 @@ def train_one_epoch(run: Run, epoch: int, recorder: RunRecorder) -> dict[str, fl
 
 def _begin_epoch(run: Run, epoch: int) -> None:
     """Seed what the epoch draws, or take up what it had drawn when the run was stopped within it."""
+    for criterion in (run.criterion, run.val_criterion):
+        criterion.begin_epoch(epoch, run.options.epochs)
     if run.progress.rng is None:
         run.progress = EpochProgress()
         torch.manual_seed(run.options.seed + 1_000_003 * (epoch + 1) + run.world.rank)

@@ -146,6 +146,7 @@ def _add_model_group(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--weights", default="", help="weights to start from; empty: from scratch")
     add("--backbone-weights", default="", help="weights of the backbone only")
+    add("--end2end", action="store_true", help="train a branch without NMS beside the head's own")
     add(
         "--freeze",
         nargs="+",

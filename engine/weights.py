@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from models.heads.one_to_one import OneToOne
 from models.weights.read import load_backbone_weights, read_weights
 from models.weights.transfer import transfer
 from models.yolo import DetectionModel, build_model
@@ -48,6 +49,10 @@ def build_from_flags(options: Any, names: tuple[str, ...]) -> DetectionModel:
             names=(weights.names, names), source=options.weights,
         )  # fmt: skip
         get_logger().info(f"{options.weights}: {report.summary()}")
+        if isinstance(model.head, OneToOne) and not any(
+            ".one2one_" in key for key in weights.state
+        ):
+            model.head.start_alike()
     if options.backbone_weights and not is_resumed:
         get_logger().info(
             f"{options.backbone_weights}: {load_backbone_weights(model, options.backbone_weights).summary()}"
@@ -61,5 +66,5 @@ def _build(options: Any, cfg: Any, names: tuple[str, ...], is_resumed: bool) -> 
     return build_model(
         cfg or DEFAULT_CFG, num_classes=len(names), names=names, scale=None if is_resumed else options.scale,
         imgsz=parse_imgsz(options.imgsz, 32, tell=False), backbone=None if is_resumed else options.backbone,
-        allow_code=options.allow_code, fresh=isinstance(cfg, Mapping),
+        allow_code=options.allow_code, fresh=isinstance(cfg, Mapping), end2end=options.end2end,
     )  # fmt: skip

@@ -14,10 +14,12 @@ from models.head import Head
 from models.heads.anchor import AnchorDetect
 from models.heads.ddetect import DDetect, DualDDetect
 from models.heads.dfl import DFLDetect
+from models.heads.one_to_one import OneToOneDDetect, OneToOneDetect
 from models.heads.rtdetr import RTDETRDecoder
 from models.losses.anchor import AnchorLoss, scaled_gains
 from models.losses.box import BoxLoss
 from models.losses.hungarian import HungarianLoss
+from models.losses.one_to_one import OneToOneLoss
 from models.losses.task_aligned import DualTaskAlignedLoss, TaskAlignedLoss
 from utils.errors import ConfigError
 from utils.structures import Targets
@@ -40,6 +42,9 @@ class Criterion(Protocol):
 
     def __call__(self, raw: Any, targets: Targets) -> dict[str, Tensor]:
         """Terms for what the head gave for a batch; a scalar in float32 each, by the names that logs show."""
+
+    def begin_epoch(self, epoch: int, epochs: int) -> None:
+        """Epoch `epoch` of `epochs` begins, 0 the first; also where a run that was stopped goes on within it."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,8 @@ FAMILIES = [
     Family(DDetect, TaskAlignedLoss),
     Family(DualDDetect, DualTaskAlignedLoss),
     Family(DFLDetect, TaskAlignedLoss),
+    Family(OneToOneDDetect, OneToOneLoss),
+    Family(OneToOneDetect, OneToOneLoss),
     Family(RTDETRDecoder, HungarianLoss),
 ]
 

@@ -312,8 +312,8 @@ def _with_weights(layer: Layer, settled: Settled, values: Sequence[Tensor]) -> n
 
 def _scaling(state: BuildState, row: RowSpec, sources: list[Slot]) -> Scaling:
     spec, strides = state.spec, tuple(slot.stride for slot in sources)
-    repeats = spec.repeats(row.repeats)
-    return Scaling(spec.width, spec.max_channels, spec.size, repeats, strides, state.imgsz)
+    sizes = (spec.width, spec.max_channels, spec.size, spec.repeats(row.repeats))
+    return Scaling(*sizes, strides, state.imgsz, spec.head)
 
 
 def _module(layer: Layer, plan: Plan, row: RowSpec, scaling: Scaling) -> nn.Module:

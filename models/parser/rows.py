@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from models.registry import HeadForm
 from utils.config import read_yaml
 from utils.errors import ConfigError, nearest
 
@@ -55,6 +56,8 @@ class ModelSpec:
         max_channels: channels are cut to this before `width`.
         size: chosen letter of `scales`, or "".
         activation: name of the default activation, or None.
+        imports: Python files that define its layers.
+        head: what `reg_max` and `end2end` say.
     """
 
     file: str
@@ -67,6 +70,7 @@ class ModelSpec:
     size: str = ""
     activation: str | None = None
     imports: tuple[str, ...] = field(default=())
+    head: HeadForm = HeadForm()
 
     def repeats(self, count: int) -> int:
         """Repeats of a row after the depth factor; 1 stays 1."""
@@ -113,9 +117,13 @@ def load_config(path: Path) -> tuple[dict[str, Any], dict[str, list[int]]]:
 
 
 def read_model_config(
-    cfg: str | Path | Mapping[str, Any], *, num_classes: int | None = None, scale: str | None = None
+    cfg: str | Path | Mapping[str, Any],
+    *,
+    num_classes: int | None = None,
+    scale: str | None = None,
+    end2end: bool = False,
 ) -> tuple[str, dict[str, Any], dict[str, list[int]]]:
-    """What `cfg` (a path or a mapping) says, with class count and size chosen: (file, config, lines)."""
+    """What `cfg` (a path or a mapping) says, with class count, size and head chosen: (file, config, lines)."""
     lines: dict[str, list[int]] = {}
     if isinstance(cfg, Mapping):
         file, config, lines, letter = str(cfg.get("yaml_file", "model")), dict(cfg), lines, ""
@@ -126,6 +134,8 @@ def read_model_config(
         config["yaml_file"] = str(cfg)
     if num_classes is not None:
         config["nc"] = num_classes
+    if end2end:
+        config["end2end"] = True
     scales = config.get("scales")
     chosen = scale or config.get("scale") or letter
     if scales:
@@ -169,6 +179,7 @@ def parse_spec(file: str, config: dict[str, Any], lines: Mapping[str, Sequence[i
     return ModelSpec(
         file, config, tuple(rows), num_classes, depth, width, max_channels, size,
         config.get("activation"), tuple([imports] if isinstance(imports, str) else imports),
+        HeadForm(config.get("reg_max", 16), bool(config.get("end2end"))),
     )  # fmt: skip
 
 
@@ -184,6 +195,13 @@ def _check_values(file: str, config: Mapping[str, Any], problems: list[str]) -> 
         problems.append(
             f"{file} ch: got {channels!r}, expected the number of an image's channels, 1 or more."
         )
+    reg_max, end2end = config.get("reg_max", 16), config.get("end2end")
+    if not _is_count(reg_max):
+        problems.append(
+            f"{file} reg_max: got {reg_max!r}, expected the bins of a distance, 1 for the distance itself."
+        )
+    if end2end is not None and not isinstance(end2end, bool):
+        problems.append(f"{file} end2end: got {end2end!r}, expected true or false.")
     anchors, imports = config.get("anchors"), config.get("imports") or []
     if anchors is not None and not _is_count(anchors) and not _are_anchors(anchors):
         problems.append(
