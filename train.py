@@ -180,6 +180,8 @@ def train_one_epoch(run: Run, epoch: int, recorder: RunRecorder) -> dict[str, fl
 
 def begin_epoch(run: Run, epoch: int) -> None:
     """Seed what the epoch draws, or take up what it had drawn when the run was stopped within it."""
+    for criterion in (run.criterion, run.val_criterion):
+        criterion.begin_epoch(epoch, run.options.epochs)
     place = run.place
     if place.within.rng is None:
         place.within = EpochProgress()

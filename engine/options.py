@@ -228,6 +228,7 @@ class TrainOptions(RunFlags, DataFlags, ModelFlags):
 
     weights: str = flag("", "weights to start from; empty: from scratch")
     backbone_weights: str = flag("", "weights of the backbone only")
+    end2end: bool = flag(False, "train a branch without NMS beside the head's own")
     freeze: list[str] = flag(
         [], "10: rows below; 0 3: those; or backbone, C3, model.0.*", nargs="+"
     )

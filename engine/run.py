@@ -263,6 +263,7 @@ def _model(
         backbone=options.backbone,
         imgsz=imgsz,
         allow_code=allow_code,
+        end2end=options.end2end,
     )
 
 

@@ -15,11 +15,13 @@ from models.heads.anchor import AnchorDetect
 from models.heads.ddetect import DDetect, DualDDetect
 from models.heads.dfine import DFINEDecoder
 from models.heads.dfl import DFLDetect
+from models.heads.one_to_one import OneToOneDDetect, OneToOneDetect
 from models.heads.rtdetr import RTDETRDecoder
 from models.losses.anchor import AnchorLoss, scaled_gains
 from models.losses.box import BoxLoss
 from models.losses.dfine import DFINELoss
 from models.losses.hungarian import HungarianLoss
+from models.losses.one_to_one import OneToOneLoss
 from models.losses.task_aligned import DualTaskAlignedLoss, TaskAlignedLoss
 from utils.errors import ConfigError
 from utils.structures import Targets
@@ -42,6 +44,9 @@ class Criterion(Protocol):
 
     def __call__(self, raw: Any, targets: Targets) -> dict[str, Tensor]:
         """Terms for what the head gave for a batch; a scalar in float32 each, by the names that logs show."""
+
+    def begin_epoch(self, epoch: int, epochs: int) -> None:
+        """Epoch `epoch` of `epochs` begins, 0 the first; also where a run that was stopped goes on within it."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,8 @@ FAMILIES = [
     Family(DDetect, TaskAlignedLoss),
     Family(DualDDetect, DualTaskAlignedLoss),
     Family(DFLDetect, TaskAlignedLoss),
+    Family(OneToOneDDetect, OneToOneLoss),
+    Family(OneToOneDetect, OneToOneLoss),
     Family(RTDETRDecoder, HungarianLoss),
     Family(DFINEDecoder, DFINELoss),
 ]

@@ -36,7 +36,7 @@ class Head(nn.Module, Generic[RawT]):
     """
 
     family: ClassVar[str]
-    postprocess: ClassVar[Literal["nms", "topk"]]
+    postprocess: Literal["nms", "topk"]
     layout: ClassVar[Literal["anchors", "channels", "queries"]]
     class_outputs: ClassVar[tuple[str, ...]]
     num_classes: int

@@ -24,6 +24,18 @@ class LayerError(ValueError):
     """A row asks a layer for what it cannot do; the parser adds file, row and module."""
 
 
+class HeadForm(NamedTuple):
+    """What the keys of a file say of its head.
+
+    Attributes:
+        reg_max: bins of each distance, 1: the distance itself.
+        end2end: a branch beside it that needs no NMS.
+    """
+
+    reg_max: int = 16
+    end2end: bool = False
+
+
 class Scaling(NamedTuple):
     """What a model's size factors make of a row's numbers.
 
@@ -34,6 +46,7 @@ class Scaling(NamedTuple):
         repeats: how often the row's block is repeated, depth factor applied.
         strides: strides of the row's inputs in input-image pixels.
         imgsz: image size (height, width) the model is built for.
+        head: what the file's keys say of its head.
     """
 
     width: float = 1.0
@@ -42,6 +55,7 @@ class Scaling(NamedTuple):
     repeats: int = 1
     strides: tuple[int, ...] = ()
     imgsz: tuple[int, int] = (640, 640)
+    head: HeadForm = HeadForm()
 
     def channels(self, value: int) -> int:
         """Scaled channel count, rounded up to a multiple of 8."""

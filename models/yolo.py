@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from models import common, modules, transformer  # noqa: F401  (they register layers)
 from models.blocks import cbam, csp, fusion, gelan, ghost, hg, resnet, sampling, vit, yolov10  # noqa: F401
 from models.head import Head
-from models.heads import ddetect, detect, dfine, rtdetr  # noqa: F401
+from models.heads import ddetect, detect, dfine, one_to_one, rtdetr  # noqa: F401
 from models.parser.build import apply_activation, build_rows
 from models.parser.graft import forget_weights, replace_backbone
 from models.parser.lookup import import_code, require_backbone
@@ -123,13 +123,8 @@ class DetectionModel(nn.Module):
                 maps = list(output.values()) if isinstance(output, Mapping) else output
                 if not isinstance(maps, (list, tuple)) or len(maps) != len(row.map_slots):
                     raise ConfigError(_other_maps(row, maps))
-                slots.update(
-                    {
-                        slot: m
-                        for slot, m in zip(row.map_slots, maps, strict=True)
-                        if slot is not None
-                    }
-                )
+                filled = zip(row.map_slots, maps, strict=True)
+                slots.update({slot: m for slot, m in filled if slot is not None})
             for slot in row.release:
                 slots.pop(slot, None)
         return output
@@ -166,6 +161,7 @@ def build_model(
     backbone: Sequence[str] | None = None,
     allow_code: bool = False,
     fresh: bool = False,
+    end2end: bool = False,
 ) -> DetectionModel:
     """Build a model from a YAML.
 
@@ -178,12 +174,15 @@ def build_model(
         backbone: `["convnext_tiny", "pretrained=true"]` replaces the backbone rows.
         allow_code: whether files that the YAML imports may run.
         fresh: the weights come from elsewhere, so those that the rows ask for are neither read nor fetched.
+        end2end: give the head a branch that needs no NMS, as `end2end: true` in the file does.
 
     Raises:
         ConfigError: with every problem of the file, one line each.
     """
     num_classes = num_classes if num_classes is not None or not names else len(names)
-    file, config, lines = read_model_config(cfg, num_classes=num_classes, scale=scale)
+    file, config, lines = read_model_config(
+        cfg, num_classes=num_classes, scale=scale, end2end=end2end
+    )
     spec = parse_spec(file, config, lines)
     with modules.seeing(import_code(spec, allow_code)):
         if fresh:
@@ -273,6 +272,7 @@ def parse_model(
     for row in rows:
         filled = sorted(slot for slot in row.map_slots or () if slot is not None)
         strides.update(zip(filled, row.strides))
+    one_to_one.check_form(head, spec.head, f"{spec.file} {rows[-1].place} {rows[-1].module}")
     _check_head(spec, rows[-1], head.num_classes, names)
     read = [strides[slot] for slot in rows[-1].inputs]
     try:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from models.head import Head
 from models.heads.dfl import anchor_points, channels_first_layout, distances_to_boxes
 from models.losses.box import BoxLoss, Frame
+from models.losses.epochs import SameEveryEpoch
 from models.registry import detection_head, register
 from utils.structures import Decoded, Targets
 
@@ -53,7 +54,7 @@ class ToyHead(Head[ToyRaw]):
         return channels_first_layout(self.decode(raw))
 
 
-class ToyLoss:
+class ToyLoss(SameEveryEpoch):
     """`box` of the point nearest to each object's centre, `cls` of all points."""
 
     times_batch = True

@@ -168,7 +168,7 @@ def verify(path: Path, model: DetectionModel, options: ExportOptions) -> list[Ca
         backend = open_artifact(path, options.device, taps=TAPS if options.end2end else ())
     else:
         backend = load_backend(path, options.device, allow_code=True)  # it ran already
-    tries = HALF_TRIES if options.half and model.head.postprocess == "topk" else 1
+    tries = HALF_TRIES if options.half and model.head.num_queries > 0 else 1
     cases = []
     # A GPU may else round the factors of a convolution in float32 to 10 bits.
     with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
@@ -210,7 +210,7 @@ def compare(
     """
     output = predict(backend, model, reference.images, options)
     case = hold(output, model, reference, options)
-    is_ranking = model.head.postprocess == "topk"  # would choose other queries in float64
+    is_ranking = model.head.num_queries > 0  # would choose other queries in float64
     may_widen = case.worst is not None and not options.half and not is_ranking
     exact = widen_reference(model, reference) if may_widen else None
     if exact is None:
@@ -250,7 +250,7 @@ def hold(
     """What an artifact gave against the reference; queries, which are a set, are brought into one order."""
     found, expected, swapped = output.tensors, reference.tensors(options.raw), 0
     limit = ANYTHING if options.int8 else HALF_TOLERANCE if options.half else TOLERANCE
-    if model.head.postprocess == "topk" and not options.int8:
+    if model.head.num_queries > 0 and not options.int8:
         found, expected, swapped = _paired(found, expected, limit, may_swap=options.half)
     names = ["score"] * len(expected) if options.raw else ["box", "score"]
     gaps = [_gap(*three, limit) for three in zip(names, found, expected, strict=True)]
@@ -315,7 +315,7 @@ def take_reference(
     A head that ranks gets images of which it is clear, however sums are rounded, which queries it
     chooses: nearly equal scores at the last rank would let two faithful runs choose differently.
     """
-    if model.head.postprocess != "topk":
+    if model.head.num_queries == 0:
         return _run(model, blobs(batch, imgsz, seed).to(device))
     probe = copy.deepcopy(model)
     probe.head.num_queries += 1

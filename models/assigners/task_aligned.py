@@ -4,7 +4,8 @@ Source: TOOD (Feng et al., ICCV 2021, arXiv 2108.07755, section 3.2): alignment 
 overlap^beta. As the YOLO families have it, the overlap is CIoU cut at 0 (Zheng et al., arXiv
 1911.08287), only anchor points inside an object may serve it, and a prediction that several objects
 want goes to the one it overlaps most. Small objects may be looked for in a larger place (small-target-aware
-assignment, YOLO26, arXiv 2606.03748): else none of the finest grid's points may lie in them.
+assignment, YOLO26, arXiv 2606.03748): else none of the finest grid's points may lie in them. For a branch without
+suppression each object keeps, of the predictions that are left to it, the best aligned one alone (YOLO26's 7 -> 1).
 
 Letters: B batch, A anchor points, N objects of the whole batch, C classes, P positive pairs.
 Predictions of all images are counted through: prediction i of image b is number b * A + i.
@@ -90,6 +91,7 @@ def assign(
     alpha: float,
     beta: float,
     small: Small = NONE_SMALL,
+    only_best: bool = False,
 ) -> Assignment:
     """Assign predictions to objects.
 
@@ -100,6 +102,7 @@ def assign(
         alpha: power of the score.
         beta: power of the overlap.
         small: objects that serve more points than lie in them.
+        only_best: leave each object one prediction, the best aligned of those that no other object won.
     """
     order = canonical_order(targets)
     ordered = Targets(*(values[order] for values in targets))
@@ -112,7 +115,8 @@ def assign(
         numbers = best.predictions + part.image_index[best.objects] * count
         found.append(best._replace(objects=best.objects + start, predictions=numbers))
     candidates = Candidates(*(torch.cat(parts) for parts in zip(*found, strict=True)))
-    assignment = weigh(settle(candidates), len(order))
+    settled = settle(candidates)
+    assignment = weigh(best_left(settled) if only_best else settled, len(order))
     return assignment._replace(objects=order[assignment.objects])
 
 
@@ -179,12 +183,22 @@ def best_of_each(alignment: Tensor, overlaps: Tensor, topk: int) -> Candidates:
 
 def settle(candidates: Candidates) -> Candidates:
     """Leave each prediction to the object it overlaps most; of equals, to the first."""
-    order = candidates.overlaps.argsort(descending=True, stable=True)
-    order = order[candidates.predictions[order].argsort(stable=True)]
-    taken = candidates.predictions[order]
+    return _largest_of_each(candidates, candidates.predictions, candidates.overlaps)
+
+
+def best_left(settled: Candidates) -> Candidates:
+    """Leave each object its best aligned prediction; of equals, the first."""
+    return _largest_of_each(settled, settled.objects, settled.alignment)
+
+
+def _largest_of_each(candidates: Candidates, owners: Tensor, values: Tensor) -> Candidates:
+    """The pair of largest value of each owner (P,), ordered by owner; of equals the first."""
+    order = values.argsort(descending=True, stable=True)
+    order = order[owners[order].argsort(stable=True)]
+    taken = owners[order]
     is_first = torch.ones_like(taken, dtype=torch.bool)
     is_first[1:] = taken[1:] != taken[:-1]
-    return Candidates(*(values[order[is_first]] for values in candidates))
+    return Candidates(*(part[order[is_first]] for part in candidates))
 
 
 def weigh(settled: Candidates, num_objects: int) -> Assignment:

@@ -8,7 +8,7 @@ Letters: B batch, A anchor points, C classes, R bins of a distance.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,24 +22,25 @@ from models.heads.dfl import (
     channels_first_layout,
     check_levels,
     decode_raw,
+    distance_reader,
     predict,
     set_biases,
     tell_thin_objects,
 )
-from models.registry import LayerError, detection_head, register
+from models.registry import HeadForm, LayerError, Plan, Scaling, detection_head, register
 from utils.structures import Decoded, Targets
 
 REG_MAX = 16
 GROUPS = 4
 
 
-@register(detection_head)
 class DDetect(Head[DFLRaw]):
     """YOLOv9's head.
 
     Args:
         num_classes: C.
         channels: channels of each feature map.
+        reg_max: R, bins of each distance; 1: the distance itself, in strides.
     """
 
     family = "yolov9"
@@ -47,13 +48,13 @@ class DDetect(Head[DFLRaw]):
     layout = "channels"
     class_outputs = ("cv3.*.2.*",)
 
-    def __init__(self, num_classes: int, channels: Sequence[int]) -> None:
+    def __init__(self, num_classes: int, channels: Sequence[int], reg_max: int = REG_MAX) -> None:
         super().__init__(num_classes, len(channels))
-        check_levels(channels, REG_MAX)
-        self.reg_max = REG_MAX
-        self.cv2 = _box_towers(channels)
+        check_levels(channels, reg_max)
+        self.reg_max = reg_max
+        self.cv2 = _box_towers(channels, reg_max)
         self.cv3 = _class_towers(channels, num_classes)
-        self.dfl = DFL(REG_MAX)
+        self.dfl = distance_reader(reg_max)
 
     def initialize(self, strides: Sequence[int]) -> None:
         """Set the biases, which depend on the stride of each level."""
@@ -89,7 +90,16 @@ class DualRaw(NamedTuple):
     aux: DFLRaw
 
 
-@register(detection_head)
+def _dual_rule(in_channels: Sequence[Any], args: Sequence[Any], scaling: Scaling) -> Plan:
+    if scaling.head != HeadForm():
+        raise LayerError(
+            f"got end2end {scaling.head.end2end} and reg_max {scaling.head.reg_max}, expected neither: it has two branches "
+            "already. Take the gelan of the same size."
+        )
+    return detection_head(in_channels, args, scaling)
+
+
+@register(_dual_rule)
 class DualDDetect(Head[DualRaw]):
     """Two YOLOv9 heads: the first half of the inputs feeds the auxiliary one, the rest the main.
 
@@ -156,13 +166,13 @@ class DualDDetect(Head[DualRaw]):
         tell_thin_objects(sizes, self.strides)
 
 
-def _box_towers(channels: Sequence[int]) -> nn.ModuleList:
-    width = max(_multiple(channels[0] // 4, GROUPS), 4 * REG_MAX, 16)
+def _box_towers(channels: Sequence[int], reg_max: int = REG_MAX) -> nn.ModuleList:
+    width = max(_multiple(channels[0] // 4, GROUPS), 4 * reg_max, 16)
     return nn.ModuleList(
         nn.Sequential(
             Conv(c, width, 3),
             Conv(width, width, 3, groups=GROUPS),
-            nn.Conv2d(width, 4 * REG_MAX, 1, groups=GROUPS),
+            nn.Conv2d(width, 4 * reg_max, 1, groups=GROUPS),
         )
         for c in channels
     )

@@ -31,7 +31,8 @@ class DFLRaw(NamedTuple):
     """Raw predictions, levels one after the other.
 
     Attributes:
-        distances: logits over the R bins of left, top, right and bottom, (B, A, 4R).
+        distances: logits over the R bins of left, top, right and bottom, (B, A, 4R); with one bin the distances
+            themselves, in strides.
         logits: class logits, (B, A, C).
         points: xy of the anchor points in pixels, (A, 2), float32.
         strides: pixels of one bin, (A, 1), float32.
@@ -54,6 +55,19 @@ class DFL(nn.Module):
     def forward(self, distances: Tensor) -> Tensor:
         """(..., 4R) logits to (..., 4) bins."""
         return expected_distance(distances, widen(self.conv.weight.flatten()))
+
+
+class Distances(nn.Module):
+    """Distances as they are predicted, in strides, without a distribution: `reg_max` 1 (YOLO26, arXiv 2606.03748)."""
+
+    def forward(self, distances: Tensor) -> Tensor:
+        """(..., 4) of any type to (..., 4) in float32 or wider."""
+        return widen(distances)
+
+
+def distance_reader(reg_max: int) -> DFL | Distances:
+    """What makes distances of a box tower's outputs."""
+    return DFL(reg_max) if reg_max > 1 else Distances()
 
 
 def expected_distance(distances: Tensor, bins: Tensor) -> Tensor:
@@ -102,7 +116,7 @@ def _flat(maps: Sequence[Tensor]) -> Tensor:
     return torch.cat([level.flatten(2) for level in maps], 2).transpose(1, 2)
 
 
-def decode_raw(raw: DFLRaw, dfl: DFL) -> Decoded:
+def decode_raw(raw: DFLRaw, dfl: DFL | Distances) -> Decoded:
     """Boxes (B, A, 4) in xyxy pixels and class probabilities (B, A, C), float32 or wider."""
     boxes = distances_to_boxes(raw.points, dfl(raw.distances) * raw.strides)
     return Decoded(boxes, widen(raw.logits).sigmoid())
@@ -148,8 +162,8 @@ def check_levels(channels: Sequence[int], reg_max: int) -> None:
     """Refuse a head without inputs or without distances to choose from."""
     if not channels:
         raise LayerError("got no feature maps, expected at least one")
-    if reg_max < 2:
-        raise LayerError(f"got reg_max {reg_max}, expected 2 or more bins of distance")
+    if reg_max < 1:
+        raise LayerError(f"got reg_max {reg_max}, expected 1 or more bins of distance")
 
 
 class DFLDetect(Head[DFLRaw]):
@@ -157,8 +171,7 @@ class DFLDetect(Head[DFLRaw]):
 
     Args:
         num_classes: C.
-        reg_max: R, bins of each distance.
-        end2end: a head without NMS, which YOLO11 is not; only None or False.
+        reg_max: R, bins of each distance; 1: the distance itself, in strides.
         channels: channels of each feature map.
     """
 
@@ -167,23 +180,15 @@ class DFLDetect(Head[DFLRaw]):
     layout = "channels"
     class_outputs = ("cv3.*.2.*",)
 
-    def __init__(
-        self,
-        num_classes: int,
-        reg_max: int = 16,
-        end2end: bool | None = None,
-        channels: Sequence[int] = (),
-    ) -> None:
+    def __init__(self, num_classes: int, reg_max: int = 16, channels: Sequence[int] = ()) -> None:
         super().__init__(num_classes, len(channels))
         check_levels(channels, reg_max)
-        if end2end:
-            raise LayerError(f"got end2end {end2end}, expected None; this head needs NMS")
         self.reg_max = reg_max
         box_width = max(16, channels[0] // 4, 4 * reg_max)
         class_width = max(channels[0], min(num_classes, 100))
         self.cv2 = nn.ModuleList(_box_tower(c, box_width, 4 * reg_max) for c in channels)
         self.cv3 = nn.ModuleList(_class_tower(c, class_width, num_classes) for c in channels)
-        self.dfl = DFL(reg_max)
+        self.dfl = distance_reader(reg_max)
 
     def initialize(self, strides: Sequence[int]) -> None:
         """Set the biases, which depend on the stride of each level."""

@@ -24,6 +24,7 @@ from models.losses.classification import (
     choose_class_loss,
     focal_loss,
 )
+from models.losses.epochs import SameEveryEpoch
 from utils.boxes import complete_iou, cxcywh_to_xyxy, elementwise_iou, xyxy_to_cxcywh
 from utils.structures import Targets
 
@@ -40,7 +41,7 @@ def scaled_gains(hyp: dict[str, Any], head: AnchorDetect, imgsz: tuple[int, int]
     }
 
 
-class AnchorLoss:
+class AnchorLoss(SameEveryEpoch):
     """(raw, targets) -> `box`, `obj`, `cls`, each weighted; their sum is multiplied by the batch size.
 
     Args:

@@ -24,6 +24,7 @@ from models.heads.dfine import DFINEDecoder, DFINERaw, Refined
 from models.heads.distributions import Bins, bins_of, distances_to_boxes
 from models.losses.box import BoxLoss, Frame
 from models.losses.classification import choose_class_loss
+from models.losses.epochs import SameEveryEpoch
 from models.losses.hungarian import (
     box_sums,
     class_sums,
@@ -61,7 +62,7 @@ class Shares(NamedTuple):
     unmatched: float
 
 
-class DFINELoss:
+class DFINELoss(SameEveryEpoch):
     """Raw predictions of `DFINEDecoder` and targets to named losses.
 
     Args:

@@ -19,6 +19,7 @@ from models.assigners.hungarian import HungarianAssigner, Match
 from models.heads.rtdetr import RTDETRDecoder, RTDETRRaw
 from models.losses.box import BoxLoss, Frame
 from models.losses.classification import ClassLoss, ClassTargets, choose_class_loss
+from models.losses.epochs import SameEveryEpoch
 from utils.boxes import cxcywh_to_xyxy, elementwise_iou, xyxy_to_cxcywh
 from utils.structures import Targets
 
@@ -31,7 +32,7 @@ class StageLosses(NamedTuple):
     l1: Tensor
 
 
-class HungarianLoss:
+class HungarianLoss(SameEveryEpoch):
     """Raw predictions of `RTDETRDecoder` and targets to named losses.
 
     Args:

@@ -148,7 +148,7 @@ def _build_row(state: BuildState, row: RowSpec) -> None:
     first, spec = len(state.slots), state.spec
     scaling = Scaling(
         spec.width, spec.max_channels, spec.size, spec.repeats(row.repeats),
-        tuple(slot.stride for slot in sources), state.imgsz,
+        tuple(slot.stride for slot in sources), state.imgsz, spec.head,
     )  # fmt: skip
     is_image = len(inputs) == 1 and state.is_image(inputs[0])
     job = _Job(row, layer, sources, scaling, first, is_image)

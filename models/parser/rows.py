@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
+from models.registry import HeadForm
 from utils.config import read_yaml
 from utils.errors import ConfigError, nearest
 
@@ -56,6 +57,8 @@ class ModelSpec:
         max_channels: channels are cut to this before `width`.
         size: chosen letter of `scales`, or "".
         activation: name of the default activation, or None.
+        imports: Python files that define its layers.
+        head: what `reg_max` and `end2end` say.
     """
 
     file: str
@@ -68,6 +71,7 @@ class ModelSpec:
     size: str = ""
     activation: str | None = None
     imports: tuple[str, ...] = field(default=())
+    head: HeadForm = HeadForm()
 
     def repeats(self, count: int) -> int:
         """Repeats of a row after the depth factor; 1 stays 1."""
@@ -114,9 +118,13 @@ def load_config(path: Path) -> tuple[dict[str, Any], dict[str, list[int]]]:
 
 
 def read_model_config(
-    cfg: str | Path | Mapping[str, Any], *, num_classes: int | None = None, scale: str | None = None
+    cfg: str | Path | Mapping[str, Any],
+    *,
+    num_classes: int | None = None,
+    scale: str | None = None,
+    end2end: bool = False,
 ) -> tuple[str, dict[str, Any], dict[str, list[int]]]:
-    """What `cfg` (a path or a mapping) says, with class count and size chosen: (file, config, lines)."""
+    """What `cfg` (a path or a mapping) says, with class count, size and head chosen: (file, config, lines)."""
     lines: dict[str, list[int]] = {}
     if isinstance(cfg, Mapping):
         file, config, lines, letter = str(cfg.get("yaml_file", "model")), dict(cfg), lines, ""
@@ -127,6 +135,8 @@ def read_model_config(
         config["yaml_file"] = str(cfg)
     if num_classes is not None:
         config["nc"] = num_classes
+    if end2end:
+        config["end2end"] = True
     scales = config.get("scales")
     chosen = scale or config.get("scale") or letter
     if scales:
@@ -168,6 +178,7 @@ def parse_spec(file: str, config: dict[str, Any], lines: Mapping[str, Sequence[i
     return ModelSpec(
         file, config, tuple(rows), config.get("nc", 80), *factors, size,
         config.get("activation"), tuple([imports] if isinstance(imports, str) else imports),
+        HeadForm(config.get("reg_max", 16), bool(config.get("end2end"))),
     )  # fmt: skip
 
 
@@ -179,11 +190,14 @@ def place_of(section: str, number: int, line: int | None) -> str:
 def _wrong_values(config: Mapping[str, Any]) -> list[str]:
     """What is wrong with the plain keys."""
     num_classes, channels = config.get("nc", 80), config.get("ch", 3)
+    reg_max, end2end = config.get("reg_max", 16), config.get("end2end")
     anchors, imports = config.get("anchors"), config.get("imports") or []
     names = [imports] if isinstance(imports, str) else imports
     checks = (
         (_is_count(num_classes), f"nc: got {num_classes!r}, expected a whole number of classes, 1 or more."),
         (_is_count(channels), f"ch: got {channels!r}, expected the number of an image's channels, 1 or more."),
+        (_is_count(reg_max), f"reg_max: got {reg_max!r}, expected the bins of a distance, 1 for the distance itself."),
+        (end2end is None or isinstance(end2end, bool), f"end2end: got {end2end!r}, expected true or false."),
         (anchors is None or _is_count(anchors) or _are_anchors(anchors),
          f"anchors: got {anchors!r}, expected a number of anchors or one list of widths and heights in "
          "pixels a level, such as [10,13, 16,30, 33,23]."),

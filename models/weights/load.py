@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from models.heads.one_to_one import OneToOne
 from models.weights.claimed import claimed, first_problem, model_of
 from models.weights.matching import ROW, match_keys
 from models.weights.read import ForeignWeights, read_weights
@@ -141,6 +142,7 @@ def build_to_train(
     backbone: Sequence[str] | None = None,
     imgsz: tuple[int, int] = (640, 640),
     allow_code: bool = False,
+    end2end: bool = False,
 ) -> DetectionModel:
     """The model that a training starts from, its first weights loaded.
 
@@ -149,7 +151,7 @@ def build_to_train(
         cfg: architecture; empty takes the model YAML that `weights` carry, else the default.
         weights: file of a whole detector or of a backbone, of any project.
         backbone_weights: file for the backbone alone.
-        scale, backbone, imgsz, allow_code: see `build_model`.
+        scale, backbone, imgsz, allow_code, end2end: see `build_model`.
 
     Raises:
         ConfigError, CheckpointError: what a user can mend.
@@ -171,11 +173,14 @@ def build_to_train(
         backbone=backbone,
         allow_code=allow_code,
         fresh=isinstance(cfg, Mapping),
+        end2end=end2end,
     )
     log = get_logger().info
     if given is not None:
         report = transfer(model, given.state, names=(given.names, names), source=weights)
         log(f"{weights}: {report.summary()}")
+        if isinstance(model.head, OneToOne) and not any(".one2one_" in k for k in given.state):
+            model.head.start_alike()
     if backbone_weights:
         report = load_backbone_weights(model, backbone_weights)
         log(f"{backbone_weights}: {report.summary()}")

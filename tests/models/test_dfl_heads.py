@@ -121,8 +121,8 @@ def test_the_auxiliary_branch_does_not_touch_the_main_output():
     [
         (lambda: DualDDetect(3, [8, 8, 8]), "3 feature maps, expected an even number"),
         (lambda: DDetect(3, []), "no feature maps"),
-        (lambda: DFLDetect(3, 1, None, [8]), "reg_max 1, expected 2 or more"),
-        (lambda: DFLDetect(3, 16, True, [8]), "end2end True, expected None"),
+        (lambda: DFLDetect(3, 0, [8]), "reg_max 0, expected 1 or more"),
+        (lambda: DDetect(3, [8], 0), "reg_max 0, expected 1 or more"),
     ],
 )
 def test_heads_that_cannot_work_are_refused(build, message):
