@@ -187,6 +187,16 @@ def test_boxes_turned_inside_out_have_a_finite_loss_and_come_back():
     assert all(value.isfinite() for value in terms.values()) and distances.grad.isfinite().all()
 
 
+def test_a_distance_may_be_negative_but_no_box_is_inside_out():
+    """A point left of a small object that serves it (`stal`) has the distance -1 to the left side; -2 to the right
+    would put that side before the left one, where the box has no area."""
+    head = DFLDetect(2, 1, [8])
+    distances = torch.tensor([[[-1.0, 1, 2, 1], [-1, 1, -2, 1]]])
+    points, strides = torch.full((2, 2), 8.0), torch.full((2, 1), 8.0)
+    boxes = head.decode(DFLRaw(distances, torch.zeros(1, 2, 2), points, strides)).boxes
+    assert boxes.tolist() == [[[16, 0, 24, 16], [16, 0, 16, 16]]]
+
+
 # --- the head -------------------------------------------------------------------------------------
 
 
