@@ -142,7 +142,7 @@ def _check_steps(
     if model.strides != STRIDES:
         raise ValueError(f"the head has strides {model.strides}, expected {STRIDES}")
     result["step"] = "train"
-    is_ranking = model.head.postprocess == "topk"
+    is_ranking = model.head.num_queries > 0
     small = RANKING_TRAIN_SIZE if is_ranking else TRAIN_SIZE
     train_step(model, small if result["any_size"] else size)
     result["step"] = "evaluate"

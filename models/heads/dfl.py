@@ -119,6 +119,11 @@ def _flat(maps: Sequence[Tensor]) -> Tensor:
 def decode_raw(raw: DFLRaw, dfl: DFL | Distances) -> Decoded:
     """Boxes (B, A, 4) in xyxy pixels and class probabilities (B, A, C), float32 or wider."""
     boxes = distances_to_boxes(raw.points, dfl(raw.distances) * raw.strides)
+    if isinstance(
+        dfl, Distances
+    ):  # a box turned inside out is none: runtimes differ in what NMS makes of it
+        low, high = boxes.split(2, -1)
+        boxes = torch.cat((low, torch.maximum(low, high)), -1)
     return Decoded(boxes, widen(raw.logits).sigmoid())
 
 
