@@ -9,11 +9,9 @@ import torch
 
 import train
 from deploy.backends import load_backend
-from engine.training_flags import parse_options
-from engine.weights import build_from_flags
 from models.heads.one_to_one import OneToOne
 from models.losses.one_to_one import OneToOneLoss
-from models.weights.load import load_weights
+from models.weights.load import build_to_train, load_weights
 from models.yolo import build_model
 from utils.checkpoint import load_checkpoint
 
@@ -79,8 +77,8 @@ def test_weights_without_the_branch_give_both_the_same_start(shared_data: Path, 
     saved = {"config": model.config, "names": model.names, "model": model.state_dict()}
     torch.save(saved, tmp_path / "plain.pt")
     torch.manual_seed(4)
-    options = parse_options(["--weights", str(tmp_path / "plain.pt"), "--end2end", "--imgsz", "64"])
-    head = build_from_flags(options, ("square", "disc")).head
+    weights = str(tmp_path / "plain.pt")
+    head = build_to_train(("square", "disc"), weights=weights, imgsz=(64, 64), end2end=True).head
     assert isinstance(head, OneToOne)
     for ours, copied, given in (
         (head.cv2, head.one2one_cv2, model.head.cv2),
