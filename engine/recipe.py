@@ -9,8 +9,7 @@ from typing import Any
 from engine.flags import spelling
 from engine.options import SCHEDULES, TrainOptions
 from engine.pace import Length, settle_pace
-from models.family import RECIPES, Recipe, recipe_file
-from models.kinds import Kind, backbone_kind
+from models.family import Recipe, recipe_file
 from models.losses.box import name_problem
 from models.losses.classification import class_loss_problem
 from models.losses.own import settle_own
@@ -18,7 +17,8 @@ from models.yolo import DetectionModel
 from utils.config import check_recipe, load_hyp, written_keys
 from utils.logger import get_logger
 
-KIND_RECIPES = RECIPES / "backbones"
+OF_AN_OPTIMIZER = frozenset(("lr0", "momentum", "warmup_bias_lr"))
+"""Keys that mean a certain optimiser, where a user's recipe has them without naming one."""
 CHECKS = {"box_loss": name_problem, "cls_loss": class_loss_problem}
 
 
@@ -39,29 +39,26 @@ def recipe_of(options: TrainOptions, model: DetectionModel, saved: Recipe | None
             "box_loss": options.box_loss,
             "cls_loss": options.cls_loss,
         }
-        hyp = recipe(family, options.hyp, overrides, backbone_kind(model))
+        hyp = recipe(family, options.hyp, overrides)
     else:
         hyp = complete(saved, family, str(options.resume))
     beside = [Path(options.hyp).parent] if options.hyp and not options.box_loss else []
     return {**hyp, "box_loss": settle_own(hyp["box_loss"], [*beside, Path()])}
 
 
-def recipe(
-    family: str, hyp: str | None, overrides: Recipe, kind: Kind | None = None
-) -> dict[str, Any]:
-    """The hyper-parameters of a run: the family's file, that of the backbone's kind, the user's, then flags that are set.
+def recipe(family: str, hyp: str | None, overrides: Recipe) -> dict[str, Any]:
+    """The hyper-parameters of a run: the family's file, the user's over it, then flags that are set.
 
     Raises:
         ConfigError: unknown keys or wrong types in the user's file.
     """
-    over = [path for path in (kind and KIND_RECIPES / f"{kind}.yaml", hyp) if path]
-    merged = dict(load_hyp(over, recipe_file(family), CHECKS))
-    told = f"data/hyps/{family}.yaml, the {family} family's own"
-    if kind:
-        told = f"data/hyps/backbones/{kind}.yaml, for the backbone's kind, over {told}"
-    get_logger().info(
-        f"recipe: {hyp} over {told}" if hyp else f"recipe: {told} (--hyp to change it)"
-    )
+    merged = dict(load_hyp(hyp, recipe_file(family), CHECKS))
+    if hyp:
+        get_logger().info(f"recipe: {hyp} over data/hyps/{family}.yaml")
+    else:
+        get_logger().info(
+            f"recipe: data/hyps/{family}.yaml, the {family} family's own (--hyp to change it)"
+        )
     given = {key: value for key, value in overrides.items() if value is not None}
     for key in given.keys() - merged.keys():
         get_logger().info(
@@ -85,6 +82,9 @@ def settle(hyp: Recipe, options: TrainOptions, model: DetectionModel, length: Le
     """The recipe with what follows from a new run's length and first weights; what the user's file says stays."""
     family, num_classes = model.head.family, model.head.num_classes
     kept = written_keys(options.hyp, recipe_file(family)) if options.hyp else frozenset()
+    if hyp["optimizer"] == "auto" and (own := sorted(kept & OF_AN_OPTIMIZER)):
+        get_logger().info(f"optimizer: SGD, which {', '.join(own)} of {options.hyp} are for")
+        hyp = {**hyp, "optimizer": "SGD"}
     has_weights = bool(model.is_pretrained or options.weights or options.backbone_weights)
     hyp = settle_optimizer(hyp, length, num_classes if has_weights else None)
     hyp = settle_pace(hyp, length, kept)
@@ -108,16 +108,15 @@ def settle_optimizer(hyp: Recipe, length: Length, num_classes: int | None) -> Re
         return hyp
     images = length.batches * length.batch_size
     steps = math.ceil(images / max(length.batch_size, hyp["nbs"])) * length.epochs
-    is_short = steps <= hyp["auto_steps"]
-    name, lr = "SGD", hyp["auto_sgd_lr"]
-    if is_short:
+    name, lr, momentum = "SGD", hyp["auto_sgd_lr"], hyp["auto_sgd_momentum"]
+    bias_lr = hyp["auto_sgd_warmup_bias_lr"]
+    if steps <= hyp["auto_steps"]:
         share = 1.0 if num_classes is None else 5 / (4 + num_classes)
         name, lr = "AdamW", round(hyp["auto_adamw_lr"] * share, 6)
-    momentum = hyp["auto_momentum"]
+        momentum, bias_lr = hyp["auto_momentum"], hyp["auto_warmup_bias_lr"]
     get_logger().info(
         f"optimizer: {name}, lr0 {lr}, momentum {momentum} (auto, {steps} steps; --optimizer to choose)"
     )
-    bias_lr = hyp["auto_warmup_bias_lr"]
     return {**hyp, "optimizer": name, "lr0": lr, "momentum": momentum, "warmup_bias_lr": bias_lr}
 
 

@@ -6,8 +6,7 @@ RUN=runs/demo
 rm -rf "$RUN"
 step() { printf '\n== %s\n' "$*"; "$@"; }
 
-step "$PY" train.py --cfg yolov5n-emo.yaml --data data/shapes.yaml --hyp data/hyps/quick.yaml --imgsz 160 \
-  --epochs 30 --batch-size 16 --cache --workers 2 --project "$RUN" --name train
+step "$PY" train.py --cfg yolo11n.yaml --data data/shapes.yaml --imgsz 160 --epochs 36 --batch-size 16 --cache --workers 2 --project "$RUN" --name train
 BEST=$RUN/train/weights/best.pt
 step "$PY" export.py --weights "$BEST" --imgsz 160 --include onnx
 step "$PY" val.py --weights "$BEST" "${BEST%.pt}.onnx" --data data/shapes.yaml --task test --imgsz 160 --project "$RUN" --name val
@@ -16,10 +15,10 @@ step "$PY" detect.py --weights "${BEST%.pt}.onnx" --source datasets/shapes/image
 import csv, pathlib, sys
 run = pathlib.Path(sys.argv[1])
 rows = list(csv.DictReader((run / "train" / "results.csv").open()))
-best = max(float(row["metrics/mAP_0.5"]) for row in rows if row["metrics/mAP_0.5"])
+best = max((row for row in rows if row["metrics/mAP_0.5"]), key=lambda row: float(row["metrics/mAP_0.5:0.95"]))
 pictures = [run / "train" / "val_batch0_pred.jpg", run / "train" / "results.png", run / "detect"]
 print("\nLook at:")
 for picture in pictures:
     print(f"  {picture}")
-print(f"mAP50 on the validation images: {best:.3f}")
+print(f"on the validation images: mAP50 {float(best['metrics/mAP_0.5']):.3f}, mAP50-95 {float(best['metrics/mAP_0.5:0.95']):.3f}")
 PY

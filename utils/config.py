@@ -28,7 +28,7 @@ KNOWN_HYP_KEYS = frozenset(
 
 HYP_RANGES = {
     **dict.fromkeys(("nbs", "anchor_t", "ema_tau", "tal_topk", "least_steps"), (1.0, math.inf)),
-    **dict.fromkeys(("momentum", "warmup_momentum", "auto_momentum"), (0.0, 0.9999)),
+    **dict.fromkeys(("momentum", "warmup_momentum", "auto_momentum", "auto_sgd_momentum"), (0.0, 0.9999)),
     **dict.fromkeys(("hsv_h", "hsv_s", "hsv_v", "translate", "flipud", "fliplr"), (0.0, 1.0)),
     **dict.fromkeys(("mosaic", "mosaic9", "mixup", "copy_paste"), (0.0, 1.0)),
     **dict.fromkeys(("label_smoothing", "ema_decay", "focal_alpha", "warmup_share", "ema_share"), (0.0, 1.0)),

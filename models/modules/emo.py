@@ -208,8 +208,6 @@ class EMO(nn.Module):
         drop_path: rate of the last block, growing linearly from 0; None is the size's own.
     """
 
-    kind = "attention"
-
     def __init__(self, size: Size, form: Form = "paper", drop_path: float | None = None) -> None:
         super().__init__()
         self.channels = [size.stem, *size.widths]

@@ -53,8 +53,6 @@ class MobileOneBlock(nn.Module):
         LayerError: the kernel is even (its 1x1 branch would have no centre), or there is no branch.
     """
 
-    kind = "reparameterized"
-
     def __init__(
         self,
         in_channels: int,

@@ -348,8 +348,6 @@ class RevCol(nn.Module):
         LayerError: `save_memory` is none of these.
     """
 
-    kind = "reversible"
-
     def __init__(
         self, size: Size, save_memory: bool | str = True, drop_path: float | None = None
     ) -> None:

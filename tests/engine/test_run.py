@@ -158,22 +158,6 @@ def test_a_backbone_without_weights_learns_as_fast_as_the_rest(
     assert run_of(*words, "--hyp", str(hyp)).hyp["backbone_lr"] == 0.1
 
 
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (["--backbone", "mobilenetv3_small_050"], "data/hyps/backbones/depthwise.yaml"),
-        (["--backbone", "resnet10t"], "data/hyps/backbones/plain.yaml"),
-        (["--backbone", "revcol_tiny"], "data/hyps/backbones/reversible.yaml"),
-        ([], "data/hyps/yolo11.yaml, the yolo11 family's own"),
-    ],
-)
-def test_the_recipe_is_that_of_the_backbones_kind(
-    words: list[str], told: str, shared_data: Path, tmp_path: Path, capsys
-):
-    run_of("yolo11n", shared_data, tmp_path, *words)
-    assert f"recipe: {told}" in capsys.readouterr().err
-
-
 def test_images_with_rare_classes_are_drawn_more_often(
     tiny_cfg: Path, shared_data: Path, tmp_path: Path
 ):

@@ -15,7 +15,8 @@ from engine.anchors import check_anchors, fit_to_objects
 from engine.batch_size import automatic_batch_size
 from engine.freeze import freeze
 from engine.options import TrainOptions
-from engine.recipe import recipe
+from engine.pace import Length
+from engine.recipe import recipe, settle_optimizer
 from engine.run import refuse_sizes
 from models.family import RECIPES
 from models.yolo import DetectionModel, build_model
@@ -59,7 +60,13 @@ def test_the_recipe_of_yolov5_has_the_published_numbers():
     }  # fmt: skip
     hyp = recipe("yolov5", None, {})
     assert {name: hyp[name] for name in published} == published
-    assert (hyp["optimizer"], hyp["schedule"]) == ("SGD", "linear")
+    assert hyp["schedule"] == "linear"
+    settled = settle_optimizer(hyp, Length(7330, 300, 16), None)  # COCO
+    named = ("optimizer", "lr0", "momentum", "warmup_bias_lr")
+    assert [settled[key] for key in named] == ["SGD", 0.01, 0.937, 0.1]
+    short = settle_optimizer(hyp, Length(25, 30, 16), None)
+    assert [short[key] for key in named] == ["AdamW", 0.002, 0.9, 0.0]
+    assert settle_optimizer(hyp, Length(25, 30, 16), 6)["lr0"] == 0.001, "from weights: half of it"
 
 
 def test_which_recipe_is_used_is_said(capsys: pytest.CaptureFixture[str]):
