@@ -26,7 +26,7 @@ def content(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     folder = tmp_path_factory.mktemp("garbled")
     (folder / "tiny.yaml").write_text(TINY_MODEL)
     words = ["--cfg", folder / "tiny.yaml", "--data", shared_data, "--imgsz", 64, "--batch-size", 4]
-    words += ["--workers", 0, "--device", "cpu", "--noplots", "--epochs", 2]
+    words += ["--workers", 0, "--device", "cpu", "--noplots", "--epochs", 2, "--optimizer", "SGD"]
     run = prepare(read_training([str(w) for w in words])[0], folder, torch.device("cpu"), World())
     for parameter in run.model.parameters():
         parameter.grad = torch.ones_like(parameter)

@@ -22,6 +22,7 @@ from engine.resume import resume
 from engine.run import Run, prepare
 from engine.state import save
 from models.family import build_criterion
+from models.losses.epochs import SameEveryEpoch
 from utils.checkpoint import load_checkpoint
 from utils.distributed import World
 from utils.errors import ConfigError, UserError
@@ -98,7 +99,9 @@ def spoil(run: Run, when: set[int]) -> Run:
         factor = float("inf") if calls[-1] in when else 1.0
         return {name: value * factor for name, value in losses.items()}
 
-    wrapper = type("Spoiled", (), {"__call__": staticmethod(spoiled), "times_batch": True})()
+    wrapper = type(
+        "Spoiled", (SameEveryEpoch,), {"__call__": staticmethod(spoiled), "times_batch": True}
+    )()
     return replace(run, criterion=wrapper)
 
 
@@ -145,7 +148,9 @@ def test_the_mean_losses_of_an_epoch_are_returned(run: Run):
         seen.append({name: value.item() for name, value in losses.items()})
         return losses
 
-    wrapper = type("Seen", (), {"__call__": staticmethod(look), "times_batch": True})()
+    wrapper = type(
+        "Seen", (SameEveryEpoch,), {"__call__": staticmethod(look), "times_batch": True}
+    )()
     run = replace(run, criterion=wrapper)
     means = train.train_one_epoch(run, 0, RunRecorder(run))
     assert len(seen) == 2
