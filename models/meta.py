@@ -1,7 +1,7 @@
 """Running a module on the `meta` device: shapes without arithmetic, memory or random numbers.
 
 What PyTorch keeps to itself and this project uses stands here alone: dispatch modes (`torch.utils._python_dispatch`), tensors
-that say they are on the CPU (`torch._subclasses`) and the hooks of a module; seen in torch 2.4 to 2.14.
+that say they are on the CPU (`torch._subclasses`) and the hooks of a module; seen in torch 2.14.
 """
 
 from __future__ import annotations

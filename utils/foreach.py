@@ -1,4 +1,4 @@
-"""Many small tensors in one call: functions that torch's own optimisers are made of, not yet public (seen in torch 2.4 to 2.14)."""
+"""Many small tensors in one call: functions that torch's own optimisers are made of, not yet public (seen in torch 2.14)."""
 
 from __future__ import annotations
 

@@ -4,9 +4,9 @@ Decoding stays float32 in both: it carries box distances and rare scores, which 
 of integers the whole head is kept. Integer graphs are in QDQ form, which ONNX Runtime and OpenVINO
 both turn into integer kernels.
 
-What belongs to decoding and head is told by the names of nodes, which the exporters of torch 2.4 to
+What belongs to decoding and head is told by the names of nodes, which the exporters of torch
 2.14 begin with the module's path; `onnxruntime.transformers.float16` is no part of ONNX Runtime's
-documented interface and was seen from 1.18 to 1.32. Nothing else in this folder rests on either.
+documented interface and was seen in 1.32. Nothing else in this folder rests on either.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 The library's own reader unpickles objects that a file asks it to, evaluates the file's expressions over
 sizes, and writes Python of the names that stand in it. A detector's program needs no objects, no more
 than arithmetic and no other names than words, so a file with anything else is refused before the library
-sees it. The form of these files was read in torch 2.6 to 2.14.
+sees it. The form of these files was read in torch 2.14.
 """
 
 from __future__ import annotations

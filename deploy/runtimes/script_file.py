@@ -1,7 +1,7 @@
 """Reading a TorchScript file, whose format and library torch is giving up.
 
 `torch.jit` offers no documented way to the operations and arguments of a loaded network; the graphs and
-schemas that this file looks into were seen in torch 2.4 to 2.14, and nothing else rests on them.
+schemas that this file looks into were seen in torch 2.14, and nothing else rests on them.
 """
 
 from __future__ import annotations
