@@ -36,6 +36,7 @@ from models.reparam import fuse
 from models.table import count_params
 from models.timm.features import create, timm_names
 from models.yolo import DetectionModel, build_model
+from utils.errors import UserError, foreign_code
 
 SIZE = (256, 256)
 OTHER_SIZE = (256, 320)
@@ -47,15 +48,16 @@ def check_model(name: str, max_params: float) -> dict[str, Any]:
     start = time.perf_counter()
     result: dict[str, Any] = {"name": name, "step": "build"}
     try:
-        result["params"] = count_params(timm_model(name))
-        is_small = result["params"] <= max_params
-        with torch.device("cpu" if is_small else "meta"):
-            model = build_model("yolo11n", backbone=[name], num_classes=3, imgsz=SIZE)
-        _check_steps(model, result, "cpu" if is_small else "meta")
-        result["status"] = "works" if is_small else "works on meta"
-    except Exception as error:
+        with foreign_code():
+            result["params"] = count_params(timm_model(name))
+            is_small = result["params"] <= max_params
+            with torch.device("cpu" if is_small else "meta"):
+                model = build_model("yolo11n", backbone=[name], num_classes=3, imgsz=SIZE)
+            _check_steps(model, result, "cpu" if is_small else "meta")
+            result["status"] = "works" if is_small else "works on meta"
+    except UserError as error:
         result["status"] = "fails" if timm_runs(name) else "timm cannot"
-        result["reason"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        result["reason"] = str(error)[:300]
     result["seconds"] = round(time.perf_counter() - start, 1)
     return result
 
@@ -106,11 +108,11 @@ def timm_runs(name: str) -> bool:
     """Whether timm itself can build the features of `name` and run them at the model's own input size."""
     import timm
 
-    with torch.device("meta"):
-        try:
+    try:
+        with foreign_code(), torch.device("meta"):
             create(name, {}).eval()(torch.rand(1, *timm.get_pretrained_cfg(name).input_size))
-        except Exception:
-            return False
+    except UserError:
+        return False
     return True
 
 
