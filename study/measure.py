@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image as PillowImage
 
 from data.dataset import LoadOptions
 from data.images import read_image
@@ -174,17 +175,17 @@ def _drawn(
     image: Image, rows: Iterable[dict[str, object]], labels: dict[int, int], names: Sequence[str]
 ) -> Image:
     """A small copy of an image with boxes on it."""
-    import cv2
-
     height, width = image.shape[:2]
     scale = SIDE / max(height, width)
-    small = cv2.resize(image, (round(width * scale), round(height * scale)), interpolation=cv2.INTER_AREA)  # fmt: skip
+    small = PillowImage.fromarray(image).resize((round(width * scale), round(height * scale)))
     rows = list(rows)
     boxes = np.array([row["bbox"] for row in rows], dtype=np.float64).reshape(-1, 4) * scale
     boxes[:, 2:] += boxes[:, :2]
     classes = np.array([labels[int(str(row["category_id"]))] for row in rows], dtype=np.int64)
     scores = np.array([float(str(row["score"])) for row in rows]) if rows and "score" in rows[0] else None  # fmt: skip
-    return draw_boxes(small, boxes, classes, names, scores, line_thickness=2, hide_conf=True)
+    return draw_boxes(
+        np.asarray(small), boxes, classes, names, scores, line_thickness=2, hide_conf=True
+    )
 
 
 def main() -> None:
