@@ -11,7 +11,7 @@ from markupsafe import Markup
 from data.images import read_image
 from study.measure import EXAMPLES
 from study.plan import Study
-from study.results import Row, choice_of, front_of
+from study.results import FAILURE, Row, choice_of, front_of
 from study.text import NOTES, setting, spread, verdict
 from study.training import read_epochs
 from utils import page as kit
@@ -21,9 +21,9 @@ from utils.page import Cell, Column
 MOST_PICTURES = 600_000  # bytes of examples in a page
 COLUMNS = (
     Column("model"), Column("mAP50-95", ".3f"), Column("95 % interval"), Column("behind the best"), Column("mAP50", ".3f"),
-    Column("ms", ".1f"), Column("quartiles"), Column("params, M", ".2f"), Column("deployed", ".2f"), Column("GFLOPs", ".2f"),
-    Column("deployed", ".2f"), Column("MiB", ".0f"), Column("AP small", ".3f"), Column("medium", ".3f"), Column("large", ".3f"),
-    Column("s an epoch", ".1f"), Column("training, GiB", ".2f"), Column("epochs", "d"), Column("state"),
+    Column("ms", ".1f"), Column("quartiles"), Column("params, M", ".2f"), Column("deployed, M", ".2f"), Column("GFLOPs", ".2f"),
+    Column("deployed, GFLOPs", ".2f"), Column("MiB", ".1f"), Column("AP small", ".3f"), Column("medium", ".3f"),
+    Column("large", ".3f"), Column("s an epoch", ".1f"), Column("training, GiB", ".2f"), Column("epochs", "d"), Column("state"),
 )  # fmt: skip
 
 
@@ -38,8 +38,12 @@ def study_page(study: Study, rows: Sequence[Row], title: str) -> str:
     first = study.options.runtime[0]
     others = {row.name for row in rows} - {row.name for row in rows if row.runtime == first}
     main = [row for row in rows if row.runtime == first or row.name in others]
-    parts = [kit.section("Which one to choose", kit.paragraph(verdict(main)))]
+    parts = [kit.section("Which one to choose", kit.paragraph(verdict(main), "lead"))]
     parts.append(kit.section("Results", _table(main), kit.paragraph(NOTES, "soft")))
+    if failed := {
+        row.name: row.state.removeprefix(FAILURE) for row in rows if row.state.startswith(FAILURE)
+    }:
+        parts.append(kit.section("What failed", kit.facts(failed)))
     if picture := _picture(main):
         parts.append(kit.section("Speed and accuracy", picture))
     if len(study.options.runtime) > 1:
@@ -66,7 +70,9 @@ def _table(rows: Sequence[Row]) -> Markup:
 def _cells(row: Row, *, is_best: bool, is_chosen: bool) -> list[Cell]:
     words = ["choice"] * is_chosen + ["front"] * is_best
     name = Markup(" ").join([Markup("{}").format(row.name), *map(kit.badge, words)])
-    state = row.state if row.is_whole else Markup('<span class="warn">{}</span>').format(row.state)
+    state = "failed, see below" if row.state.startswith(FAILURE) else row.state
+    if not row.is_whole:
+        state = Markup('<span class="warn">{}</span>').format(state)
     millions = [None if n is None else n / 1e6 for n in (row.params, row.params_deployed)]
     behind = "best" if row.map50_95 is not None and row.behind is None else None
     if row.behind is not None:
@@ -146,7 +152,7 @@ def _examples(study: Study, rows: Sequence[Row]) -> Markup | None:
             kit.figure(kit.picture(read_image(path), f"image {number + 1}: {name}"), name)
             for name, path in files.items()
         ]
-        parts.append(kit.fold(f"Image {number + 1}", kit.gallery(figures)))
+        parts.append(kit.fold(f"Image {number + 1}", kit.gallery(figures), is_open=number == 0))
     return Markup("\n").join(parts) if parts else None
 
 

@@ -19,6 +19,7 @@ from study.training import DONE, FAILED, read_epochs, seconds_per_epoch
 from utils.bootstrap import Interval, interval
 from utils.files import write_whole
 
+FAILURE = "failed: "
 MEMORY = re.compile(r"memory (\d+\.\d+)G")
 
 
@@ -106,7 +107,7 @@ def _rows_of_entry(study: Study, entry: Entry, timed: Mapping[str, Any]) -> list
     failed, measured = _read(folder / FAILED), _read(folder / MEASURED)
     known |= _training_facts(study, trainings)
     if failed:
-        known |= {"state": f"failed: {failed['reason']}", "is_whole": False}
+        known |= {"state": f"{FAILURE}{failed['reason']}", "is_whole": False}
     if not measured:
         return [Row(**{"state": "not measured", **known})]
     for form, suffix in (("trained", ""), ("deployed", "_deployed")):
@@ -116,7 +117,7 @@ def _rows_of_entry(study: Study, entry: Entry, timed: Mapping[str, Any]) -> list
     return [
         Row(**known, runtime=runtime, **_runtime_facts(found, timed.get(folder.name, {}).get(runtime)))
         if "reason" not in found
-        else Row(**{**known, "runtime": runtime, "state": f"failed: {found['reason']}", "is_whole": False})
+        else Row(**{**known, "runtime": runtime, "state": f"{FAILURE}{found['reason']}", "is_whole": False})
         for runtime, found in measured["runtimes"].items()
     ]  # fmt: skip
 
