@@ -139,7 +139,7 @@ def _artifact(
 
 
 def accuracy(study: Study, backend: Backend, name: str, device: torch.device) -> Accuracy:
-    """mAP on the validation split, and that of splits drawn from its images."""
+    """mAP on the validation split, and that of halves of it."""
     options = study.options
     imgsz = parse_imgsz(options.imgsz, backend.stride) if options.imgsz else backend.imgsz
     load = LoadOptions(imgsz=imgsz, batch_size=16, stride=backend.stride)

@@ -125,9 +125,13 @@ def _runtimes(rows: Sequence[Row]) -> Markup:
 def _curves(study: Study) -> Markup | None:
     series = []
     for entry in study.entries:
-        for training in study.trainings(entry):
-            points = [(row.epoch, row.map50_95) for row in read_epochs(training.folder) if math.isfinite(row.map50_95)]  # fmt: skip
-            name = f"{entry.name}, seed {training.seed}" if study.options.seeds > 1 else entry.name
+        for seed, folder in enumerate(study.runs_of(entry)):
+            points = [
+                (row.epoch, row.map50_95)
+                for row in read_epochs(folder)
+                if math.isfinite(row.map50_95)
+            ]
+            name = f"{entry.name}, seed {seed}" if study.options.seeds > 1 else entry.name
             series += [Series(name, points)] if len(points) > 1 else []
     if not series:
         return None

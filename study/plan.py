@@ -134,6 +134,12 @@ class Study:
         for seed in range(self.options.seeds) if entry.file is None else ():
             yield Training(entry, seed, self.folder_of(entry) / f"seed{seed}")
 
+    def runs_of(self, entry: Entry) -> list[Path]:
+        """Folders of the trainings that an entry comes from, those of this study or the one that its file lies in."""
+        if entry.file is None:
+            return [training.folder for training in self.trainings(entry)]
+        return [entry.file.parent.parent] if entry.file.parent.name == "weights" else []
+
     def save(self) -> None:
         """Write the plan."""
         content = {

@@ -46,7 +46,7 @@ class Row:
         behind_low, behind_high: its confidence interval, both on the same images.
         seconds_per_epoch: of a training, validation included; the median.
         train_memory: GiB of its process, on a GPU of the GPU, at most.
-        samples: mAP50-95 of splits drawn from the images.
+        samples: mAP50-95 of halves of the split.
     """
 
     name: str
@@ -105,7 +105,7 @@ def _rows_of_entry(study: Study, entry: Entry, timed: Mapping[str, Any]) -> list
     words = " ".join(entry.backbone) or ("" if entry.file else "own")
     known: dict[str, Any] = {"name": entry.name, "model": entry.model, "backbone": words}
     failed, measured = _read(folder / FAILED), _read(folder / MEASURED)
-    known |= _training_facts(study, trainings)
+    known |= _training_facts(study, entry, trainings)
     if failed:
         known |= {"state": f"{FAILURE}{failed['reason']}", "is_whole": False}
     if not measured:
@@ -122,18 +122,17 @@ def _rows_of_entry(study: Study, entry: Entry, timed: Mapping[str, Any]) -> list
     ]  # fmt: skip
 
 
-def _training_facts(study: Study, trainings: Sequence[Training]) -> dict[str, Any]:
-    if not trainings:
-        return {"state": "given", "is_whole": True}
-    epochs = [read_epochs(training.folder) for training in trainings]
-    fewest, total = min(map(len, epochs)), study.options.epochs
+def _training_facts(study: Study, entry: Entry, trainings: Sequence[Training]) -> dict[str, Any]:
+    epochs = [read_epochs(folder) for folder in study.runs_of(entry)]
+    fewest, total = min(map(len, epochs), default=0), study.options.epochs
     is_whole = all((training.folder / DONE).exists() for training in trainings)
     seconds = [seconds_per_epoch(rows) for rows in epochs if rows]
     memory = [found for training in trainings if (found := _memory(training.folder / "train.log"))]
+    stopped = f"stopped after {fewest} of {total} epochs"
     return {
-        "state": "trained" if is_whole else f"stopped after {fewest} of {total} epochs",
+        "state": "given" if entry.file else "trained" if is_whole else stopped,
         "is_whole": is_whole,
-        "epochs": fewest,
+        "epochs": fewest or None,
         "seconds_per_epoch": mean(seconds) if seconds else None,
         "train_memory": max(memory, default=None),
     }
@@ -185,9 +184,7 @@ def distance(best: Row, row: Row) -> Interval:
     Two models find most of the same images hard, so that their difference is known better than either.
     """
     gaps = np.array(best.samples) - np.array(row.samples)
-    centre = 2 * ((best.map50_95 or 0.0) - (row.map50_95 or 0.0)) - np.nanmean(gaps)
-    reach = 1.96 * np.nanstd(gaps, ddof=1)
-    return Interval(float(centre - reach), float(centre + reach))
+    return interval((best.map50_95 or 0.0) - (row.map50_95 or 0.0), gaps, -1.0)
 
 
 def front_of(rows: Sequence[Row]) -> list[Row]:

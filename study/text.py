@@ -97,7 +97,7 @@ def _commit() -> str:
 
 
 NOTES = (
-    "mAP is COCO's, with its 95 % interval over the images of the split (bias-corrected bootstrap); AP of small, medium and "
+    "mAP is COCO's, with its 95 % interval over the images of the split (half-sample bootstrap); AP of small, medium and "
     "large objects by COCO's areas (32 x 32 and 96 x 96 pixels). Params, GFLOPs (2 x GMACs) of the training form and the deployed "
     "one; MiB of weights and maps at a time, deployed, for one image. Milliseconds: median and quartiles of one image through "
     "network and decoding, without NMS, all models in turn in one process; the file that is timed is the one whose mAP is told."

@@ -42,11 +42,12 @@ def read_epochs(folder: Path) -> list[EpochRow]:
     if not table.is_file():
         return []
     with table.open(newline="", encoding="utf-8") as file:
-        return [
-            EpochRow(int(row["epoch"]) + 1, float(row[MAP] or "nan"), float(row["time"]))
-            for row in csv.DictReader(file)
-            if None not in row.values()
-        ]
+        rows = [row for row in csv.DictReader(file) if None not in row.values()]
+    return [
+        EpochRow(int(row["epoch"]) + 1, float(row.get(MAP) or "nan"), float(row["time"]))
+        for row in rows
+        if {"epoch", "time"} <= row.keys()  # a table of another project is none of ours
+    ]
 
 
 def seconds_per_epoch(rows: Sequence[EpochRow]) -> float:
@@ -141,7 +142,7 @@ def train(
         write_whole(training.folder / DONE, json.dumps(content).encode())
 
 
-class Progress(NamedTuple):
+class Reached(NamedTuple):
     """How far an entry is: epochs of its least trained seed, mean mAP50-95 of its newest epochs, seconds that an epoch takes."""
 
     epochs: int
@@ -149,12 +150,12 @@ class Progress(NamedTuple):
     seconds: float
 
 
-def progress_of(study: Study, entry: Entry) -> Progress:
+def progress_of(study: Study, entry: Entry) -> Reached:
     """How far the trainings of an entry are."""
     rows = [read_epochs(training.folder) for training in study.trainings(entry)]
     scores = [max(found[-1].map50_95, 0.0) for found in rows if found]
     seconds = [seconds_per_epoch(found) for found in rows if found]
-    return Progress(
+    return Reached(
         min(map(len, rows)), statistics.mean(scores or [0.0]), sum(seconds) if seconds else math.nan
     )
 
@@ -189,13 +190,13 @@ def train_all(study: Study, lock: BinaryIO, parts: Parts, after: Callable[[Entry
         )  # fmt: skip
         rung = min(2 * rung, total)
         parts.total += len(waiting) * study.options.seeds
-        names = ", ".join(entry.name for entry in waiting)
+        names = ", ".join(entry.name for entry in waiting) or "none"
         get_logger().info(f"budget: on to {rung} of {total} epochs: {names}")
     for entry in study.entries:
         after(entry)
 
 
-def survivors(progress: dict[Entry, Progress], total: int, seconds: float) -> list[Entry]:
+def survivors(progress: dict[Entry, Reached], total: int, seconds: float) -> list[Entry]:
     """Those that go on: the best, as many as can be trained to the end in the time left, half of them at least."""
     ranked = sorted(progress, key=lambda entry: -progress[entry].score)
     kept: list[Entry] = []

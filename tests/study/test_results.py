@@ -14,7 +14,7 @@ from study.page import study_page
 from study.plan import LATENCY, MEASURED, Entry, Study
 from study.results import Row, best_of, choice_of, front_of, rows_of
 from study.text import markdown, verdict
-from study.training import DONE, EpochRow, Progress, seconds_per_epoch, survivors
+from study.training import DONE, EpochRow, Reached, seconds_per_epoch, survivors
 
 NOISE = np.random.default_rng(0).normal(0, 0.02, 500)
 HOSTILE = "<script>alert(1)</script>|"
@@ -117,5 +117,5 @@ def test_the_clock_of_a_resumed_training_begins_anew():
 def test_those_go_on_for_whom_there_is_time_and_half_of_them_at_least(
     seconds: float, expected: str
 ):
-    progress = {Entry(name): Progress(1, score, 10.0) for score, name in enumerate("abcd")}
+    progress = {Entry(name): Reached(1, score, 10.0) for score, name in enumerate("abcd")}
     assert "".join(e.model for e in survivors(progress, 10, seconds)) == expected
