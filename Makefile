@@ -20,7 +20,7 @@ demo: $(VENV)/.ready
 	PY=$(PY) bash examples/demo.sh
 
 test: $(VENV)/.ready-dev
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 check: $(VENV)/.ready-dev
 	$(PY) -m ruff check .
