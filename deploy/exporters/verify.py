@@ -173,7 +173,7 @@ def verify(path: Path, model: DetectionModel, options: ExportOptions) -> list[Ca
     cases = []
     # A GPU may else round the factors of a convolution in float32 to 10 bits.
     with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
-        for number, (batch, imgsz) in enumerate(_shapes(backend, options)):
+        for number, (batch, imgsz) in enumerate(_shapes(model, options)):
             for attempt in range(tries):
                 seed = 100 * attempt + number + 1
                 reference = take_reference(model, batch, imgsz, seed=seed, device=options.device)
@@ -189,13 +189,18 @@ def verify(path: Path, model: DetectionModel, options: ExportOptions) -> list[Ca
     return cases
 
 
-def _shapes(backend: Backend, options: ExportOptions) -> list[tuple[int, tuple[int, int]]]:
-    """Batches and sizes to compare at: the traced ones first."""
+def _shapes(model: DetectionModel, options: ExportOptions) -> list[tuple[int, tuple[int, int]]]:
+    """Batches and sizes to compare at: the traced ones first; all have a cell for every query."""
     shapes = [(options.batch, options.imgsz)]
     if options.dynamic:
-        rows, columns = (side // backend.stride for side in options.imgsz)
-        cells = (max(rows // 2, 5), max(columns * 3 // 4, 7))  # enough for 300 queries
-        other = (cells[0] * backend.stride, cells[1] * backend.stride)
+        stride = model.max_stride
+        rows, columns = (side // stride for side in options.imgsz)
+        rows, columns = max(rows // 2, 5), max(columns * 3 // 4, 7)
+        while (
+            rows * columns * sum((stride // s) ** 2 for s in model.strides) < model.head.num_queries
+        ):
+            rows, columns = rows + 1, columns + 1
+        other = (rows * stride, columns * stride)
         shapes.append((options.batch + 1, other if options.dynamic == "all" else options.imgsz))
     return shapes
 
