@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cfg=options.cfg,
         backbone=options.backbone,
         allow_code=options.allow_code,
+        one_to_many=options.one_to_many,
     )
     name, names = ", ".join(options.weights), backend.names
     classes, imgsz = class_indices(options.classes, names), options.size_for(backend, name)

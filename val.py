@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             cfg=options.cfg,
             backbone=options.backbone,
             allow_code=options.allow_code,
+            one_to_many=options.one_to_many,
         )
         name = "+".join(Path(file).name for file in files) if len(files) > 1 else files[0]
         tell_thresholds(options, backend, name)

@@ -27,6 +27,7 @@ FROM_ZERO, FROM_ONE, SHARE = integer(0), integer(1), number(0, 1)
 BATCH = integer(1, allowed=(-1,))
 PROJECT_HELP = "folder of all runs"
 BACKBONE_HELP = "instead of the YAML's: NAME [key=value ...], any of models/modules or timm"
+MANY_HELP = "of a model with end2end: true, the branch that needs NMS, with NMS"
 BEST = "runs/train/exp/weights/best.pt"
 COMMAND_LINE_ONLY = frozenset("resume device allow_code download evolve resume_evolve".split())
 """A resumed run has these from its own command line alone: a checkpoint may be a stranger's."""
@@ -125,6 +126,7 @@ class WeightsFlags(BackboneFlags):
 
     weights: list[str] = flag([BEST], "one or more .pt or exported models", nargs="+")
     cfg: str = flag("", "model YAML of foreign weights that carry none")
+    one_to_many: bool = flag(False, MANY_HELP)
     imgsz: list[int] | None = size_flag(None)
     half: bool = flag(False, "half precision")
     rect: bool = flag(False, "images of their own shape, not square (.pt, --dynamic exports)")
