@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 OUTPUTS = ("output0", "num_dets")
 TAPS = ("boxes", "scores")
 """Tensors inside the graph that go into the NMS or top-k."""
+SCOPE = "/postprocess/"
 EXACT = 1e-5
 """Slack in the rules of NMS for sums that another runtime rounds in another way."""
 
@@ -148,17 +149,21 @@ def append_postprocess(
         f"postprocess (float[N, A, 4] boxes, float[N, A, C] scores)"
         f" => (float[N, {options.max_det}, 6] output0, int64[N] num_dets) {{{body}}}"
     )
-    tail = onnx.compose.add_prefix(
-        onnx.parser.parse_model(text), "/postprocess/", rename_inputs=False, rename_outputs=False
-    )
-    prefixed = {"boxes": "/postprocess/boxes", "scores": "/postprocess/scores"}
-    for node in tail.graph.node:
-        for i, name in enumerate(node.input):
-            if name in prefixed.values():
-                node.input[i] = name.rsplit("/", 1)[1]
+    tail = onnx.parser.parse_model(text)
+    _put_under(SCOPE, tail.graph)
     return onnx.compose.merge_models(
         network, tail, io_map=[("boxes", "boxes"), ("scores", "scores")], outputs=list(OUTPUTS)
     )
+
+
+def _put_under(scope: str, graph: onnx.GraphProto) -> None:
+    """Begin the names of nodes, and of values that stay inside, with `scope`."""
+    kept = {value.name for value in (*graph.input, *graph.output)}
+    for node in graph.node:
+        node.name = scope + node.output[0]
+        for names in (node.input, node.output):
+            for place, name in enumerate(names):
+                names[place] = name if name in kept else scope + name
 
 
 def _literal(number: float) -> str:
