@@ -134,7 +134,12 @@ def _operator() -> Callable[[Tensor, Tensor, float], Tensor]:
     """torchvision's operator, without the package around it where that goes: it imports PyTorch's compiler, for seconds."""
     package = importlib.util.find_spec("torchvision")
     folders = (package and package.submodule_search_locations) or []
-    found = [file for folder in folders for file in sorted(Path(folder).glob("_C*")) if file.suffix in (".so", ".pyd")]
+    found = [
+        file
+        for folder in folders
+        for file in sorted(Path(folder).glob("_C*"))
+        if file.suffix in (".so", ".pyd")
+    ]
     with suppress(OSError):
         for file in found:
             torch.ops.load_library(file)
