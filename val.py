@@ -72,6 +72,10 @@ def validation_of(
     options: ValOptions, backend: Backend, name: str, imgsz: tuple[int, int], batch_size: int
 ) -> Validation:
     """The model on the split of `--task`, or on that for validation."""
+    if options.rect and not backend.dynamic:
+        raise ConfigError(
+            f"--rect: {name} has a fixed image size. Leave it out or export with --dynamic."
+        )
     load = LoadOptions(
         imgsz=imgsz,
         rect=options.rect,

@@ -152,6 +152,7 @@ class Measurable(Protocol):
     names: tuple[str, ...]
     stride: int
     postprocess_kind: str
+    device: torch.device
 
     @property
     def info(self) -> Described:

@@ -129,7 +129,6 @@ class WeightsFlags(BackboneFlags):
     one_to_many: bool = flag(False, MANY_HELP)
     imgsz: list[int] | None = size_flag(None)
     half: bool = flag(False, "half precision")
-    rect: bool = flag(False, "images of their own shape, not square (.pt, --dynamic exports)")
     conf_thres: float = flag(0.001, "lowest score of a detection", type=SHARE)
     iou_thres: float = flag(0.6, "largest overlap that NMS leaves", type=SHARE)
     max_det: int = flag(300, "detections an image at most", type=FROM_ONE)
@@ -154,10 +153,6 @@ class WeightsFlags(BackboneFlags):
                 f"--imgsz: got {imgsz[0]} {imgsz[1]}, but {name} was exported for "
                 f"{model.imgsz[0]} {model.imgsz[1]}. Leave --imgsz out or export with --dynamic."
             )
-        if not model.dynamic and self.rect:
-            raise ConfigError(
-                f"--rect: {name} has a fixed image size. Leave it out or export with --dynamic."
-            )
         return imgsz
 
 
@@ -168,6 +163,7 @@ class ValOptions(RunFlags, DataFlags, WeightsFlags):
     project: str = flag("runs/val", PROJECT_HELP)
     ensemble: bool = flag(False, "measure them as one, predictions joined before NMS")
     batch_size: int = flag(32, "images a batch", type=FROM_ONE)
+    rect: bool = flag(False, "images of their own shape, not square (.pt, --dynamic exports)")
     task: str = flag("val", "split, or what to measure", choices=(*SPLITS, "speed", "study"))
     workers: int = flag(2, "processes that load images", type=FROM_ZERO)
     single_cls: bool = flag(False, "treat all classes as one")
@@ -189,6 +185,8 @@ class DetectOptions(RunFlags, WeightsFlags):
     iou_thres: float = flag(0.45, "largest overlap that NMS leaves", type=SHARE)
     max_det: int = flag(1000, "detections an image at most", type=FROM_ONE)
     classes: list[str] | None = flag(None, "only these classes, by index or name", nargs="+")
+    batch_size: int = flag(1, "images of one shape at a time, of files", type=FROM_ONE)
+    square: bool = flag(False, "pad images to --imgsz, as a fixed size needs it and val.py does")
     vid_stride: int = flag(1, "take every so many frames of a video", type=FROM_ONE)
     project: str = flag("runs/detect", PROJECT_HELP)
     view_img: bool = flag(False, "show each picture in a window")
@@ -203,6 +201,7 @@ class DetectOptions(RunFlags, WeightsFlags):
     line_thickness: int | None = flag(None, "of boxes, in pixels", type=FROM_ONE)
     hide_labels: bool = flag(False, "draw boxes only")
     hide_conf: bool = flag(False, "draw no scores")
+    rect: bool = without_effect(False)
     augment: bool = without_effect(False)
     update: bool = without_effect(False)
     dnn: bool = without_effect(False)

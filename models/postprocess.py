@@ -10,7 +10,11 @@ Not-a-number scores and boxes that are not finite never become detections.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import importlib.util
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,6 +25,8 @@ from utils.structures import Decoded, Detections
 MAX_CANDIDATES = 30_000
 """The most boxes of one image that enter suppression, best scores first."""
 KINDS = ("nms", "topk", "best")
+FEW = (25_000, 1000)
+"""Candidates up to which one call for all classes is quicker than one a class, on a GPU and on the CPU: torchvision's."""
 
 
 def postprocess(
@@ -125,13 +131,36 @@ def _suppress(found: Detections, iou_thres: float, agnostic: bool, max_det: int)
     """Non-maximum suppression of one image's candidates (M), which come best score first."""
     if not len(found.scores):
         return found
-    from torchvision.ops import batched_nms, nms  # seconds of start-up that --help need not pay
-
-    # torchvision keeps classes apart by moving them, which boxes left of or above the image would undo
-    boxes = found.boxes - found.boxes.amin().clamp(max=0)
+    nms = _operator()
     if agnostic:
-        kept = nms(boxes, found.scores, iou_thres)
+        kept = nms(found.boxes, found.scores, iou_thres)
+    elif len(found.scores) <= FEW[found.scores.device.type == "cpu"]:
+        # Boxes of one class are moved away from all others; the least corner becomes 0, so that none reaches into others.
+        boxes = found.boxes - found.boxes.amin().clamp(max=0)
+        apart = found.labels.to(boxes) * (boxes.max() + 1)
+        kept = nms(boxes + apart[:, None], found.scores, iou_thres)
     else:
-        kept = batched_nms(boxes, found.scores, found.labels, iou_thres)
+        rows = [(found.labels == label).nonzero().squeeze(1) for label in found.labels.unique()]
+        kept = torch.cat([row[nms(found.boxes[row], found.scores[row], iou_thres)] for row in rows])
     kept = kept.sort().values[:max_det]  # candidate order is score order, equal scores included
     return Detections(found.boxes[kept], found.scores[kept], found.labels[kept])
+
+
+@functools.cache
+def _operator() -> Callable[[Tensor, Tensor, float], Tensor]:
+    """torchvision's operator, without the package around it where that goes: it imports PyTorch's compiler, for seconds."""
+    package = importlib.util.find_spec("torchvision")
+    folders = (package and package.submodule_search_locations) or []
+    found = [
+        file
+        for folder in folders
+        for file in sorted(Path(folder).glob("_C*"))
+        if file.suffix in (".so", ".pyd")
+    ]
+    with suppress(OSError):
+        for file in found:
+            torch.ops.load_library(file)
+    if not hasattr(torch.ops.torchvision, "nms"):
+        importlib.import_module("torchvision")
+    nms: Callable[[Tensor, Tensor, float], Tensor] = torch.ops.torchvision.nms
+    return nms
