@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentTypeError
+from argparse import REMAINDER, ArgumentTypeError
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, fields, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ SCHEDULES = {"cos_lr": "cosine", "flat_cos_lr": "flat_cosine", "fixed_lr": "fixe
 TRIALS = 300
 HIGHEST_SEED = 2**31 - 1  # every library takes it, also with an epoch or a trial added
 SPLITS, CACHES = ("train", "val", "test"), ("ram", "disk")
+RUNTIMES = ("torch", "onnx", "openvino", "torchscript")
 FROM_ZERO, FROM_ONE, SHARE = integer(0), integer(1), number(0, 1)
 BATCH = integer(1, allowed=(-1,))
 PROJECT_HELP = "folder of all runs"
@@ -211,16 +212,25 @@ class DetectOptions(RunFlags, WeightsFlags):
 
 @dataclass(frozen=True)
 class CompareOptions(RunFlags, DataFlags, BackboneFlags):
-    """Compare models: parameters, GFLOPs, latency, memory, mAP."""
+    """Compare models: parameters, GFLOPs, latency, memory, mAP; with --epochs a study that trains them first."""
 
-    models: list[str] = flag(
-        [], "configs, weights, exports", "--weights", "--cfg", nargs="+", required=True
+    models: list[str] = flag([], "configs, weights, exports, runs", "--weights", "--cfg", nargs="+")
+    backbone: list[str] | None = flag(
+        None, "under every config, several in a row: none resnet18 ...", nargs="+", metavar="NAME"
     )
     data: str = flag("", "data YAML, or a folder in YOLO, COCO or VOC form, for mAP")
     imgsz: list[int] | None = size_flag(None)
     runs: int = flag(10, "timed calls of each model", type=FROM_ONE)
     workers: int = flag(2, "processes that load images", type=FROM_ZERO)
     project: str = flag("runs/compare", PROJECT_HELP)
+    # a study
+    epochs: int | None = flag(None, "train what has no weights so long; 0: nothing", type=FROM_ZERO)
+    seeds: int = flag(1, "trainings of each config", type=FROM_ONE)
+    budget: float | None = flag(None, "minutes for all trainings", type=number(0))
+    runtime: list[str] = flag(["torch"], "where it is measured", nargs="+", choices=RUNTIMES)
+    markdown: str = flag("", "write the study's Markdown here as well")
+    resume: str | bool = flag(False, "go on with the newest, or this, study", nargs="?", const=True)
+    train: list[str] = flag([], "all further flags are train.py's", nargs=REMAINDER, metavar="...")
 
 
 @dataclass(frozen=True)
