@@ -28,7 +28,9 @@ BATCH = integer(1, allowed=(-1,))
 PROJECT_HELP = "folder of all runs"
 BACKBONE_HELP = "instead of the YAML's: NAME [key=value ...], any of models/modules or timm"
 BEST = "runs/train/exp/weights/best.pt"
-COMMAND_LINE_ONLY = frozenset("resume device allow_code download evolve resume_evolve".split())
+COMMAND_LINE_ONLY = frozenset(
+    "resume device allow_code download check evolve resume_evolve".split()
+)
 """A resumed run has these from its own command line alone: a checkpoint may be a stranger's."""
 CHANGEABLE = frozenset("data workers cache patience noval noplots save_period".split())
 """What may be given anew when a run is resumed: where it reads, how fast, and what it writes."""
@@ -244,6 +246,7 @@ class TrainOptions(RunFlags, DataFlags, ModelFlags):
     close_mosaic: int | None = flag(None, "last epochs without mosaic and mixup", type=FROM_ZERO)
     cache: str | None = flag(None, "keep images: ram, disk", nargs="?", const="ram", choices=CACHES)
     workers: int = flag(8, "processes that load images, at most one a core", type=FROM_ZERO)
+    check: bool = flag(False, "look the data set over, as data/check.py does, and end")
     # optimisation
     hyp: str | None = flag(None, "recipe YAML over the family's own in data/hyps")
     epochs: int = flag(100, "passes over the data, 100 if left out", type=FROM_ONE)

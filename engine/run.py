@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from data.check import Report, examine
 from data.config import DataConfig
 from data.dataset import DetectionDataset
 from data.loader import DetectionLoader
@@ -160,6 +161,12 @@ class Run:
         """Whether so many epochs were measured without a better one that the training ends early."""
         waited = self.place.epoch - 1 - self.place.improved_epoch
         return not self.options.noval and 0 < self.options.patience <= waited
+
+
+def look_over(options: TrainOptions, device: torch.device) -> Report:
+    """The check of the data set that a training with these flags would read, at its size and finest stride."""
+    model, data, imgsz, _ = _network(options, device, None, None)
+    return examine(data, imgsz, min(model.strides))
 
 
 def prepare(
