@@ -119,12 +119,13 @@ def confidence_curves(
     return axis, precision, recall, f1
 
 
-def match_class(boxes: Array, objects: Annotations) -> NDArray[np.int8]:
-    """COCO's greedy matching at IoU 0.5 within one image and class.
+def match_class(boxes: Array, objects: Annotations, iou: float = 0.5) -> NDArray[np.int8]:
+    """COCO's greedy matching within one image and class.
 
     Args:
         boxes: xyxy, (K, 4), best score first.
         objects: annotations; a crowd may be hit any number of times, by what no object claims.
+        iou: least overlap.
 
     Returns:
         1 found an object, 0 found nothing, -1 found a crowd and does not count, (K,).
@@ -137,13 +138,13 @@ def match_class(boxes: Array, objects: Annotations) -> NDArray[np.int8]:
     truth[:, 2:] += truth[:, :2]
     overlap = overlaps(boxes, truth, crowd)
     free = ~crowd
-    for k in np.flatnonzero((overlap >= 0.5).any(1)):
+    for k in np.flatnonzero((overlap >= iou).any(1)):
         candidates = np.where(free, overlap[k], -1.0)
         # of equal overlaps the later object wins, as in COCO's loop
         best = len(candidates) - 1 - int(candidates[::-1].argmax())
-        if candidates[best] >= 0.5:
+        if candidates[best] >= iou:
             outcome[k], free[best] = 1, False
-        elif (overlap[k][crowd] >= 0.5).any():
+        elif (overlap[k][crowd] >= iou).any():
             outcome[k] = -1
     return outcome
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from utils.bootstrap import ClassOutcomes, outcomes_of
 from utils.curves import Curves, ImageDetections, confidence_curves, match_detections, overlaps
 from utils.structures import Detections
 
@@ -219,6 +220,16 @@ class CocoEvaluator:
             curves=curves,
             images=len(self._image_ids),
             instances=int(instances.sum()),
+        )
+
+    def outcomes(self) -> list[ClassOutcomes]:
+        """What became of every detection, by class: what `utils.bootstrap` draws from."""
+        return outcomes_of(
+            self._detections,
+            self._ground_truth["annotations"],
+            self.category_ids,
+            len(self._image_ids),
+            self.max_detections,
         )
 
     def _run_coco(self) -> COCOeval_faster:
