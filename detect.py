@@ -48,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{name}: {backend.info.told_inside}; --iou-thres and --agnostic-nms cannot act on it, "
             "--conf-thres and --max-det only cut further"
         )
+    thresholds = options.thresholds_for(backend.info.class_conf, name)
     source = open_source(options.source, vid_stride=options.vid_stride, white=backend.info.white)
     frames = iter(source)
     first = next(frames, None)  # a source that cannot be read leaves no folder
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with DetectionWriter(folder, names, options) as writer:
         for frame in chain([first], frames):
             start = time.perf_counter()
-            found = detect_frame(backend, frame, imgsz, stride, options.thresholds, classes)
+            found = detect_frame(backend, frame, imgsz, stride, thresholds, classes)
             elapsed = time.perf_counter() - start
             count, objects, seconds = count + 1, objects + len(found.labels), seconds + elapsed
             number = f" frame {frame.index + 1}" if frame.video else ""

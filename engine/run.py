@@ -37,6 +37,7 @@ from utils.layers import memory_format_for, with_shared_norms
 from utils.logger import get_logger
 from utils.metrics import CocoEvaluator
 from utils.optim import Schedule, Warmup, build_optimizer, build_schedule
+from utils.thresholds import KEY as THRESHOLDS
 
 
 class EpochProgress(NamedTuple):
@@ -247,6 +248,7 @@ def _network(
     model = _model(options, names, config)
     refuse_sizes(options, model)
     imgsz = parse_imgsz(options.imgsz, model.max_stride)
+    model.config.pop(THRESHOLDS, None)  # they were those of the weights that it starts from
     hyp = recipe_of(options, model, saved)
     model.head.take_recipe(hyp)
     _place_on(device, model)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from models.head import Head
 from models.yolo import DetectionModel
 from utils.channels import white_of
+from utils.thresholds import KEY, class_thresholds
 
 PRODUCER = "Yoke"
 VERSION = "0.1.0"
@@ -152,6 +153,7 @@ def metadata(model: DetectionModel, options: ExportOptions, stem: str) -> dict[s
         stem: name of the weights.
     """
     names, white = dict(enumerate(model.names)), white_of(model.config)
+    class_conf = class_thresholds(model.config, len(names))
     thresholds = [options.conf_thres, options.iou_thres, options.max_det]
     return {
         "description": f"{stem}: {model.head.family} detector, {len(names)} classes",
@@ -175,6 +177,7 @@ def metadata(model: DetectionModel, options: ExportOptions, stem: str) -> dict[s
         "padding": PADDING,
         "colour": COLOUR,
         **({"white": str(white)} if white is not None else {}),
+        **({KEY: str(list(class_conf))} if class_conf is not None else {}),
         **({"thresholds": str(thresholds)} if options.end2end else {}),
     }
 
