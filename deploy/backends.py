@@ -27,6 +27,7 @@ from utils.checkpoint import require_finite
 from utils.errors import CheckpointError, ConfigError
 from utils.files import special_kind
 from utils.structures import Decoded
+from utils.thresholds import class_thresholds
 
 __all__ = ["Backend", "load_backend", "model_backend", "model_info"]
 
@@ -97,6 +98,7 @@ def model_info(model: DetectionModel) -> ArtifactInfo:
     return ArtifactInfo(
         model.names, model.max_stride, model.imgsz, None, any_size, model.head.family,
         model.head.postprocess, "decoded", model.channels, white=white_of(model.config),
+        class_conf=class_thresholds(model.config, len(model.names)),
     )  # fmt: skip
 
 

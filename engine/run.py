@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from data.check import Report, examine
 from data.config import DataConfig
 from data.dataset import DetectionDataset
 from data.loader import DetectionLoader
@@ -36,6 +37,7 @@ from utils.layers import memory_format_for, with_shared_norms
 from utils.logger import get_logger
 from utils.metrics import CocoEvaluator
 from utils.optim import Schedule, Warmup, build_optimizer
+from utils.thresholds import KEY as THRESHOLDS
 
 
 class EpochProgress(NamedTuple):
@@ -163,6 +165,12 @@ class Run:
         return not self.options.noval and 0 < self.options.patience <= waited
 
 
+def look_over(options: TrainOptions, device: torch.device) -> Report:
+    """The check of the data set that a training with these flags would read, at its size and finest stride."""
+    model, data, imgsz, _ = _network(options, device, None, None)
+    return examine(data, imgsz, min(model.strides))
+
+
 def prepare(
     options: TrainOptions,
     folder: Path,
@@ -243,6 +251,7 @@ def _network(
     model = _model(options, names, config)
     refuse_sizes(options, model)
     imgsz = parse_imgsz(options.imgsz, model.max_stride)
+    model.config.pop(THRESHOLDS, None)  # they were those of the weights that it starts from
     hyp = recipe_of(options, model, saved)
     model.head.take_recipe(hyp)
     _place_on(device, model)

@@ -16,6 +16,7 @@ from models.head import Head
 from models.postprocess import best_rows
 from models.yolo import DetectionModel
 from utils.channels import white_of
+from utils.thresholds import KEY, class_thresholds
 
 PRODUCER = "Yoke"
 VERSION = "0.1.0"
@@ -169,6 +170,7 @@ def metadata(model: DetectionModel, options: ExportOptions, stem: str) -> dict[s
     names, white = dict(enumerate(model.names)), white_of(model.config)
     layout = options.layout(model)
     limits = (options.conf_thres, options.iou_thres) if options.end2end else (0.0, 1.0)
+    class_conf = class_thresholds(model.config, len(names))
     return {
         "description": f"{stem}: {model.head.family} detector, {len(names)} classes",
         "author": PRODUCER,
@@ -191,6 +193,7 @@ def metadata(model: DetectionModel, options: ExportOptions, stem: str) -> dict[s
         "padding": PADDING,
         "colour": COLOUR,
         **({"white": str(white)} if white is not None else {}),
+        **({KEY: str(list(class_conf))} if class_conf is not None else {}),
         **({"thresholds": str([*limits, options.max_det])} if layout == "end2end" else {}),
     }
 
