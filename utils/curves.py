@@ -38,6 +38,18 @@ class Curves(NamedTuple):
     f1: Array
 
 
+def best_thresholds(curves: Curves) -> Array:
+    """The confidence of the best F1 of each class that has objects, (C,).
+
+    F1 is averaged over 0.05 of confidence first: the highest point of a few objects is chance.
+    """
+    width = len(curves.confidence_axis) // 20 | 1
+    padded = np.pad(curves.f1, ((0, 0), (width // 2, width // 2)), mode="edge")
+    smooth = np.lib.stride_tricks.sliding_window_view(padded, width, axis=1).mean(-1)
+    best: Array = curves.confidence_axis[smooth.argmax(1)]
+    return best
+
+
 class ImageDetections(NamedTuple):
     """Detections of one image, best score first: xyxy (K, 4), (K,), (K,)."""
 
