@@ -11,7 +11,7 @@ from markupsafe import Markup
 from data.images import read_image
 from study.measure import EXAMPLES
 from study.plan import Study
-from study.results import FAILURE, Row, choice_of, front_of
+from study.results import FAILURE, Row, choice_of, front_of, main_rows
 from study.text import NOTES, setting, spread, verdict
 from study.training import read_epochs
 from utils import page as kit
@@ -35,9 +35,7 @@ def study_page(study: Study, rows: Sequence[Row], title: str) -> str:
         rows: what was found.
         title: of the page.
     """
-    first = study.options.runtime[0]
-    others = {row.name for row in rows} - {row.name for row in rows if row.runtime == first}
-    main = [row for row in rows if row.runtime == first or row.name in others]
+    main = main_rows(study, rows)
     parts = [kit.section("Which one to choose", kit.paragraph(verdict(main), "lead"))]
     parts.append(kit.section("Results", _table(main), kit.paragraph(NOTES, "soft")))
     if failed := {

@@ -55,11 +55,11 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """`yolo11n + resnet18 pretrained=true`; of a file with the folder of its run."""
+        """`yolo11n + resnet18 pretrained=true`; of weights with the folder of their run."""
         if file := self.file:
             parent = file.resolve().parent
-            run = parent.parent.name if parent.name == "weights" else ""
-            return f"{run}/{file.name}" if run else file.name
+            is_of_run = parent.name == "weights" and file.suffix in WEIGHTS
+            return f"{parent.parent.name}/{file.name}" if is_of_run else file.name
         model = Path(self.model).stem if self.model.endswith((".yaml", ".yml")) else self.model
         return f"{model} + {' '.join(self.backbone)}" if self.backbone else model
 
@@ -199,9 +199,18 @@ def open_study(options: CompareOptions, given: Set[str]) -> Study:
         _require_alike(before, options)
         entries = list(dict.fromkeys([*before.entries, *entries]))
         commands = list(dict.fromkeys([*before.commands, *commands]))
+    _require_names(entries)
     study = Study(folder, options, tuple(entries), tuple(commands))
     study.save()
     return study
+
+
+def _require_names(entries: Sequence[Entry]) -> None:
+    names = [entry.folder_name for entry in entries]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(
+            f"--models: two entries are called {twice[0]}, expected one. Rename a file."
+        )
 
 
 def _newest(options: CompareOptions) -> Path:

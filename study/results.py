@@ -7,7 +7,7 @@ import io
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -93,7 +93,15 @@ def rows_of(study: Study) -> list[Row]:
     """A row for every entry and runtime, in the order of the plan."""
     timed = _read(study.folder / LATENCY)
     rows = [row for entry in study.entries for row in _rows_of_entry(study, entry, timed)]
-    return [_with_distance(row, rows) for row in rows]
+    best = best_of(main_rows(study, rows))
+    return [_with_distance(row, best) for row in rows]
+
+
+def main_rows(study: Study, rows: Sequence[Row]) -> list[Row]:
+    """A row an entry: that of the first runtime, where it has one. Among these the choice is made."""
+    first = study.options.runtime[0]
+    others = {row.name for row in rows} - {row.name for row in rows if row.runtime == first}
+    return [row for row in rows if row.runtime == first or row.name in others]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -167,15 +175,11 @@ def best_of(rows: Sequence[Row]) -> Row | None:
     return max(whole, key=lambda row: row.map50_95 or 0.0, default=None)
 
 
-def _with_distance(row: Row, rows: Sequence[Row]) -> Row:
-    best = best_of(rows)
-    if best is None or row.map50_95 is None or best.map50_95 is None or row is best:
+def _with_distance(row: Row, best: Row | None) -> Row:
+    if best is None or row.map50_95 is None or row is best:
         return row
-    behind = best.map50_95 - row.map50_95
-    reach = distance(best, row)
-    return Row(
-        **{**vars(row), "behind": behind, "behind_low": reach.low, "behind_high": reach.high}
-    )
+    reach, behind = distance(best, row), (best.map50_95 or 0.0) - row.map50_95
+    return replace(row, behind=behind, behind_low=reach.low, behind_high=reach.high)
 
 
 def distance(best: Row, row: Row) -> Interval:

@@ -53,6 +53,11 @@ def test_names_and_folders(tmp_path: Path):
     assert Entry("a", ("../b/c",)).folder_name == "a+.._b_c"
 
 
+def test_two_entries_of_one_name_are_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match="two entries are called my, expected one"):
+        open_study(options(tmp_path, models=["a/my.yaml", "b/my.yaml"]), set())
+
+
 def test_a_study_is_read_back_as_it_was_saved(tmp_path: Path):
     study = open_study(options(tmp_path, backbone=["none", "x", "k=1"]), set())
     assert load_study(study.folder) == study
