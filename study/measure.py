@@ -121,6 +121,7 @@ def _in_runtime(
         "seeds": stats,
         **{name: mean(values) for name, values in stats.items()},
         "samples": np.mean([a.samples for a in found], axis=0).round(5).tolist(),
+        "images": found[0].metrics.images,
         "names": found[0].validation.dataset.names,
     }
 

@@ -12,7 +12,7 @@ from data.images import read_image
 from study.measure import EXAMPLES
 from study.plan import Study
 from study.results import FAILURE, Row, choice_of, front_of, main_rows
-from study.text import NOTES, setting, spread, verdict
+from study.text import NOTES, extent, setting, spread, verdict
 from study.training import read_epochs
 from utils import page as kit
 from utils.charts import Point, Series, axis_of, line_chart, scatter_chart
@@ -37,7 +37,11 @@ def study_page(study: Study, rows: Sequence[Row], title: str) -> str:
     """
     main = main_rows(study, rows)
     parts = [kit.section("Which one to choose", kit.paragraph(verdict(main), "lead"))]
-    parts.append(kit.section("Results", _table(main), kit.paragraph(NOTES, "soft")))
+    parts.append(
+        kit.section(
+            "Results", _table(main), kit.paragraph(f"{extent(study, main)} {NOTES}", "soft")
+        )
+    )
     if failed := {
         row.name: row.state.removeprefix(FAILURE) for row in rows if row.state.startswith(FAILURE)
     }:

@@ -41,6 +41,7 @@ class Row:
         map50, map50_95: COCO mAP, the mean over seeds.
         map_low, map_high: confidence interval of mAP50-95 over images, 95 %.
         seed_low, seed_high: mAP50-95 of the worst and the best seed, where there are several.
+        images: that it was measured on.
         small, medium, large: COCO mAP of objects under 32 x 32 pixels, between, over 96 x 96.
         behind: how much mAP50-95 less than the best one.
         behind_low, behind_high: its confidence interval, both on the same images.
@@ -70,6 +71,7 @@ class Row:
     map_high: float | None = None
     seed_low: float | None = None
     seed_high: float | None = None
+    images: int | None = None
     small: float | None = None
     medium: float | None = None
     large: float | None = None
@@ -91,7 +93,7 @@ COLUMNS = tuple(item.name for item in fields(Row) if item.name != "samples")
 
 def rows_of(study: Study) -> list[Row]:
     """A row for every entry and runtime, in the order of the plan."""
-    timed = _read(study.folder / LATENCY)
+    timed = _read(study.folder / LATENCY).get("entries", {})
     rows = [row for entry in study.entries for row in _rows_of_entry(study, entry, timed)]
     best = best_of(main_rows(study, rows))
     return [_with_distance(row, best) for row in rows]
@@ -102,6 +104,12 @@ def main_rows(study: Study, rows: Sequence[Row]) -> list[Row]:
     first = study.options.runtime[0]
     others = {row.name for row in rows} - {row.name for row in rows if row.runtime == first}
     return [row for row in rows if row.runtime == first or row.name in others]
+
+
+def load_of(study: Study) -> float | None:
+    """Processes that wanted to run while the models were timed, on average; None where it is not known."""
+    load: float | None = _read(study.folder / LATENCY).get("load")
+    return load
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -153,7 +161,7 @@ def _memory(log: Path) -> float:
 
 def _runtime_facts(found: Mapping[str, Any], latency: Sequence[float] | None) -> dict[str, Any]:
     facts: dict[str, Any] = {name: _defined(found[name]) for name in ("map50", "map50_95", "small", "medium", "large")}  # fmt: skip
-    facts["samples"] = tuple(found["samples"])
+    facts |= {"samples": tuple(found["samples"]), "images": found["images"]}
     if facts["map50_95"] is not None:
         facts["map_low"], facts["map_high"] = interval(facts["map50_95"], np.array(found["samples"]))  # fmt: skip
     if len(seeds := found["seeds"]["map50_95"]) > 1:

@@ -14,7 +14,7 @@ import torch
 
 from study.children import ROOT
 from study.plan import Study
-from study.results import Row, best_of, choice_of, front_of, main_rows
+from study.results import Row, best_of, choice_of, front_of, load_of, main_rows
 from utils.device import describe_device, select_device
 
 MISSING = "–"
@@ -74,10 +74,20 @@ def setting(study: Study) -> dict[str, str]:
         "budget": f"{options.budget:g} minutes, by successive halving" if options.budget is not None else "none",
         "runtime": ", ".join(options.runtime),
         "hardware": f"{_processor()}, {os.cpu_count()} cores; {describe_device(device)}",
+        "load": _busy(load_of(study)),
         "versions": f"Python {platform.python_version()}, PyTorch {torch.__version__}, {platform.system()}",
         "commit": _commit(),
         "date": date.today().isoformat(),
     }  # fmt: skip
+
+
+def _busy(load: float | None) -> str:
+    """How busy the machine was while models were timed."""
+    cores = os.cpu_count() or 1
+    if load is None:
+        return "not known"
+    told = f"{load:.1f} processes on {cores} cores while models were timed"
+    return f"{told}: too many, latencies are too long" if load > cores + 1 else told
 
 
 def _processor() -> str:
@@ -158,7 +168,7 @@ def markdown(study: Study, rows: Sequence[Row], title: str) -> str:
 
 {table_of(study, rows)}
 
-Bold: no other is both faster and better{runtime}. {NOTES}
+Bold: no other is both faster and better{runtime}. {extent(study, rows)} {NOTES}
 
 ## How it was made
 
@@ -166,6 +176,15 @@ Bold: no other is both faster and better{runtime}. {NOTES}
 
 {facts}
 """
+
+
+def extent(study: Study, rows: Sequence[Row]) -> str:
+    """On how much all this stands."""
+    images, seeds = max((row.images or 0 for row in rows), default=0), study.options.seeds
+    return (
+        f"This is one data set, {images} validation images and {seeds} training{'s' * (seeds > 1)} of each: another one may "
+        "order them otherwise."
+    )
 
 
 def model_card(study: Study, row: Row, names: Sequence[str]) -> str:
