@@ -126,7 +126,7 @@ def train(
     def is_enough() -> bool:
         done = len(read_epochs(training.folder))
         tell(done)
-        return time.monotonic() > deadline or (done >= epochs and not is_last)
+        return time.monotonic() >= deadline or (done >= epochs and not is_last)
 
     if not is_finished(training) and not is_enough():
         words = words_of(study, training)
@@ -181,7 +181,7 @@ def train_all(study: Study, lock: BinaryIO, parts: Parts, after: Callable[[Entry
     while waiting:
         for entry in waiting:
             _train_entry(study, entry, rung, lock, parts, deadline)
-        if rung >= total or time.monotonic() > deadline:
+        if rung >= total or time.monotonic() >= deadline:
             break
         waiting = survivors(
             {e: progress_of(study, e) for e in waiting if not (study.folder_of(e) / FAILED).exists()},
@@ -216,7 +216,7 @@ def _train_entry(
     failed = study.folder_of(entry) / FAILED
     failed.unlink(missing_ok=True)
     for training in study.trainings(entry):
-        if time.monotonic() > deadline:
+        if time.monotonic() >= deadline:
             return
         with parts.part(f"{entry.name}, seed {training.seed}", study.options.epochs or 0) as tell:
             try:
