@@ -27,7 +27,9 @@ PLAN, MEASURED, LATENCY = "plan.json", "measured.json", "latency.json"
 OWN = "none"  # the backbone of the YAML itself
 ALIKE = ("data", "imgsz", "epochs", "seeds", "train")
 """What all entries of a study have in common; without it they could not be compared."""
-CHANGEABLE = frozenset("budget device workers runs runtime markdown allow_code download".split())
+COMMAND_LINE_ONLY = frozenset("device allow_code download".split())
+"""What a study that goes on has from its own command line alone: its folder may be a stranger's."""
+CHANGEABLE = COMMAND_LINE_ONLY | frozenset("budget workers runs runtime markdown".split())
 """What may be given anew when a study goes on."""
 WEIGHTS = (".pt", ".safetensors")
 
@@ -184,14 +186,16 @@ def open_study(options: CompareOptions, given: Set[str]) -> Study:
     """
     if options.resume:
         study = load_study(_newest(options) if options.resume is True else Path(options.resume))
-        new = {name: vars(options)[name] for name in given & CHANGEABLE}
+        new = {name: vars(options)[name] for name in COMMAND_LINE_ONLY | (given & CHANGEABLE)}
         others = sorted(map(spelling, given - CHANGEABLE - {"resume", "project"}))
         if others:
             raise ConfigError(
                 f"--resume: the study says by itself what {', '.join(others)} is. Leave it out, or add entries with "
                 f"the whole command, --name {study.folder.name} and --exist-ok."
             )
-        return replace(study, options=replace(study.options, **new))
+        study = replace(study, options=replace(study.options, **new))
+        study.save()  # for the children, which read it
+        return study
     entries = entries_of(options.models, options.backbone)
     folder, commands = options.make_folder(), [command_line()]
     if (folder / PLAN).is_file():

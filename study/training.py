@@ -14,17 +14,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from engine.flags import spelling
 from engine.options import read_training
 from study.children import ROOT, require_success, run_child
 from study.plan import Entry, Study, Training
 from utils.checkpoint import load_checkpoint
-from utils.errors import CheckpointError, UserError
+from utils.errors import CheckpointError, ConfigError, UserError
 from utils.files import write_whole
 from utils.logger import get_logger
 from utils.progress import Parts
 
 FAILED = "failed.json"
 DONE = "trained.json"
+OWN = "cfg data epochs seed project name exist_ok backbone imgsz workers device allow_code download resume evolve".split()
+"""Flags of train.py that a study sets by itself."""
 MAP = "metrics/mAP_0.5:0.95"
 
 
@@ -58,7 +61,7 @@ def seconds_per_epoch(rows: Sequence[EpochRow]) -> float:
 
 
 def words_of(study: Study, training: Training) -> list[str]:
-    """The flags of train.py for a training from its start."""
+    """The flags of train.py for a training from its start, without those behind `--train`."""
     options, entry = study.options, training.entry
     words = ["--cfg", entry.model, "--data", options.data, "--epochs", str(options.epochs)]
     words += ["--seed", str(training.seed), "--project", str(training.folder.parent)]
@@ -67,7 +70,7 @@ def words_of(study: Study, training: Training) -> list[str]:
         words += ["--imgsz", *map(str, options.imgsz)]
     if entry.backbone:
         words += ["--backbone", *entry.backbone]
-    return [*words, *_local_words(study), *options.train]
+    return [*words, *_local_words(study)]
 
 
 def _local_words(study: Study) -> list[str]:
@@ -83,10 +86,21 @@ def _local_words(study: Study) -> list[str]:
 
 
 def check_words(study: Study) -> None:
-    """End with a line, as train.py would, where its flags behind `--train` are wrong."""
+    """End with a line, as train.py would, where its flags behind `--train` are wrong.
+
+    Raises:
+        ConfigError: they change what the study itself says of its trainings.
+    """
     for entry in study.entries:
         for training in study.trainings(entry):
-            read_training(words_of(study, training))
+            words = words_of(study, training)
+            before, after = (
+                vars(read_training([*words, *more])[0]) for more in ([], study.options.train)
+            )
+            if changed := [spelling(name) for name in OWN if before[name] != after[name]]:
+                raise ConfigError(
+                    f"--train: got {', '.join(changed)}, which compare.py has itself. Give it before --train."
+                )
             return
 
 
@@ -129,7 +143,7 @@ def train(
         return time.monotonic() >= deadline or (done >= epochs and not is_last)
 
     if not is_finished(training) and not is_enough():
-        words = words_of(study, training)
+        words = [*words_of(study, training), *study.options.train]
         if training.last.is_file():
             words = ["--resume", str(training.last), *_local_words(study)]
         log = training.folder / "train.log"

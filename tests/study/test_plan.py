@@ -86,6 +86,13 @@ def test_a_folder_without_a_plan_is_one_line(tmp_path: Path, content: str | None
         open_study(CompareOptions(resume=str(tmp_path)), {"resume"})
 
 
+def test_a_folder_from_elsewhere_gives_no_leave_to_run_code(tmp_path: Path):
+    study = open_study(options(tmp_path, allow_code=True, download=True), set())
+    resumed = open_study(CompareOptions(resume=str(study.folder)), {"resume"})
+    for found in (resumed, load_study(study.folder)):  # children read the file
+        assert not found.options.allow_code and not found.options.download
+
+
 def test_a_resumed_study_keeps_its_own_flags(tmp_path: Path):
     study = open_study(options(tmp_path), set())
     with pytest.raises(ConfigError, match="the study says by itself what --epochs is"):

@@ -13,7 +13,7 @@ from engine.options import CompareOptions, read_training
 from study import training
 from study.children import alone_in, require_success, run_child
 from study.plan import Entry, Study, Training
-from study.training import DONE, FAILED, read_epochs, train_all, words_of
+from study.training import DONE, FAILED, check_words, read_epochs, train_all, words_of
 from utils.errors import ConfigError
 from utils.progress import Parts
 
@@ -29,11 +29,22 @@ def test_train_py_understands_what_it_is_told(tmp_path: Path):
     flags = {"imgsz": [96, 64], "device": "cpu", "train": ["--amp", "off", "--batch-size", "4"]}
     study = study_of(tmp_path, "a", **flags)
     entry = Entry("a", ("resnet18", "pretrained=true"))
-    options, _ = read_training(words_of(study, Training(entry, 3, tmp_path / "a" / "seed3")))
+    words = words_of(study, Training(entry, 3, tmp_path / "a" / "seed3"))
+    options, _ = read_training([*words, *study.options.train])
     assert (options.cfg, options.backbone) == ("a", ["resnet18", "pretrained=true"])
     assert (options.imgsz, options.epochs, options.seed) == ([96, 64], 8, 3)
     assert (options.amp, options.batch_size, options.exist_ok) == ("off", 4, True)
     assert options.make_folder() == tmp_path / "a" / "seed3"
+
+
+def test_flags_behind_train_are_train_py_s_own(tmp_path: Path):
+    check_words(study_of(tmp_path, "a", train=["--amp", "off"]))
+    with pytest.raises(
+        ConfigError, match="--train: got --epochs, --allow-code, which compare.py has itself"
+    ):
+        check_words(study_of(tmp_path, "a", train=["--epochs", "9", "--allow-code"]))
+    with pytest.raises(SystemExit):
+        check_words(study_of(tmp_path, "a", train=["--ampp", "off"]))
 
 
 @pytest.mark.parametrize(
