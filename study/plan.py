@@ -27,9 +27,9 @@ PLAN, MEASURED, LATENCY = "plan.json", "measured.json", "latency.json"
 OWN = "none"  # the backbone of the YAML itself
 ALIKE = ("data", "imgsz", "epochs", "seeds", "train")
 """What all entries of a study have in common; without it they could not be compared."""
-COMMAND_LINE_ONLY = frozenset("device allow_code download".split())
+COMMAND_LINE_ONLY = frozenset("budget device allow_code download".split())
 """What a study that goes on has from its own command line alone: its folder may be a stranger's."""
-CHANGEABLE = COMMAND_LINE_ONLY | frozenset("budget workers runs runtime markdown".split())
+CHANGEABLE = COMMAND_LINE_ONLY | frozenset("workers runs runtime markdown".split())
 """What may be given anew when a study goes on."""
 WEIGHTS = (".pt", ".safetensors")
 

@@ -65,9 +65,10 @@ def _check(options: CompareOptions) -> None:
 
 def _measure(study: Study, entry: Entry, lock: BinaryIO, parts: Parts) -> None:
     """Measure an entry in a process of its own, unless it was done since its last training; keep why it fails."""
-    folder = study.folder_of(entry)
+    folder, trainings = study.folder_of(entry), list(study.trainings(entry))
     has_failed = (folder / FAILED).exists() and entry.file is None
-    if has_failed or _is_measured(study, entry):
+    has_weights = not trainings or any(training.best.is_file() for training in trainings)
+    if has_failed or not has_weights or _is_measured(study, entry):
         return
     log = folder / "measure.log"
     with parts.part(f"{entry.name}, measuring", 1):

@@ -228,10 +228,10 @@ def _train_entry(
 ) -> None:
     """All seeds of an entry; the reason of a failure is kept."""
     failed = study.folder_of(entry) / FAILED
-    failed.unlink(missing_ok=True)
     for training in study.trainings(entry):
         if time.monotonic() >= deadline:
             return
+        failed.unlink(missing_ok=True)
         with parts.part(f"{entry.name}, seed {training.seed}", study.options.epochs or 0) as tell:
             try:
                 train(study, training, epochs, lock, deadline, tell)
