@@ -21,7 +21,7 @@ from engine.datasets import open_data, open_splits, settle_white
 from engine.evaluation import evaluator_of
 from engine.freeze import freeze
 from engine.options import TrainOptions
-from engine.pace import Length, accumulated, warmup_of
+from engine.pace import Length, accumulated, quicken_norms, warmup_of
 from engine.recipe import lr_factors, recipe_of, settle
 from engine.stopping import StopRequest
 from models.family import Criterion, Recipe, build_criterion
@@ -194,6 +194,7 @@ def prepare(
     fit_to_objects(model, splits.train_set, imgsz, recipe, options)
     length = Length(len(splits.train_loader), options.epochs, size)
     hyp = settle(recipe, options, model, length) if hyp is None else recipe
+    quicken_norms(model, hyp)
     autocast = autocast_dtype(options.amp, device)
     ema = ModelEMA(model, hyp["ema_decay"], hyp["ema_tau"])
     return Run(
