@@ -15,6 +15,7 @@ from torch.nn import functional
 from models.common import Conv, batch_norm, short_names
 from models.fusing.folding import fold_norm
 from models.registry import LayerError, convolution, register, stacked
+from utils.device import AutocastState
 
 
 class _ConvNorm(Protocol):
@@ -103,7 +104,7 @@ def _sum_of_pointwise(
     With mean m and covariance S of the input's channels, the outputs `W x` of a branch have mean `W m` and variance
     diag(`W S W'`), which is all that BatchNorm asks of them.
     """
-    with torch.autocast(x.device.type, enabled=False):
+    with AutocastState.now(x.device.type)._replace(enabled=False).again():
         pixels = x.permute(0, 2, 3, 1).flatten(0, 2)  # (BHW, C)
         pixels = pixels.to(torch.promote_types(x.dtype, torch.float32))
         mean = pixels.mean(0)

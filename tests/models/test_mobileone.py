@@ -233,6 +233,12 @@ def test_a_training_step_is_that_of_one_branch_after_the_other(shape, dtype, lim
     )
 
 
+def test_shapes_are_found_without_numbers_while_training():
+    with torch.device("meta"):
+        y = MobileOneBlock(4, 8, 1).train()(torch.empty(2, 4, 6, 6))
+    assert y.shape == (2, 8, 6, 6)
+
+
 def test_branches_that_do_not_take_statistics_are_summed_as_they_are():
     block = randomise(MobileOneBlock(4, 4, 1)).train()
     block.branches[1].bn.eval()
