@@ -15,16 +15,18 @@ import torch
 
 from data.sources import Frame, open_source
 from data.transforms import letterbox
-from deploy.backends import Backend
+from deploy.backends import Backend, network_of
 from deploy.ensemble import load_as_one
 from engine.detections import DetectionWriter
 from engine.evaluation import VALIDATION, detections_of
 from engine.flags import read_flags
+from engine.levels import Levels
 from engine.options import DetectOptions, Thresholds
 from utils.device import select_device
 from utils.errors import ConfigError, nearest, run_cli
 from utils.logger import get_logger
 from utils.structures import Detections, as_float
+from utils.visualize import save_image
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -54,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     first = next(frames, None)  # a source that cannot be read leaves no folder
     if first is None:
         raise ConfigError(f"--source: {options.source} has no readable image.")
+    levels = levels_of(backend, name) if options.visualize else None
     folder, stride = options.make_folder(), backend.stride if options.rect else None
     count, objects, seconds = 0, 0, 0.0
     with DetectionWriter(folder, names, options) as writer:
@@ -64,10 +67,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
             count, objects, seconds = count + 1, objects + len(found.labels), seconds + elapsed
             number = f" frame {frame.index + 1}" if frame.video else ""
             log.info(f"{frame.path}{number}: {summary(found, names)}, {1000 * elapsed:.0f} ms")
-            writer.write(frame, found)
+            stem = writer.write(frame, found)
+            if levels:
+                box = letterbox(frame.image, imgsz, stride=stride)[1]
+                for side, picture in levels.pictures(frame.image, box):
+                    save_image(folder / f"{stem}_stride{side}.jpg", picture)
     print(
         f"{objects} objects in {count} images, {1000 * seconds / count:.1f} ms an image; results in {folder}"
     )
+
+
+def levels_of(backend: Backend, name: str) -> Levels:
+    """What sees the maps of the network behind a backend.
+
+    Raises:
+        ConfigError: it is an exported file, or several models.
+    """
+    network = network_of(backend)
+    if network is None:
+        raise ConfigError(f"--visualize: got {name}, expected one .pt, whose maps can be seen.")
+    return Levels(network)
 
 
 @torch.inference_mode()

@@ -57,8 +57,8 @@ class DetectionWriter:
         if self.options.view_img:
             cv2.destroyAllWindows()
 
-    def write(self, frame: Frame, found: Detections) -> None:
-        """Everything the flags ask for, of one frame."""
+    def write(self, frame: Frame, found: Detections) -> str:
+        """Everything the flags ask for, of one frame; returns the stem of its files."""
         options, folder, stem = self.options, self.folder, self._stem(frame)
         columns = (found.boxes.tolist(), found.scores.tolist(), found.labels.tolist())
         rows = [Row(*values, self.names[values[2]]) for values in zip(*columns)]
@@ -76,7 +76,7 @@ class DetectionWriter:
             crops = cut_boxes(frame.image, found.boxes)
             save_crops(folder, stem, crops, [row.name for row in rows])
         if options.nosave and not options.view_img:
-            return
+            return stem
         picture = draw_boxes(
             frame.image,
             found.boxes,
@@ -95,6 +95,7 @@ class DetectionWriter:
             save_image(folder / f"{stem}{suffix}", picture)
         if options.view_img:
             _show(frame.path, picture)
+        return stem
 
     def _stem(self, frame: Frame) -> str:
         """A file name for this frame; those of a video are not remembered one by one, a stream has no end."""
