@@ -114,7 +114,8 @@ def _summary(found: Assessment, told: Mapping[str, str]) -> Markup:
 
 def _errors(found: Assessment) -> Markup:
     counts = found.errors.counts()
-    rows = [(kind, counts[kind], 100 * found.costs[kind]) for kind in KINDS]
+    kinds = sorted(KINDS, key=lambda kind: -found.costs[kind])
+    rows = [(kind, counts[kind], 100 * found.costs[kind]) for kind in kinds]
     columns = (Column("error"), Column("number", "d"), Column("points of mAP50", ".2f"))
     told = (
         f"Once all false positives were gone, mAP50 would be {100 * found.costs['false positives']:.1f} points higher; once "

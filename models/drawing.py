@@ -18,7 +18,7 @@ from models.parser.wiring import IMAGE, Row
 WIDE, HIGH, PITCH = 168, 40, 62
 LANE, GUTTER = 9, 16
 MARGIN, HEAD = 24, 74
-LONGEST = 20  # letters of a module's name
+LONGEST = 17  # letters of a module's name
 FILLS = {"backbone": "#e3eefa", "head": "#fdeedd", "last": "#e2f4e6"}
 COLOURS = ("#0b5cad", "#b4480a", "#187a3c", "#7e22ce", "#a3195b", "#0f766e")
 """Of lines, by column."""
@@ -97,7 +97,7 @@ def draw(rows: Sequence[Row], title: str) -> str:
         for number, row in enumerate(rows, 1)
         for k in range(len(row.inputs))
     ]
-    parts.append(_box(plan, 0, [("image", "")], FILLS["backbone"], "the image"))
+    parts.append(_box(plan, 0, [("image", "RGB")], FILLS["backbone"], "the image"))
     for number, row in enumerate(rows, 1):
         fill = FILLS["last" if number == len(rows) else row.section]
         parts.append(
