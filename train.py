@@ -24,7 +24,7 @@ from engine.options import TrainOptions, check_pairs, read_training
 from engine.recorder import RunRecorder, conclude
 from engine.resume import resume
 from engine.run import EpochProgress, Run, look_over, prepare
-from engine.state import is_to_stop, leave, restore, save_epoch
+from engine.state import is_to_stop, leave, restart_from_best, restore, save_epoch
 from engine.step import resize_randomly, use_batch, use_gradients, warn_of_unused
 from models.family import total_loss
 from utils.checkpoint import clear_temporary, restore_rng
@@ -188,6 +188,8 @@ def begin_epoch(run: Run, epoch: int) -> None:
     place = run.place
     if place.within.rng is None:
         place.within = EpochProgress()
+        if epoch == run.plan.strong.stop:
+            restart_from_best(run)
         torch.manual_seed(run.options.seed + 1_000_003 * (epoch + 1) + run.world.rank)
     else:
         restore_rng(place.within.rng)

@@ -51,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             cfg=options.cfg,
             backbone=options.backbone,
             allow_code=options.allow_code,
+            one_to_many=options.one_to_many,
         )
         name = "+".join(Path(file).name for file in files) if len(files) > 1 else files[0]
         tell_thresholds(options, backend, name)
@@ -79,6 +80,10 @@ def validation_of(
     options: ValOptions, backend: Backend, name: str, imgsz: tuple[int, int], batch_size: int
 ) -> Validation:
     """The model on the split of `--task`, or on that for validation."""
+    if options.rect and not backend.dynamic:
+        raise ConfigError(
+            f"--rect: {name} has a fixed image size. Leave it out or export with --dynamic."
+        )
     load = LoadOptions(
         imgsz=imgsz,
         rect=options.rect,

@@ -19,7 +19,7 @@ import numpy as np
 
 from utils.bootstrap import THRESHOLDS, ClassOutcomes, average_precisions, interval, resample
 
-CLASSES, LARGE, LARGE_SPLITS = 2, 10_000, 4
+CLASSES, LARGE, LARGE_SPLITS = 2, 50_000, 8
 
 
 def simulated_split(images: int, rng: np.random.Generator) -> list[ClassOutcomes]:

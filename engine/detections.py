@@ -57,8 +57,10 @@ class DetectionWriter:
         if self.options.view_img:
             cv2.destroyAllWindows()
 
-    def write(self, frame: Frame, found: Detections) -> str:
-        """Everything the flags ask for, of one frame; returns the stem of its files."""
+    def write(
+        self, frame: Frame, found: Detections, levels: Sequence[tuple[int, Image]] = ()
+    ) -> None:
+        """Everything the flags ask for, of one frame; `levels` are strides and pictures of a pyramid."""
         options, folder, stem = self.options, self.folder, self._stem(frame)
         columns = (found.boxes.tolist(), found.scores.tolist(), found.labels.tolist())
         rows = [Row(*values, self.names[values[2]]) for values in zip(*columns)]
@@ -75,8 +77,10 @@ class DetectionWriter:
         if options.save_crop:
             crops = cut_boxes(frame.image, found.boxes)
             save_crops(folder, stem, crops, [row.name for row in rows])
+        for stride, picture in levels:
+            save_image(folder / f"{stem}_stride{stride}.jpg", picture)
         if options.nosave and not options.view_img:
-            return stem
+            return
         picture = draw_boxes(
             frame.image,
             found.boxes,
@@ -95,7 +99,6 @@ class DetectionWriter:
             save_image(folder / f"{stem}{suffix}", picture)
         if options.view_img:
             _show(frame.path, picture)
-        return stem
 
     def _stem(self, frame: Frame) -> str:
         """A file name for this frame; those of a video are not remembered one by one, a stream has no end."""

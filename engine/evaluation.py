@@ -45,7 +45,7 @@ def detections_of(
 
     Args:
         output: predictions, or detections where the artifact has its postprocessing inside.
-        kind: "nms" or "topk", what the family needs.
+        kind: what the head needs, one of `models.postprocess.KINDS`.
         thresholds: what counts as a detection.
         classes: only these, by index.
         multi_label: a box may be one of several classes, as an evaluation wants it.
@@ -90,7 +90,7 @@ def collect(
 
     Args:
         predict: images (B, 3, H, W) in [0, 1] and their targets -> predictions, or detections.
-        kind: "nms" or "topk", what the family needs.
+        kind: what the head needs, one of `models.postprocess.KINDS`.
         loader: batches of uint8 images.
         evaluator: reset first.
         device: where the images go.
@@ -163,6 +163,7 @@ class Measurable(Protocol):
     names: tuple[str, ...]
     stride: int
     postprocess_kind: str
+    device: torch.device
 
     @property
     def info(self) -> Described:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from data.images import Image
@@ -20,7 +21,7 @@ SHARE = 0.6
 
 
 class Levels:
-    """Keeps the maps that the head of a model reads, from one call of the model to the next.
+    """Keeps how strong the maps are that the head of a model reads, from one call of the model to the next.
 
     Args:
         model: as it is run.
@@ -28,24 +29,27 @@ class Levels:
 
     def __init__(self, model: DetectionModel) -> None:
         self.head = model.head
-        self.maps: Sequence[Tensor] = ()
+        self.responses: Sequence[NDArray[np.float32]] = ()
         self.head.register_forward_pre_hook(self._keep)
 
     def _keep(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        self.maps = arguments[0][self.head.main_inputs]
+        maps: Sequence[Tensor] = arguments[0][self.head.main_inputs]
+        self.responses = [values.float().abs().mean(1).cpu().numpy() for values in maps]
 
-    def pictures(self, image: Image, box: Letterbox) -> Iterator[tuple[int, Image]]:
-        """Stride and picture of every level, for the image that the model saw last.
+    def pictures(self, place: int, image: Image, box: Letterbox) -> list[tuple[int, Image]]:
+        """Stride and picture of every level, for an image of the batch that the model saw last.
 
         Shown is the mean size of a cell's values over its channels, from the level's weakest (dark) to its strongest.
 
         Args:
+            place: of the image in the batch.
             image: as it was before it was fitted, RGB, (H, W, 3).
             box: how it was fitted.
         """
         grey = np.repeat(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[:, :, None], 3, axis=2)
-        for stride, values in zip(self.head.strides, self.maps):
-            response = values[0].float().abs().mean(0).cpu().numpy()
+        pictures = []
+        for stride, responses in zip(self.head.strides, self.responses):
+            response = responses[place]
             low, high = float(response.min()), float(np.percentile(response, BRIGHT))
             shares = np.clip((response - low) / max(high - low, 1e-9), 0, 1)
             whole = cv2.resize(shares, None, fx=stride, fy=stride, interpolation=cv2.INTER_CUBIC)
@@ -57,4 +61,5 @@ class Levels:
                 cv2.applyColorMap(levels, cv2.COLORMAP_INFERNO), cv2.COLOR_BGR2RGB
             )
             mixed = cv2.addWeighted(colours, SHARE, grey, 1 - SHARE, 0)
-            yield stride, np.asarray(mixed, dtype=np.uint8)
+            pictures.append((stride, np.asarray(mixed, dtype=np.uint8)))
+        return pictures

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentTypeError
+from argparse import REMAINDER, ArgumentTypeError
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, fields, replace
 from pathlib import Path
@@ -23,11 +23,13 @@ SCHEDULES = {"cos_lr": "cosine", "flat_cos_lr": "flat_cosine", "fixed_lr": "fixe
 TRIALS = 300
 HIGHEST_SEED = 2**31 - 1  # every library takes it, also with an epoch or a trial added
 SPLITS, CACHES = ("train", "val", "test"), ("ram", "disk")
+RUNTIMES = ("torch", "onnx", "openvino", "torchscript")
 FROM_ZERO, FROM_ONE, SHARE = integer(0), integer(1), number(0, 1)
 BATCH = integer(1, allowed=(-1,))
 AUTO = -1.0
 PROJECT_HELP = "folder of all runs"
 BACKBONE_HELP = "instead of the YAML's: NAME [key=value ...], any of models/modules or timm"
+MANY_HELP = "of a model with end2end: true, the branch that needs NMS, with NMS"
 BEST = "runs/train/exp/weights/best.pt"
 COMMAND_LINE_ONLY = frozenset(
     "resume device allow_code download check evolve resume_evolve".split()
@@ -135,9 +137,9 @@ class WeightsFlags(BackboneFlags):
 
     weights: list[str] = flag([BEST], "one or more .pt or exported models", nargs="+")
     cfg: str = flag("", "model YAML of foreign weights that carry none")
+    one_to_many: bool = flag(False, MANY_HELP)
     imgsz: list[int] | None = size_flag(None)
     half: bool = flag(False, "half precision")
-    rect: bool = flag(False, "images of their own shape, not square (.pt, --dynamic exports)")
     conf_thres: float = flag(0.001, "lowest score of a detection", type=SHARE)
     iou_thres: float = flag(0.6, "largest overlap that NMS leaves", type=SHARE)
     max_det: int = flag(300, "detections an image at most", type=FROM_ONE)
@@ -162,10 +164,6 @@ class WeightsFlags(BackboneFlags):
                 f"--imgsz: got {imgsz[0]} {imgsz[1]}, but {name} was exported for "
                 f"{model.imgsz[0]} {model.imgsz[1]}. Leave --imgsz out or export with --dynamic."
             )
-        if not model.dynamic and self.rect:
-            raise ConfigError(
-                f"--rect: {name} has a fixed image size. Leave it out or export with --dynamic."
-            )
         return imgsz
 
 
@@ -176,6 +174,7 @@ class ValOptions(RunFlags, DataFlags, WeightsFlags):
     project: str = flag("runs/val", PROJECT_HELP)
     ensemble: bool = flag(False, "measure them as one, predictions joined before NMS")
     batch_size: int = flag(32, "images a batch", type=FROM_ONE)
+    rect: bool = flag(False, "images of their own shape, not square (.pt, --dynamic exports)")
     task: str = flag("val", "split, or what to measure", choices=(*SPLITS, "speed", "study"))
     workers: int = flag(2, "processes that load images", type=FROM_ZERO)
     single_cls: bool = flag(False, "treat all classes as one")
@@ -200,6 +199,8 @@ class DetectOptions(RunFlags, WeightsFlags):
     iou_thres: float = flag(0.45, "largest overlap that NMS leaves", type=SHARE)
     max_det: int = flag(1000, "detections an image at most", type=FROM_ONE)
     classes: list[str] | None = flag(None, "only these classes, by index or name", nargs="+")
+    batch_size: int = flag(1, "images of one shape at a time, of files", type=FROM_ONE)
+    square: bool = flag(False, "pad images to --imgsz, as a fixed size needs it and val.py does")
     vid_stride: int = flag(1, "take every so many frames of a video", type=FROM_ONE)
     project: str = flag("runs/detect", PROJECT_HELP)
     view_img: bool = flag(False, "show each picture in a window")
@@ -214,6 +215,7 @@ class DetectOptions(RunFlags, WeightsFlags):
     line_thickness: int | None = flag(None, "of boxes, in pixels", type=FROM_ONE)
     hide_labels: bool = flag(False, "draw boxes only")
     hide_conf: bool = flag(False, "draw no scores")
+    rect: bool = without_effect(False)
     augment: bool = without_effect(False)
     update: bool = without_effect(False)
     dnn: bool = without_effect(False)
@@ -238,16 +240,25 @@ class DetectOptions(RunFlags, WeightsFlags):
 
 @dataclass(frozen=True)
 class CompareOptions(RunFlags, DataFlags, BackboneFlags):
-    """Compare models: parameters, GFLOPs, latency, memory, mAP."""
+    """Compare models: parameters, GFLOPs, latency, memory, mAP; with --epochs a study that trains them first."""
 
-    models: list[str] = flag(
-        [], "configs, weights, exports", "--weights", "--cfg", nargs="+", required=True
+    models: list[str] = flag([], "configs, weights, exports, runs", "--weights", "--cfg", nargs="+")
+    backbone: list[str] | None = flag(
+        None, "under every config, several in a row: none resnet18 ...", nargs="+", metavar="NAME"
     )
     data: str = flag("", "data YAML, or a folder in YOLO, COCO or VOC form, for mAP")
     imgsz: list[int] | None = size_flag(None)
     runs: int = flag(10, "timed calls of each model", type=FROM_ONE)
     workers: int = flag(2, "processes that load images", type=FROM_ZERO)
     project: str = flag("runs/compare", PROJECT_HELP)
+    # a study
+    epochs: int | None = flag(None, "train what has no weights so long; 0: nothing", type=FROM_ZERO)
+    seeds: int = flag(1, "trainings of each config", type=FROM_ONE)
+    budget: float | None = flag(None, "minutes for all trainings", type=number(0))
+    runtime: list[str] = flag(["torch"], "where it is measured", nargs="+", choices=RUNTIMES)
+    markdown: str = flag("", "write the study's Markdown here as well")
+    resume: str | bool = flag(False, "go on with the newest, or this, study", nargs="?", const=True)
+    train: list[str] = flag([], "all further flags are train.py's", nargs=REMAINDER, metavar="...")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from engine.datasets import open_data, open_splits, settle_white
 from engine.evaluation import evaluator_of
 from engine.freeze import freeze
 from engine.options import TrainOptions
-from engine.pace import Length, accumulated, warmup_of
+from engine.pace import Length, Plan, accumulated, plan_of, schedule_of, tell_plan, warmup_of
 from engine.recipe import lr_factors, recipe_of, settle
 from engine.stopping import StopRequest
 from models.family import Criterion, Recipe, build_criterion
@@ -36,7 +36,7 @@ from utils.errors import ConfigError
 from utils.layers import memory_format_for, with_shared_norms
 from utils.logger import get_logger
 from utils.metrics import CocoEvaluator
-from utils.optim import Schedule, Warmup, build_optimizer, build_schedule
+from utils.optim import Schedule, Warmup, build_optimizer
 from utils.thresholds import KEY as THRESHOLDS
 
 
@@ -139,6 +139,7 @@ class Run:
     criterion: Criterion
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    plan: Plan
     schedule: Schedule
     warmup: Warmup
     accumulate: int
@@ -202,6 +203,7 @@ def prepare(
     fit_to_objects(model, splits.train_set, imgsz, recipe, options)
     length = Length(len(splits.train_loader), options.epochs, size)
     hyp = settle(recipe, options, model, length) if hyp is None else recipe
+    tell_plan(plan_of(hyp, options.epochs), options.epochs)
     autocast = autocast_dtype(options.amp, device)
     ema = ModelEMA(model, hyp["ema_decay"], hyp["ema_tau"])
     return Run(
@@ -218,7 +220,8 @@ def prepare(
         criterion=criterion,
         optimizer=_optimizer(model, hyp, length, criterion.times_batch),
         scaler=torch.amp.GradScaler(device.type, enabled=autocast is torch.float16),
-        schedule=build_schedule(hyp["schedule"], options.epochs, hyp["lrf"]),
+        plan=plan_of(hyp, options.epochs),
+        schedule=schedule_of(hyp, options.epochs),
         warmup=warmup_of(hyp, length),
         accumulate=accumulated(hyp, length),
         autocast=autocast,

@@ -37,7 +37,7 @@ class ArtifactInfo:
         batch: the only batch it takes; None for any.
         dynamic: whether it takes other sizes than `imgsz`.
         family: "yolov5", "yolov9", "yolo11" or "rtdetr".
-        postprocess_kind: "nms" or "topk".
+        postprocess_kind: one of `models.postprocess.KINDS`.
         layout: form of the output, see `deploy.runtimes.layouts`.
         channels: of the images.
         half: whether its weights are float16.

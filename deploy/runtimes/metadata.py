@@ -83,7 +83,7 @@ def parse_metadata(metadata: Mapping[str, str], source: str) -> ArtifactInfo:
         family=read(
             "family", lambda text: _held(text, re.fullmatch(FAMILY, text)), "the name of a family"
         ),
-        postprocess_kind=read("postprocess", _one_of(("nms", "topk")), "nms or topk"),
+        postprocess_kind=read("postprocess", _one_of(("nms", "topk", "best")), "nms, topk or best"),
         layout=read("layout", _one_of(LAYOUTS), f"one of {', '.join(LAYOUTS)}"),
         channels=read("channels", _whole(MOST_CHANNELS), f"1 to {MOST_CHANNELS}"),
         half=read("half", _one_of(("True", "False")), "True or False") == "True",

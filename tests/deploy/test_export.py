@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from onnx_exports import needs_both
 from tiny_models import HEADS, tiny_model
 
 import export
@@ -26,7 +27,7 @@ from deploy.exporters.onnx_file import export_onnx
 from deploy.exporters.precision import is_decoding
 from deploy.exporters.torch_files import export_pt
 from deploy.exporters.verify import ExportMismatchError, verify
-from detect import detect_frame
+from engine.frames import detect, fit
 from engine.options import Thresholds
 from models.postprocess import postprocess
 from models.reparam import fuse
@@ -110,7 +111,7 @@ def test_other_forms_give_the_same_at_another_batch_and_size(form: str, tmp_path
     [
         {"simplify": True},
         {"dynamic": "batch"},
-        pytest.param({"dynamo": True}, marks=pytest.mark.slow),
+        pytest.param({"dynamo": True}, marks=[pytest.mark.slow, needs_both]),
     ],
 )
 def test_onnx_options_keep_the_numbers(changes: dict[str, Any], tmp_path: Path):
@@ -289,7 +290,7 @@ def test_the_example_finds_the_boxes_that_detect_finds(layout: str, tmp_path: Pa
     image = (blobs(1, (80, 150), seed=6)[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
     limits = Thresholds(0.25, 0.45, 1000)
     frame = Frame("x.png", image, 0, None)
-    expected = detect_frame(load_backend(path), frame, IMGSZ, thresholds=limits)
+    (expected,) = detect(load_backend(path), [fit(frame, IMGSZ)], limits)
     runner = load_runner()
     boxes, scores, labels = runner.detect(*runner.load(str(path)), image[..., ::-1])
     assert len(boxes) == len(expected.scores) > 3

@@ -26,11 +26,11 @@ def test_a_bright_cell_stands_where_it_is_in_the_picture():
     fitted, box = letterbox(image, (96, 96))
     batch = torch.from_numpy(fitted).permute(2, 0, 1)[None]
     network(as_float(batch, "cpu"))
-    assert [tuple(values.shape[2:]) for values in levels.maps] == [(12, 12), (6, 6), (3, 3)]
-    values = torch.zeros(1, 4, 12, 12)
-    values[..., 6, 2] = -5.0  # column 2 of 12: x 16 to 24 of 96, which are pixels 27 to 40 of 160
-    levels.maps = [values]
-    ((stride, picture),) = levels.pictures(image, box)
+    assert [one.shape for one in levels.responses] == [(1, 12, 12), (1, 6, 6), (1, 3, 3)]
+    response = np.zeros((2, 12, 12), np.float32)
+    response[1, 6, 2] = 5.0  # column 2 of 12: x 16 to 24 of 96, which are pixels 27 to 40 of 160
+    levels.responses = [response]
+    ((stride, picture),) = levels.pictures(1, image, box)
     assert (stride, picture.shape) == (8, image.shape)
     row, column = np.unravel_index(picture.sum(2).argmax(), picture.shape[:2])
     assert 27 <= column <= 40
