@@ -34,7 +34,7 @@ class Levels:
 
     def _keep(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
         maps: Sequence[Tensor] = arguments[0][self.head.main_inputs]
-        self.responses = [values.float().abs().mean(1).cpu().numpy() for values in maps]
+        self.responses = [values.detach().float().abs().mean(1).cpu().numpy() for values in maps]
 
     def pictures(self, place: int, image: Image, box: Letterbox) -> list[tuple[int, Image]]:
         """Stride and picture of every level, for an image of the batch that the model saw last.

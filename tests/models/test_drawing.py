@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -16,6 +17,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 Point = tuple[float, float]
 
 
+@functools.cache
 def model_of(cfg: str) -> DetectionModel:
     with torch.device("meta"):
         return build_model(cfg)
