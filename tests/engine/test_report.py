@@ -101,6 +101,7 @@ def test_the_numbers_stand_beside_the_page(report: Path):
     low, high = numbers["map50_95_interval"]
     assert low < numbers["map50_95"] < high
     assert set(numbers["thresholds"]) == set(NAMES)
+    assert all(0 < value < 1 for value in numbers["thresholds"].values())
 
 
 def test_a_measured_checkpoint_has_thresholds_that_detect_uses(
