@@ -27,6 +27,5 @@ def test_the_table_has_a_row_a_backbone_and_a_dash_for_what_is_not_measured():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("backbone", "head"), [("own", "yolo11n"), ("mobileone_s0", "gelan-t")])
-def test_sixteen_pictures_are_learnt_by_heart(backbone: str, head: str):
-    assert gate.learn(backbone, head, amp="bf16").map50_95 >= gate.LEAST
+def test_sixteen_pictures_are_learnt_by_heart():
+    assert gate.learn("own", "yolo11n", amp="bf16").map50_95 >= gate.LEAST
