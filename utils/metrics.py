@@ -227,8 +227,14 @@ class CocoEvaluator:
         def silent(*_: object) -> None:
             pass
 
-        truth = COCO(copy.deepcopy(self._ground_truth), print_function=silent)
-        coco = COCOeval_faster(truth, truth.loadRes(self._results()), "bbox", print_function=silent)
+        rows = [
+            {**row, "id": number, "area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0}
+            for number, row in enumerate(self._results(), start=1)
+        ]  # as `loadRes` makes them, which fails where there are none before faster-coco-eval 1.8
+        truth = copy.deepcopy(self._ground_truth)
+        parts = (truth, {**truth, "annotations": rows})
+        sides = [COCO(part, print_function=silent) for part in parts]
+        coco = COCOeval_faster(*sides, "bbox", print_function=silent)
         coco.params.maxDets = sorted({1, 10, self.max_detections})
         coco.evaluate()
         coco.accumulate()
