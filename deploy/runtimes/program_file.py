@@ -9,6 +9,7 @@ sees it. The form of these files was read in torch 2.14.
 from __future__ import annotations
 
 import ast
+import importlib.util
 import io
 import json
 import logging
@@ -24,6 +25,8 @@ from torch.export import ExportedProgram
 from deploy.runtimes.artifact import loading
 from utils.errors import CheckpointError
 
+READS_PROGRAMS = importlib.util.find_spec("torch.export.pt2_archive") is not None
+"""Whether this torch packs programs as they are read here."""
 MEMBERS = {
     "": {"archive_format", "archive_version", "byteorder"},
     "models": {"model.json"},

@@ -1,4 +1,4 @@
-"""torch's two ONNX exporters, in versions of torch that have both or the one by tracing alone."""
+"""What older versions of torch lack, for the tests of it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from deploy.runtimes.program_file import READS_PROGRAMS
+
 HAS_BOTH = "dynamo" in inspect.signature(torch.onnx.export).parameters
 needs_both = pytest.mark.skipif(
     not HAS_BOTH, reason=f"torch {torch.__version__} writes no ONNX of programs, 2.5 does"
 )
+NO_PROGRAMS = f"torch {torch.__version__} packs .pt2 in another form, 2.9 in the one read here"
+needs_programs = pytest.mark.skipif(not READS_PROGRAMS, reason=NO_PROGRAMS)
 
 
 def onnx_by_tracing(model: nn.Module, images: Tensor, path: str, **how: object) -> None:
