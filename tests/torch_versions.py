@@ -14,7 +14,7 @@ HAS_BOTH = "dynamo" in inspect.signature(torch.onnx.export).parameters
 needs_both = pytest.mark.skipif(
     not HAS_BOTH, reason=f"torch {torch.__version__} writes no ONNX of programs, 2.5 does"
 )
-NO_PROGRAMS = f"torch {torch.__version__} packs .pt2 in another form, 2.9 in the one read here"
+NO_PROGRAMS = f"torch {torch.__version__} packs .pt2 in an earlier form, 2.14 in the one read here"
 needs_programs = pytest.mark.skipif(not READS_PROGRAMS, reason=NO_PROGRAMS)
 
 

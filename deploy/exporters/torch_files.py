@@ -45,7 +45,7 @@ def export_pt2(model: DetectionModel, options: ExportOptions, weights: Path) -> 
     """
     if not READS_PROGRAMS:
         raise ConfigError(
-            f"--include pt2: torch {torch.__version__} packs programs in an earlier form - expected 2.9 or newer. "
+            f"--include pt2: torch {torch.__version__} packs programs in an earlier form - expected a newer one, such as 2.14. "
             "Install it, or export torchscript."
         )
     path = beside(weights, options, ".pt2")

@@ -9,7 +9,6 @@ sees it. The form of these files was read in torch 2.14.
 from __future__ import annotations
 
 import ast
-import importlib.util
 import io
 import json
 import logging
@@ -25,7 +24,11 @@ from torch.export import ExportedProgram
 from deploy.runtimes.artifact import loading
 from utils.errors import CheckpointError
 
-READS_PROGRAMS = importlib.util.find_spec("torch.export.pt2_archive") is not None
+try:
+    from torch.export.pt2_archive import constants as _packing
+except ImportError:  # torch 2.4
+    _packing = None  # type: ignore[assignment]
+READS_PROGRAMS = hasattr(_packing, "WEIGHTS_CONFIG_FILENAME_FORMAT")  # not yet in torch 2.8
 """Whether this torch packs programs as they are read here."""
 MEMBERS = {
     "": {"archive_format", "archive_version", "byteorder"},
