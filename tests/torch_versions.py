@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 
 import pytest
 import torch
@@ -21,4 +22,6 @@ needs_programs = pytest.mark.skipif(not READS_PROGRAMS, reason=NO_PROGRAMS)
 def onnx_by_tracing(model: nn.Module, images: Tensor, path: str, **how: object) -> None:
     """Write an ONNX file by tracing."""
     chosen = {"dynamo": False} if HAS_BOTH else {}
-    torch.onnx.export(model, (images,), path, **how, **chosen)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # as in deploy.exporters.onnx_file
+        torch.onnx.export(model, (images,), path, **how, **chosen)
