@@ -23,7 +23,7 @@ demo: $(VENV)/.ready
 	PY=$(PY) bash examples/demo.sh
 
 test: $(VENV)/.ready-dev
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 $(OLDEST)/.ready: requirements-oldest.txt
 	$(OLDEST_PYTHON) -m venv $(OLDEST)
@@ -31,7 +31,7 @@ $(OLDEST)/.ready: requirements-oldest.txt
 	touch $@
 
 oldest: $(OLDEST)/.ready
-	$(OLDEST)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 check: $(VENV)/.ready-dev
 	$(PY) -m ruff check .

@@ -9,22 +9,22 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 
 import torch
 
-from data.sources import Frame, open_source
-from data.transforms import letterbox
-from deploy.backends import Backend
+from data.sources import open_source
 from deploy.ensemble import load_as_one
 from engine.detections import DetectionWriter
-from engine.evaluation import VALIDATION, detections_of
 from engine.flags import read_flags
-from engine.options import DetectOptions, Thresholds
+from engine.frames import detect, fit, in_batches
+from engine.options import DetectOptions
 from utils.device import select_device
 from utils.errors import ConfigError, nearest, run_cli
 from utils.logger import get_logger
-from utils.structures import Detections, as_float
+from utils.structures import Detections
+from utils.threads import InOrder, ahead
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cfg=options.cfg,
         backbone=options.backbone,
         allow_code=options.allow_code,
+        one_to_many=options.one_to_many,
     )
     name, names = ", ".join(options.weights), backend.names
     classes, imgsz = class_indices(options.classes, names), options.size_for(backend, name)
@@ -48,52 +49,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{name}: {backend.info.told_inside}; --iou-thres and --agnostic-nms cannot act on it, "
             "--conf-thres and --max-det only cut further"
         )
+    thresholds = options.thresholds_for(backend.info.class_conf, name)
     source = open_source(options.source, vid_stride=options.vid_stride, white=backend.info.white)
     frames = iter(source)
     first = next(frames, None)  # a source that cannot be read leaves no folder
     if first is None:
         raise ConfigError(f"--source: {options.source} has no readable image.")
-    folder, stride = options.make_folder(), backend.stride if options.rect else None
+    stride = backend.stride if backend.dynamic and not options.square else None
+    fitted = (fit(frame, imgsz, stride) for frame in chain([first], frames))
+    # A camera's next picture is taken when it is wanted; those of files are prepared ahead.
+    batches = in_batches(fitted, 1 if source.is_live else options.batch_size)
+    batches = batches if source.is_live else ahead(batches)
+    folder = options.make_folder()
     count, objects, seconds = 0, 0, 0.0
-    with DetectionWriter(folder, names, options) as writer:
-        for frame in chain([first], frames):
+    with DetectionWriter(folder, names, options) as writer, InOrder() as writing:
+        write = writer.write if options.view_img else partial(writing.call, writer.write)
+        for batch in batches:
             start = time.perf_counter()
-            found = detect_frame(backend, frame, imgsz, stride, options.thresholds, classes)
+            detections = detect(backend, batch, thresholds, classes)
             elapsed = time.perf_counter() - start
-            count, objects, seconds = count + 1, objects + len(found.labels), seconds + elapsed
-            number = f" frame {frame.index + 1}" if frame.video else ""
-            log.info(f"{frame.path}{number}: {summary(found, names)}, {1000 * elapsed:.0f} ms")
-            writer.write(frame, found)
+            seconds += elapsed
+            for (frame, *_), found in zip(batch, detections, strict=True):
+                count, objects = count + 1, objects + len(found.labels)
+                number = f" frame {frame.index + 1}" if frame.video else ""
+                took = f"{1000 * elapsed / len(batch):.0f} ms"
+                log.info(f"{frame.path}{number}: {summary(found, names)}, {took}")
+                write(frame, found)
     print(
         f"{objects} objects in {count} images, {1000 * seconds / count:.1f} ms an image; results in {folder}"
     )
-
-
-@torch.inference_mode()
-def detect_frame(
-    backend: Backend,
-    frame: Frame,
-    imgsz: tuple[int, int],
-    stride: int | None = None,
-    thresholds: Thresholds = VALIDATION,
-    classes: Sequence[int] | None = None,
-) -> Detections:
-    """Detections of one image, boxes in its own pixels.
-
-    Args:
-        backend: the model.
-        frame: the image.
-        imgsz: (height, width) that it is fitted into.
-        stride: padded only up to multiples of it; None pads to `imgsz`.
-        thresholds: what counts as a detection.
-        classes: only these, by index.
-    """
-    image, box = letterbox(frame.image, imgsz, stride=stride)
-    tensor = torch.from_numpy(image).permute(2, 0, 1)[None].contiguous()
-    output = backend(as_float(tensor, backend.device))
-    (found,) = detections_of(output, backend.postprocess_kind, thresholds, classes=classes)
-    found = found.to("cpu")
-    return found._replace(boxes=box.restore(found.boxes))
 
 
 def class_indices(words: Sequence[str] | None, names: Sequence[str]) -> list[int] | None:

@@ -89,6 +89,20 @@ def run_on_meta(module: nn.Module, *inputs: object) -> Any:
             raise
 
 
+def run_without_images(module: nn.Module, *inputs: object) -> Any:
+    """As `run_on_meta`, for layers of our own: they run as they are, on a batch of no images.
+
+    What works out shapes on the meta device is Python, which imports PyTorch's compiler before it adds two tensors: a second
+    and more. What makes (N, ...) of a batch of N makes (0, ...) of none.
+
+    Raises:
+        RuntimeError, ValueError: a layer that cannot do with nothing, or inputs that do not fit.
+    """
+    with evaluating(module), torch.no_grad():
+        outputs = module(*map_tensors(_without_images, inputs))
+    return map_tensors(_of_one_image, outputs)
+
+
 def run_for_real(module: nn.Module, *inputs: object) -> Any:
     """As `run_on_meta`, for code that asks for values: a copy of `module` computes on random numbers on the CPU."""
     with evaluating(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -190,6 +204,17 @@ def _fake_tensors() -> Iterator[None]:
 
 def _fake(value: Tensor) -> Tensor:
     return torch.empty(value.shape, dtype=value.dtype)
+
+
+def _without_images(value: Tensor) -> Tensor:
+    return torch.empty(0, *value.shape[1:], dtype=value.dtype)
+
+
+def _of_one_image(value: Tensor) -> Tensor:
+    if not value.numel() and value.shape[0]:
+        raise ValueError(f"got {tuple(value.shape)}, expected the batch in the first place")
+    shape = (1, *value.shape[1:]) if not value.numel() else value.shape
+    return torch.empty(shape, dtype=value.dtype, device="meta")
 
 
 def _random(value: Tensor) -> Tensor:

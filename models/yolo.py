@@ -189,7 +189,7 @@ def build_model(
             spec = parse_spec(file, forget_weights(config), lines)
         if backbone:
             spec = _with_backbone(spec, lines, backbone)
-        model = parse_model(spec, names=names, imgsz=imgsz)
+        model = parse_model(spec, names, imgsz, fits=fresh)
         # Weights that rows ask for are in the model by now, and go where it goes.
         plain = forget_weights(model.config)
         model.is_pretrained, model.config = plain != model.config, plain
@@ -259,10 +259,10 @@ def parse_options(words: Sequence[str]) -> dict[str, Any]:
 
 
 def parse_model(
-    spec: ModelSpec, *, names: Sequence[str] | None = None, imgsz: tuple[int, int] = (640, 640)
+    spec: ModelSpec, names: Sequence[str] | None, imgsz: tuple[int, int], *, fits: bool
 ) -> DetectionModel:
-    """Build the rows of `spec` and tell the head its strides."""
-    built, rows = build_rows(spec, imgsz)
+    """Build the rows of `spec` and tell the head its strides; `fits` as for `build_rows`."""
+    built, rows = build_rows(spec, imgsz, fits=fits)
     head = built[-1]
     if not isinstance(head, Head):
         raise ConfigError(

@@ -7,12 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from shell import TINY_MODEL
+
+from models.yolo import build_model
+from utils.checkpoint import save_checkpoint
+from utils.config import parse_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = [
     *("timm", "onnx", "onnxruntime", "openvino", "matplotlib", "pandas", "scipy"),
     *("faster_coco_eval", "torchvision"),
 ]
+COMPILER = ["torch._dynamo", "torch._inductor", "sympy"]  # PyTorch's, over a second to import
 TRIES = 3  # the machine may be busy with something else
 
 
@@ -57,3 +63,27 @@ def test_importing_every_script_leaves_heavy_libraries_alone():
         f"print([name for name in {HEAVY} if name in sys.modules])"
     )
     assert run_code(code) == "[]"
+
+
+def test_a_detection_imports_neither_heavy_libraries_nor_the_compiler(
+    shared_data: Path, tmp_path: Path
+):
+    model = build_model({**parse_yaml(TINY_MODEL, "tiny").data, "nc": 2}, imgsz=(64, 64))
+    content = {"model": model.state_dict(), "config": model.config, "names": ["square", "disc"]}
+    save_checkpoint(tmp_path / "two.pt", {**content, "imgsz": [64, 64]})
+    words = ["--weights", tmp_path / "two.pt", "--source", shared_data.parent / "images/val"]
+    words += [
+        "--conf-thres",
+        0.01,
+        "--project",
+        tmp_path / "found",
+        "--save-txt",
+        "--device",
+        "cpu",
+    ]
+    code = (
+        "import sys, detect; detect.main(sys.argv[1:]); "
+        f"print([name for name in {HEAVY + COMPILER} if name in sys.modules])"
+    )
+    assert run_code(code, *map(str, words)).splitlines()[-1] == "[]"
+    assert len(list(tmp_path.glob("found/exp/labels/*.txt"))) == 4  # boxes were found, and drawn

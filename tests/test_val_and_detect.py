@@ -21,7 +21,7 @@ from deploy.exporters.onnx_file import export_onnx
 from engine import evaluation, outputs
 from engine.datasets import check_classes
 from engine.flags import read_flags
-from engine.options import DetectOptions, Thresholds, ValOptions
+from engine.options import Thresholds, ValOptions
 from models.postprocess import keep_best
 from models.weights.load import load_weights
 from models.yolo import build_model
@@ -163,10 +163,9 @@ def test_val_measures_with_the_thresholds_of_its_flags(
 
 def test_rect_with_a_fixed_size_is_refused():
     backend: Any = SimpleNamespace(dynamic=False, stride=32, imgsz=(64, 64))
-    for kind, words in ((ValOptions, []), (DetectOptions, ["--source", "x"])):
-        options = read_flags(kind, [*words, "--rect"])
-        with pytest.raises(ConfigError, match="--rect: fixed.onnx has a fixed image size"):
-            options.size_for(backend, "fixed.onnx")
+    options = read_flags(ValOptions, ["--rect"])
+    with pytest.raises(ConfigError, match="--rect: fixed.onnx has a fixed image size"):
+        val.validation_of(options, backend, "fixed.onnx", (64, 64), 1)
 
 
 def test_an_end_to_end_file_says_what_it_has_cut_already(

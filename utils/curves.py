@@ -38,6 +38,18 @@ class Curves(NamedTuple):
     f1: Array
 
 
+def best_thresholds(curves: Curves) -> Array:
+    """The confidence of the best F1 of each class that has objects, (C,).
+
+    F1 is averaged over 0.05 of confidence first: the highest point of a few objects is chance.
+    """
+    width = len(curves.confidence_axis) // 20 | 1
+    padded = np.pad(curves.f1, ((0, 0), (width // 2, width // 2)), mode="edge")
+    smooth = np.lib.stride_tricks.sliding_window_view(padded, width, axis=1).mean(-1)
+    best: Array = curves.confidence_axis[smooth.argmax(1)]
+    return best
+
+
 class ImageDetections(NamedTuple):
     """Detections of one image, best score first: xyxy (K, 4), (K,), (K,)."""
 
@@ -119,12 +131,13 @@ def confidence_curves(
     return axis, precision, recall, f1
 
 
-def match_class(boxes: Array, objects: Annotations) -> NDArray[np.int8]:
-    """COCO's greedy matching at IoU 0.5 within one image and class.
+def match_class(boxes: Array, objects: Annotations, iou: float = 0.5) -> NDArray[np.int8]:
+    """COCO's greedy matching within one image and class.
 
     Args:
         boxes: xyxy, (K, 4), best score first.
         objects: annotations; a crowd may be hit any number of times, by what no object claims.
+        iou: least overlap.
 
     Returns:
         1 found an object, 0 found nothing, -1 found a crowd and does not count, (K,).
@@ -137,13 +150,13 @@ def match_class(boxes: Array, objects: Annotations) -> NDArray[np.int8]:
     truth[:, 2:] += truth[:, :2]
     overlap = overlaps(boxes, truth, crowd)
     free = ~crowd
-    for k in np.flatnonzero((overlap >= 0.5).any(1)):
+    for k in np.flatnonzero((overlap >= iou).any(1)):
         candidates = np.where(free, overlap[k], -1.0)
         # of equal overlaps the later object wins, as in COCO's loop
         best = len(candidates) - 1 - int(candidates[::-1].argmax())
-        if candidates[best] >= 0.5:
+        if candidates[best] >= iou:
             outcome[k], free[best] = 1, False
-        elif (overlap[k][crowd] >= 0.5).any():
+        elif (overlap[k][crowd] >= iou).any():
             outcome[k] = -1
     return outcome
 

@@ -13,8 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from utils.bootstrap import ClassOutcomes, outcomes_of
 from utils.curves import Curves, ImageDetections, confidence_curves, match_detections, overlaps
 from utils.structures import Detections
+from utils.tide import Errors, judge
 
 if TYPE_CHECKING:
     from faster_coco_eval import COCOeval_faster
@@ -220,6 +222,35 @@ class CocoEvaluator:
             images=len(self._image_ids),
             instances=int(instances.sum()),
         )
+
+    def outcomes(self) -> list[ClassOutcomes]:
+        """What became of every detection, by class: what `utils.bootstrap` draws from."""
+        return outcomes_of(
+            self._detections,
+            self._ground_truth["annotations"],
+            self.category_ids,
+            len(self._image_ids),
+            self.max_detections,
+        )
+
+    def errors(self) -> Errors:
+        """Every detection and object judged, see `utils.tide`."""
+        annotations = self._ground_truth["annotations"]
+        return judge(self._detections, annotations, self.category_ids, self.max_detections)
+
+    def size_counts(self) -> tuple[int, int, int]:
+        """Objects that COCO calls small, medium and large, crowds not counted."""
+        areas = [a["area"] for a in self._ground_truth["annotations"] if not a["iscrowd"]]
+        small, medium, large = np.bincount(np.searchsorted((32**2, 96**2), areas), minlength=3)
+        return int(small), int(medium), int(large)
+
+    def image_id(self, number: int) -> int:
+        """Id of the image that has a number in `errors`."""
+        return self._image_ids[number - 1]
+
+    def detections_of(self, number: int) -> ImageDetections:
+        """What was found in it, best score first."""
+        return self._detections[number]
 
     def _run_coco(self) -> COCOeval_faster:
         from faster_coco_eval import COCO, COCOeval_faster

@@ -6,6 +6,7 @@ import colorsys
 import functools
 import math
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ Floats = NDArray[np.float64]
 # Apart from each other and from photographs, for most colour-blind readers too (Okabe and Ito).
 FIRST_COLOURS = "e63946 0079bf 009e60 ff9f1c 9444c4 00bed6 d628a0 a0c81e 8c5632 fade28".split()
 GRID_SIDE = 1920  # pixels, the longer side of a grid of images
+DEJAVU = Path("fonts", "ttf", "DejaVuSans.ttf")
 WIDE_FONTS = (
     "Noto Sans CJK JP,Noto Sans CJK SC,WenQuanYi Zen Hei,Microsoft YaHei,SimHei,PingFang SC,"
     "Hiragino Sans,Malgun Gothic,Arial Unicode MS,Unifont"
@@ -53,6 +55,7 @@ def draw_boxes(
     line_thickness: int | None = None,
     hide_labels: bool = False,
     hide_conf: bool = False,
+    colours: Sequence[Colour] = (),
 ) -> Image:
     """Draw boxes with their class names on a copy of `image`; the best score ends on top.
 
@@ -65,6 +68,7 @@ def draw_boxes(
         line_thickness: pixels, None for one that fits the image.
         hide_labels: boxes only.
         hide_conf: names without scores.
+        colours: one a box, instead of those of the classes.
 
     Returns:
         A new image of the same size.
@@ -82,7 +86,8 @@ def draw_boxes(
     order = range(len(boxes)) if values is None else np.argsort(values, kind="stable")
     texts = []
     for k in order:
-        colour, (x1, y1, x2, y2) = class_colour(int(labels[k])), _inside(boxes[k], width, height)
+        colour = colours[k] if colours else class_colour(int(labels[k]))
+        x1, y1, x2, y2 = _inside(boxes[k], width, height)
         draw.rectangle((x1, y1, x2, y2), outline=colour, width=line)
         if not hide_labels:
             score = None if values is None or hide_conf else float(values[k])
@@ -156,12 +161,18 @@ def _font(size: int, text_is_wide: bool) -> FreeTypeFont:
 
     Nothing is downloaded; without such a system font these characters are drawn as boxes.
     """
-    import matplotlib
-    from matplotlib import font_manager
     from PIL import ImageFont
 
-    found = str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
+    package = find_spec("matplotlib")  # imported only where its font is not in its wheel's place
+    data = Path(package.origin if package and package.origin else "").parent / "mpl-data"
+    if not (data / DEJAVU).is_file():
+        import matplotlib
+
+        data = Path(matplotlib.get_data_path())
+    found = str(data / DEJAVU)
     if text_is_wide:
+        from matplotlib import font_manager
+
         files = {entry.name: entry.fname for entry in font_manager.fontManager.ttflist}
         found = next((files[name] for name in WIDE_FONTS if name in files), found)
     return ImageFont.truetype(found, size)

@@ -278,8 +278,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
         # (B, K, 2 * key + value, H * W): each head's query, key and value channels stand together.
-        heads = self.qkv(x).reshape(batch, self.num_heads, -1, height * width)
         widths = [self.key_channels, self.key_channels, self.value_channels]
+        heads = self.qkv(x).reshape(batch, self.num_heads, sum(widths), height * width)
         query, key, value = heads.split(widths, 2)
         mixed = F.scaled_dot_product_attention(
             query.transpose(2, 3), key.transpose(2, 3), value.transpose(2, 3)

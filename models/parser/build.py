@@ -8,6 +8,7 @@ module is built it is run on the meta device, so that every shape, stride and mi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from models import modules
 from models.common import whole_names
 from models.head import Head
-from models.meta import idle_parameters
+from models.meta import idle_parameters, run_without_images
 from models.parser.advice import reason_of
 from models.parser.lookup import UnknownLayerError, find_layer, is_backbone, plan_of
 from models.parser.pasted import Settled, materialize, settle
@@ -47,14 +48,22 @@ from models.registry import (
 from utils.errors import CheckpointError, ConfigError, ForeignError, foreign_code
 
 
-def build_rows(spec: ModelSpec, imgsz: tuple[int, int]) -> tuple[list[nn.Module], tuple[Row, ...]]:
+def build_rows(
+    spec: ModelSpec, imgsz: tuple[int, int], *, fits: bool = False
+) -> tuple[list[nn.Module], tuple[Row, ...]]:
     """Build every row of `spec` for images of size `imgsz` (height, width).
+
+    Args:
+        spec: what to build.
+        imgsz: size of the images.
+        fits: it is known to fit together, as what weights were trained with does, so that our own layers are run in the
+            quickest way.
 
     Raises:
         ConfigError: with all problems of the file, one line each.
         CheckpointError: weights that a row asks for cannot be read.
     """
-    state = BuildState(spec, imgsz)
+    state = BuildState(spec, imgsz, fits)
     for row in spec.rows:
         where = f"{spec.file} {row.place} {row.module}"
         try:
@@ -118,6 +127,7 @@ class _Job:
         scaling: what the model's size makes of its numbers.
         first: index of its first slot.
         is_image: it reads the image alone.
+        fits: its model is known to fit together.
     """
 
     row: RowSpec
@@ -126,6 +136,7 @@ class _Job:
     scaling: Scaling
     first: int
     is_image: bool
+    fits: bool
 
 
 @dataclass(frozen=True)
@@ -151,7 +162,7 @@ def _build_row(state: BuildState, row: RowSpec) -> None:
         tuple(slot.stride for slot in sources), state.imgsz, spec.head,
     )  # fmt: skip
     is_image = len(inputs) == 1 and state.is_image(inputs[0])
-    job = _Job(row, layer, sources, scaling, first, is_image)
+    job = _Job(row, layer, sources, scaling, first, is_image, state.fits)
     built = _by_signature(job) if layer.rule is by_signature else _by_rule(job)
     state.add(row, built.slots, built.kind)
     filled = [slot for slot in built.slots if not slot.reason]
@@ -192,13 +203,14 @@ def _by_rule(job: _Job) -> _Built:
     predicts = plan.channels is not None and isinstance(module, Head)
     takes_list = isinstance(row.source, list) or len(job.sources) > 1 or predicts
     style: Style = "list" if takes_list else "map"
-    output = _propagate(module, [slot.value for slot in job.sources], style)
+    is_users = any(type(m).__module__.startswith(modules.USER_CODE) for m in module.modules())
+    values, is_known = [slot.value for slot in job.sources], job.fits and not is_users
+    output = _propagate(module, values, style, is_known=is_known)
     if plan.channels is None:
         slots, map_slots = backbone_slots(module, output, job.first, imgsz)
     else:
         slot = plain_slot(plan.channels, output, imgsz)
         slots, map_slots = [slot._replace(stride=0) if predicts else slot], None  # boxes are no map
-    is_users = any(type(m).__module__.startswith(modules.USER_CODE) for m in module.modules())
     is_tried = is_users and bool(maps_of(job.sources))
     traits = check(module, job.sources, style, output, imgsz) if is_tried else Traits()
     words = [*map(repr, plan.args), *(f"{key}={value!r}" for key, value in row.kwargs.items())]
@@ -295,8 +307,13 @@ def _construct(layer: Layer, plan: Plan, row: RowSpec) -> nn.Module:
     return module
 
 
-def _propagate(module: nn.Module, values: Sequence[object], style: Style) -> object:
-    """What comes out for `values`, on the meta device."""
+def _propagate(
+    module: nn.Module, values: Sequence[object], style: Style, *, is_known: bool = False
+) -> object:
+    """What comes out for `values`, on the meta device; `is_known`: a layer of ours, whose inputs fit."""
+    if is_known:
+        with suppress(ForeignError), foreign_code():
+            return run_without_images(module, *arguments(values, style))
     try:
         return outputs_of(module, *arguments(values, style))
     except ForeignError as error:

@@ -17,7 +17,7 @@ from typing import Any
 from models.parser.lookup import find_layer
 from models.parser.rows import SECTIONS, resolve
 from models.parser.wiring import RowSlots, level_of
-from models.registry import LayerError, by_signature
+from models.registry import LayerError, by_signature, find
 from models.registry import backbone as backbone_rule
 from models.timm.features import is_timm_model
 from utils.errors import ConfigError
@@ -222,8 +222,8 @@ def _parameters(name: str) -> Mapping[str, Parameter | None]:
     """The arguments that a backbone row may give by position."""
     with suppress(LayerError):  # an unknown name, or one for two things: the parser will tell
         layer = find_layer(name)
-        if is_timm_model(name) and layer.rule not in (backbone_rule, by_signature):
-            return dict.fromkeys(WEIGHT_PARAMETERS[:2])  # timm's models take these two by position
         if layer.rule in (backbone_rule, by_signature):
             return inspect.signature(layer.build).parameters
+        if find(name) is None and is_timm_model(name):  # timm takes long to import
+            return dict.fromkeys(WEIGHT_PARAMETERS[:2])  # its models take these two by position
     return {}

@@ -128,6 +128,7 @@ class BuildState:
     Attributes:
         spec: the file.
         imgsz: image size (height, width).
+        fits: the model is known to fit together.
         slots: what stands at each index.
         named: name of a row -> all maps of a neck, the last slot of any other row.
         maps: `name.0` and `name.P3` -> slot of that map.
@@ -139,6 +140,7 @@ class BuildState:
 
     spec: ModelSpec
     imgsz: tuple[int, int]
+    fits: bool = False
     slots: list[Slot] = field(default_factory=list)
     named: dict[str, tuple[int, ...]] = field(default_factory=dict)
     maps: dict[str, int] = field(default_factory=dict)

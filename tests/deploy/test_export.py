@@ -27,7 +27,7 @@ from deploy.exporters.onnx_file import export_onnx
 from deploy.exporters.precision import is_decoding
 from deploy.exporters.torch_files import export_pt
 from deploy.exporters.verify import ExportMismatchError, verify
-from detect import detect_frame
+from engine.frames import detect, fit
 from engine.options import Thresholds
 from models.postprocess import postprocess
 from models.reparam import fuse
@@ -292,7 +292,7 @@ def test_the_example_finds_the_boxes_that_detect_finds(layout: str, tmp_path: Pa
     image = (blobs(1, (80, 150), seed=6)[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
     limits = Thresholds(0.25, 0.45, 1000)
     frame = Frame("x.png", image, 0, None)
-    expected = detect_frame(load_backend(path), frame, IMGSZ, thresholds=limits)
+    (expected,) = detect(load_backend(path), [fit(frame, IMGSZ)], limits)
     runner = load_runner()
     boxes, scores, labels = runner.detect(*runner.load(str(path)), image[..., ::-1])
     assert len(boxes) == len(expected.scores) > 3
