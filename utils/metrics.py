@@ -382,6 +382,5 @@ def _best_pairs(overlap: Array, threshold: float) -> tuple[list[int], list[int]]
 
 
 def _mean(values: Array) -> float:
-    """Mean of the values that are defined; -1 if none is."""
-    defined = values[values > UNDEFINED]
-    return float(defined.mean()) if defined.size else UNDEFINED
+    """The mean, -1 of no values; those of a class without objects are -1 all."""
+    return float(values.mean()) if values.size else UNDEFINED
