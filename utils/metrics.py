@@ -258,8 +258,14 @@ class CocoEvaluator:
         def silent(*_: object) -> None:
             pass
 
-        truth = COCO(copy.deepcopy(self._ground_truth), print_function=silent)
-        coco = COCOeval_faster(truth, truth.loadRes(self._results()), "bbox", print_function=silent)
+        rows = [
+            {**row, "id": number, "area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0}
+            for number, row in enumerate(self._results(), start=1)
+        ]  # as `loadRes` makes them, which fails where there are none before faster-coco-eval 1.8
+        truth = copy.deepcopy(self._ground_truth)
+        parts = (truth, {**truth, "annotations": rows})
+        sides = [COCO(part, print_function=silent) for part in parts]
+        coco = COCOeval_faster(*sides, "bbox", print_function=silent)
         coco.params.maxDets = sorted({1, 10, self.max_detections})
         coco.evaluate()
         coco.accumulate()
@@ -376,6 +382,5 @@ def _best_pairs(overlap: Array, threshold: float) -> tuple[list[int], list[int]]
 
 
 def _mean(values: Array) -> float:
-    """Mean of the values that are defined; -1 if none is."""
-    defined = values[values > UNDEFINED]
-    return float(defined.mean()) if defined.size else UNDEFINED
+    """The mean, -1 of no values; those of a class without objects are -1 all."""
+    return float(values.mean()) if values.size else UNDEFINED

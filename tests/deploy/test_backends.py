@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_models import HEADS, tiny_model
 from torch import Tensor
+from torch_versions import needs_programs
 
 from deploy.backends import load_backend, model_backend
 from deploy.exporters.network import ExportOptions, blobs, metadata
@@ -174,6 +175,7 @@ def device_constants(network: torch.jit.ScriptModule) -> set[str]:
     return {node.s("value") for node in nodes if str(node.output().type()) == "Device"}
 
 
+@needs_programs
 def test_a_program_runs_on_another_device_than_it_was_exported_on(tmp_path: Path):
     path = export_pt2(tiny_model("channels"), ExportOptions(imgsz=(64, 96)), tmp_path / "a.pt")
     backend = load_backend(path, "meta")

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from onnx_exports import needs_both, onnx_by_tracing
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from torch_versions import needs_both, onnx_by_tracing
 
 from models.blocks.fusion import MeanConv
 from models.family import build_criterion, recipe_file
@@ -367,7 +367,8 @@ def test_onnx_file_takes_any_batch_and_size(tmp_path, sampling: str, dynamo: boo
     pytest.importorskip("onnxscript")
     model, path = _Deployed(small_model()).eval(), str(tmp_path / "model.onnx")
     set_sampling(model, sampling)
-    sizes = {0: torch.export.Dim("b"), 2: 32 * torch.export.Dim("h"), 3: 32 * torch.export.Dim("w")}
+    batch, height, width = (torch.export.Dim(name, max=1024) for name in "bhw")
+    sizes = {0: batch, 2: 32 * height, 3: 32 * width}
     how = {"input_names": ["images"], "output_names": ["predictions"], "opset_version": 18}
     images = torch.rand(2, 3, 96, 128)
     if dynamo:

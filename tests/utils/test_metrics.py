@@ -269,18 +269,25 @@ def test_matching_prefers_objects_to_crowds_and_takes_each_object_once() -> None
     assert match_class(boxes, objects).tolist() == [1, -1, 1, 0, -1]
 
 
+def test_of_two_objects_that_overlap_alike_the_later_one_is_found() -> None:
+    """So the second box, which overlaps the earlier object alone, finds that one."""
+    objects = [annotation(1, 1, [0, 0, 10, 10]), annotation(1, 1, [2, 0, 10, 10])]
+    boxes = np.array([[1.0, 0, 11, 10], [-3, 0, 7, 10]])
+    assert match_class(boxes, objects).tolist() == [1, 1]
+
+
 def test_confusion_matrix_by_hand() -> None:
-    matrix = ConfusionMatrix(2, conf=0.25, iou=0.45)
+    matrix = ConfusionMatrix(2)
     detections = found(
         ([0, 0, 10, 10], 0.9, 0),  # right
         ([20, 0, 30, 10], 0.8, 1),  # the place is right, the class is not
-        ([0, 0, 10, 9], 0.7, 0),  # a second one on the first object
+        ([0, 0, 10, 9], 0.95, 1),  # surer, but it overlaps the first object less
         ([70, 70, 80, 80], 0.2, 1),  # too unsure to count
     )
     labels = torch.tensor([0, 0, 1])
     boxes = torch.tensor([[0.0, 0, 10, 10], [20, 0, 30, 10], [50, 50, 60, 60]])
     matrix.update(detections, labels, boxes)
-    assert matrix.matrix.tolist() == [[1, 0, 1], [1, 0, 0], [0, 1, 0]]
+    assert matrix.matrix.tolist() == [[1, 0, 0], [1, 0, 1], [0, 1, 0]]
     matrix.update(found(), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4))
     matrix.update(found(([0, 0, 5, 5], 0.9, 1)), labels[:0], boxes[:0])
-    assert matrix.matrix[1, 2] == 1
+    assert matrix.matrix[1, 2] == 2
