@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -33,6 +35,18 @@ class Rows(NamedTuple):
     scores: Array
 
 
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """No search for garbage meanwhile: it would walk through all of PyTorch for every few thousand rows made."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 def results_of(rows: Rows, ids: Sequence[int], category_ids: Sequence[int]) -> list[Json]:
     """COCO's results format; `ids` are those of the images."""
     categories = [category_ids[label] for label in rows.labels.tolist()]
@@ -44,6 +58,7 @@ def results_of(rows: Rows, ids: Sequence[int], category_ids: Sequence[int]) -> l
     ]
 
 
+@_collector_paused()
 def run_coco(
     ground_truth: Json,
     rows: Rows,
