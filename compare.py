@@ -2,13 +2,16 @@
 
 python compare.py --models yolov5n yolov5n-emo yolo11n --imgsz 320
 python compare.py --models runs/train/exp/weights/best.pt runs/train/exp2/weights/best.onnx --data my.yaml
+
+With --epochs it is a study: every config over every backbone is trained, measured and compared, each in a process of its
+own; --resume goes on with one that was stopped. What it leaves stands in `study/plan.py`.
+
+python compare.py --cfg yolo11n rtdetr-r18 --backbone none EMO_1M resnet18 --data my.yaml --epochs 30 --imgsz 320
 """
 
 from __future__ import annotations
 
 import csv
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,14 +22,18 @@ from torch import Tensor
 from data.dataset import LoadOptions
 from deploy.backends import Backend, load_backend
 from engine.evaluation import Validation, tell_other_score
-from engine.flags import read_flags
+from engine.flags import read_given
 from engine.options import CompareOptions
 from models.reparam import reparameterize_model
-from models.table import Totals, measure
+from models.table import Totals
 from models.weights.load import load_weights
 from models.yolo import DetectionModel, build_model
+from study.latency import Timed, latencies
+from study.measure import sizes_of
+from study.plan import Entry, entries_of
+from study.run import run_study
 from utils.config import parse_imgsz
-from utils.device import select_device, synchronize
+from utils.device import select_device
 from utils.errors import ConfigError, run_cli
 from utils.logger import get_logger
 
@@ -70,12 +77,19 @@ class Candidate(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compare from the command line."""
-    options = read_flags(CompareOptions, arguments)
+    given = read_given(CompareOptions, arguments)
+    options = CompareOptions(**given)
+    if options.resume or options.epochs is not None:
+        run_study(options, given.keys())
+        return
+    if not options.models:
+        raise ConfigError("--models: got nothing, expected configs or weights. Name some.")
     device = select_device(options.device)
-    candidates = [load_candidate(name, options, device) for name in options.models]
-    times = latencies(candidates, device, options.runs)
+    entries = entries_of(options.models, options.backbone)
+    candidates = [load_candidate(entry, options, device) for entry in entries]
+    times = latencies([Timed(c.run, c.imgsz) for c in candidates], device, options.runs)
     lines = [
-        line_of(candidate, latency, options, device)
+        line_of(candidate, latency.median, options, device)
         for candidate, latency in zip(candidates, times, strict=True)
     ]
     folder = options.make_folder()
@@ -89,56 +103,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     get_logger().info(f"at {sizes} on {device}; table and picture in {folder}")
 
 
-def load_candidate(name: str, options: CompareOptions, device: torch.device) -> Candidate:
-    """A weights file, an exported file, or a config (with `--backbone`); weights at their own size unless a flag says another."""
-    path, allow = Path(name), options.allow_code
-    is_weights = path.suffix in (".pt", ".safetensors")
-    if is_weights and options.backbone:
-        raise ConfigError(
-            f"--backbone: belongs to configs; {name} says what it is. Leave one of them out."
-        )
-    if not is_weights and (not path.exists() or path.suffix in (".yaml", ".yml")):
-        return _of_config(name, options, device)
-    backend = load_backend(name, device, allow_code=allow)
+def load_candidate(entry: Entry, options: CompareOptions, device: torch.device) -> Candidate:
+    """A weights file, an exported file, or a config; weights at their own size unless a flag says another."""
+    path, allow = entry.file, options.allow_code
+    if path is None:
+        return _of_config(entry, options, device)
+    backend = load_backend(path, device, allow_code=allow)
     imgsz = parse_imgsz(options.imgsz, backend.stride) if options.imgsz else backend.imgsz
-    run = path.resolve().parent.parent.name if path.parent.name == "weights" else ""
-    shown = f"{run}/{path.name}" if is_weights and run else path.name
     if path.suffix != ".pt":
-        return Candidate(shown, imgsz, backend, backend)
+        return Candidate(entry.name, imgsz, backend, backend)
     model = load_weights(path, allow_code=allow).model
-    return Candidate(shown, imgsz, backend, backend, *_totals(model, imgsz))
+    return Candidate(entry.name, imgsz, backend, backend, *sizes_of(model, imgsz))
 
 
-def _of_config(name: str, options: CompareOptions, device: torch.device) -> Candidate:
-    imgsz = parse_imgsz(options.imgsz or CONFIG_SIZE, 32)
+def _of_config(entry: Entry, options: CompareOptions, device: torch.device) -> Candidate:
+    imgsz, words = parse_imgsz(options.imgsz or CONFIG_SIZE, 32), list(entry.backbone) or None
     model = build_model(
-        name, imgsz=imgsz, backbone=options.backbone, allow_code=options.allow_code
+        entry.model, imgsz=imgsz, backbone=words, allow_code=options.allow_code
     ).eval()
-    totals = _totals(model, imgsz)
+    totals = sizes_of(model, imgsz)
     deployed = reparameterize_model(model).to(device)
     assert isinstance(deployed, DetectionModel)
-    shown = f"{name} + {options.backbone[0]}" if options.backbone else name
-    return Candidate(shown, imgsz, lambda x: deployed.decode(deployed(x)), None, *totals)
-
-
-def _totals(model: DetectionModel, imgsz: tuple[int, int]) -> tuple[Totals, Totals]:
-    return measure(model, imgsz), measure(reparameterize_model(model), imgsz)
-
-
-@torch.inference_mode()
-def latencies(candidates: Sequence[Candidate], device: torch.device, runs: int) -> list[float]:
-    """Median milliseconds of each candidate for one image; they take turns, so that a busy machine is fair to all."""
-    images = [torch.rand(1, 3, *candidate.imgsz, device=device) for candidate in candidates]
-    times: list[list[float]] = [[] for _ in candidates]
-    for number in range(runs + 2):
-        for candidate, image, taken in zip(candidates, images, times, strict=True):
-            synchronize(device)
-            start = time.perf_counter()
-            candidate.run(image)
-            synchronize(device)
-            if number >= 2:  # the first two warm up
-                taken.append(1000 * (time.perf_counter() - start))
-    return [statistics.median(taken) for taken in times]
+    return Candidate(entry.name, imgsz, lambda x: deployed.decode(deployed(x)), None, *totals)
 
 
 def line_of(

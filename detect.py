@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cfg=options.cfg,
         backbone=options.backbone,
         allow_code=options.allow_code,
+        one_to_many=options.one_to_many,
     )
     name, names = ", ".join(options.weights), backend.names
     classes, imgsz = class_indices(options.classes, names), options.size_for(backend, name)
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{name}: {backend.info.told_inside}; --iou-thres and --agnostic-nms cannot act on it, "
             "--conf-thres and --max-det only cut further"
         )
+    thresholds = options.thresholds_for(backend.info.class_conf, name)
     source = open_source(options.source, vid_stride=options.vid_stride, white=backend.info.white)
     frames = iter(source)
     first = next(frames, None)  # a source that cannot be read leaves no folder
@@ -64,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write = writer.write if options.view_img else partial(writing.call, writer.write)
         for batch in batches:
             start = time.perf_counter()
-            detections = detect(backend, batch, options.thresholds, classes)
+            detections = detect(backend, batch, thresholds, classes)
             elapsed = time.perf_counter() - start
             seconds += elapsed
             for (frame, *_), found in zip(batch, detections, strict=True):

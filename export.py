@@ -19,7 +19,8 @@ from deploy.exporters.forms import EXPORTERS, Artifact, export
 from deploy.exporters.network import ExportOptions
 from engine.calibration import calibration_images, load_split, measure
 from engine.flags import flag, read_flags, without_effect
-from engine.options import FROM_ONE, SHARE, ModelFlags, size_flag
+from engine.options import FROM_ONE, MANY_HELP, SHARE, ModelFlags, size_flag
+from models.heads.one_to_one import use_nms
 from models.transformer import SAMPLINGS, DeformableAttention
 from models.weights.load import load_single, load_weights, require_whole
 from models.yolo import DetectionModel, build_model
@@ -31,6 +32,7 @@ from utils.logger import get_logger
 
 DEFAULT = ExportOptions()
 DYNAMIC = ("", "batch", "all")
+MOST_HELP = "of --end2end, and of models that need no NMS"
 SAMPLING_HELP = "how RT-DETR reads its maps; gather is for runtimes without a (right) GridSample"
 
 
@@ -53,10 +55,11 @@ class ExportFlags(ModelFlags):
     data: str = flag("", "data YAML: class names with --cfg, images with --int8")
     opset: int = flag(DEFAULT.opset, "of the ONNX file", type=integer(11))
     end2end: bool = flag(False, "NMS or top-k in the graph", "--nms")
+    one_to_many: bool = flag(False, MANY_HELP)
     sampling: str = flag(SAMPLINGS[0], SAMPLING_HELP, choices=SAMPLINGS)
     conf_thres: float = flag(DEFAULT.conf_thres, "of --end2end", type=SHARE)
     iou_thres: float = flag(DEFAULT.iou_thres, "of --end2end", type=SHARE)
-    max_det: int = flag(DEFAULT.max_det, "of --end2end", "--topk-all", type=FROM_ONE)
+    max_det: int = flag(DEFAULT.max_det, MOST_HELP, "--topk-all", type=FROM_ONE)
     inplace: bool = without_effect(False)
     keras: bool = without_effect(False)
     optimize: bool = without_effect(False)
@@ -198,6 +201,8 @@ def main() -> None:
     """Run from the shell."""
     flags = parse_options()
     for model, weights in models_of(flags):
+        if flags.one_to_many:
+            use_nms(model.head, str(weights))
         options = export_options(flags, model)
         artifacts = export(model, flags.include, options, weights)
         if options.int8 and not options.raw:

@@ -76,6 +76,7 @@ def custom(
     device: str | None = None,
     cfg: str | None = None,
     allow_code: bool = False,
+    one_to_many: bool = False,
 ) -> nn.Module:
     """A detector from a weights file: one of ours, or another project's that is read safely.
 
@@ -86,6 +87,7 @@ def custom(
         device: such as "cpu" or "cuda:0"; None is the CPU.
         cfg: model YAML, for weights that carry none.
         allow_code: let Python files run that the model's YAML imports.
+        one_to_many: of a model with `end2end: true`, the branch that needs NMS, with NMS.
     """
     with _own_packages():
         loaded = importlib.import_module("models.weights.load").load_weights(
@@ -94,6 +96,8 @@ def custom(
         if _verbose and loaded.report is not None:
             logger = importlib.import_module("utils.logger").get_logger()
             logger.info(f"{path}: {loaded.report.summary()}")
+        if one_to_many:
+            importlib.import_module("models.heads.one_to_one").use_nms(loaded.model.head, path)
         return _finish(loaded.model, autoshape, device)
 
 

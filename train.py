@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.check import conclude as conclude_check
 from engine.evaluation import collect
 from engine.evolve import evolve
 from engine.options import TrainOptions, check_pairs, read_training
 from engine.recorder import RunRecorder, conclude
 from engine.resume import resume
-from engine.run import EpochProgress, Run, prepare
-from engine.state import is_to_stop, leave, restore, save_epoch
+from engine.run import EpochProgress, Run, look_over, prepare
+from engine.state import is_to_stop, leave, restart_from_best, restore, save_epoch
 from engine.step import resize_randomly, use_batch, use_gradients, warn_of_unused
 from models.family import total_loss
 from utils.checkpoint import clear_temporary, restore_rng
@@ -62,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.evolve and (world.is_distributed or options.resume):
         raise ConfigError("--evolve: one process and no --resume. Use --resume_evolve.")
     device = select_device(options.device, world.local_rank if world.is_distributed else None)
+    if options.check:
+        conclude_check(look_over(options, device), options.make_folder())
     with process_group(world, device):
         if options.evolve:
             best = evolve(options, lambda flags: train(flags, device, world))
@@ -185,6 +188,8 @@ def begin_epoch(run: Run, epoch: int) -> None:
     place = run.place
     if place.within.rng is None:
         place.within = EpochProgress()
+        if epoch == run.plan.strong.stop:
+            restart_from_best(run)
         torch.manual_seed(run.options.seed + 1_000_003 * (epoch + 1) + run.world.rank)
     else:
         restore_rng(place.within.rng)

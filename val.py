@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,16 +18,22 @@ import torch
 from data.dataset import LoadOptions
 from deploy.backends import Backend
 from deploy.ensemble import load_as_one
+from engine.assessment import assess
 from engine.datasets import save_faults
 from engine.evaluation import Validation, tell_other_score
 from engine.flags import read_flags
 from engine.options import SPLITS, Thresholds, ValOptions
 from engine.outputs import LabelWriter, Witness, class_table
+from engine.report import write_report
+from engine.report_pictures import Source
+from utils.checkpoint import ForeignCheckpointError
 from utils.config import parse_imgsz
 from utils.device import select_device
 from utils.errors import ConfigError, run_cli
 from utils.logger import get_logger
+from utils.metrics import Metrics
 from utils.plots import StudyPoint, plot_study
+from utils.thresholds import keep_thresholds
 
 DETECTION = Thresholds(0.25, 0.45)  # those of detect.py
 
@@ -43,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             cfg=options.cfg,
             backbone=options.backbone,
             allow_code=options.allow_code,
+            one_to_many=options.one_to_many,
         )
         name = "+".join(Path(file).name for file in files) if len(files) > 1 else files[0]
         tell_thresholds(options, backend, name)
@@ -106,7 +115,38 @@ def validate(options: ValOptions, backend: Backend, name: str, device: torch.dev
     if options.save_json:
         save_json(folder, Path(name).stem, validation)
     witness.finish(metrics)
+    if options.report:
+        report(options, validation, metrics, witness, name, folder)
     get_logger().info(f"results in {folder}")
+
+
+def report(
+    options: ValOptions,
+    validation: Validation,
+    metrics: Metrics,
+    witness: Witness,
+    name: str,
+    folder: Path,
+) -> None:
+    """`report.html`, and the best thresholds into the checkpoint if they were found on the split for that."""
+    dataset, (height, width) = validation.dataset, validation.dataset.options.imgsz
+    found = assess(validation.evaluator, metrics)
+    source = Source(dict(zip(dataset.image_ids.tolist(), dataset.paths)), dataset.config.white)
+    told = {"weights": name, "data": options.data, "split": dataset.split}
+    told |= {"image size": f"{height} x {width}", "command": shlex.join(["python", *sys.argv])}
+    path = write_report(found, source, witness.confusion.matrix, told, folder)
+    get_logger().info(f"{path}: what the errors are, and what each costs")
+    if options.task != "val" or options.single_cls or not name.endswith(".pt"):
+        get_logger().info("thresholds stay in the report: a .pt takes them, with --task val")
+        return
+    try:
+        keep_thresholds(Path(name), found.thresholds.tolist())
+    except ForeignCheckpointError as error:
+        get_logger().info(f"thresholds stay in the report: {error}")
+    else:
+        get_logger().info(
+            f"{name}: has the best threshold of each class for detect.py --conf-thres auto"
+        )
 
 
 def save_json(folder: Path, stem: str, validation: Validation) -> None:

@@ -1,17 +1,18 @@
 """Every family of backbone under every head: built, trained a step, evaluated, fused, exported.
 
     python benchmarks/coupling_matrix.py                      all cells; run again to go on where it stopped
-    python benchmarks/coupling_matrix.py --backbones EMO Swin --heads yolo11n
+    python benchmarks/coupling_matrix.py --backbones EMO Swin --heads yolo11n "yolo11n end2end"
     python benchmarks/coupling_matrix.py --report             only print what has been found
 
 A cell works when
 
-1. the head has strides 8, 16 and 32;
+1. the head has strides 8, 16 and 32, D-FINE-N 16 and 32;
 2. one step of its family's recipe (loss, gradients, optimiser) at a small size gives every parameter that
    trains a finite gradient, and leaves finite weights;
 3. it predicts finite boxes at 320x416, or at its own size where a backbone is made for one;
 4. `fuse` is within its own tolerance;
-5. its ONNX file, of any size where the backbone allows that, gives what PyTorch gives.
+5. its ONNX file, of any batch, and of any size where the backbone allows that, gives what PyTorch gives: batches of
+   1 and 4, and of 2 and 5 at a second size.
 
 Before 3 the weights are settled as a training leaves them, else a fault would not show. Cells run in one child
 process a backbone; every result is one line of the JSONL file --out. The differences are parts of the largest value
@@ -28,6 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,7 +97,9 @@ BACKBONES = {
     "ViT": Backbone(("vit_tiny_patch16_224",)),
     "EfficientNet": Backbone(("efficientnet_b0",)),
 }
-HEADS = ("yolov5n", "gelan-t", "yolov9-t", "yolo11n", "rtdetr-r18", "dfine-s")
+HEADS = (
+    "yolov5n", "gelan-t", "yolov9-t", "yolo11n", "yolo11n end2end", "gelan-t end2end", "rtdetr-r18", "dfine-n",
+)  # fmt: skip
 
 
 def check_cell(
@@ -105,7 +109,7 @@ def check_cell(
 
     Args:
         backbone: what goes under the head.
-        head: a name in `models/detect`.
+        head: a name in `models/detect`; with " end2end" behind it, with a one-to-one branch.
         folder: where the ONNX file is written for the moment.
         size: (height, width) of evaluation and export.
     """
@@ -126,10 +130,17 @@ def check_cell(
 
 def build(backbone: Backbone, head: str, size: tuple[int, int]) -> DetectionModel:
     """`head` on `backbone`; rows take the place that a backbone of that name would have."""
+    name, _, form = head.partition(" ")
     if backbone.words:
-        return build_model(head, backbone=backbone.words, num_classes=CLASSES, imgsz=size)
+        return build_model(
+            name,
+            backbone=backbone.words,
+            num_classes=CLASSES,
+            imgsz=size,
+            end2end=form == "end2end",
+        )
     with torch.device("meta"):
-        config = dict(build_model(head, backbone=["resnet18"]).config)
+        config = dict(build_model(name, backbone=["resnet18"], end2end=form == "end2end").config)
     rows = config["backbone"]
     at = next(i for i, row in enumerate(rows) if row[2] == "resnet18")
     config["backbone"] = [*rows[:at], *map(list, backbone.rows), *rows[at + 1 :]]
@@ -139,7 +150,7 @@ def build(backbone: Backbone, head: str, size: tuple[int, int]) -> DetectionMode
 def _check_steps(
     model: DetectionModel, folder: Path, size: tuple[int, int], result: dict[str, Any]
 ) -> None:
-    if model.strides != STRIDES:
+    if model.strides != STRIDES[-len(model.strides) :]:
         raise ValueError(f"the head has strides {model.strides}, expected {STRIDES}")
     result["step"] = "train"
     is_ranking = model.head.num_queries > 0
@@ -155,9 +166,9 @@ def _check_steps(
     report = fuse(fused)
     result.update(params_fused=count_params(fused), fuse=report.difference)
     result["step"] = "onnx"
-    options = ExportOptions(imgsz=size, dynamic="all" if result["any_size"] else "")
+    options = ExportOptions(imgsz=size, dynamic="all" if result["any_size"] else "batch")
     path = export_onnx(fused, options, folder / "cell.pt")
-    cases = verify(path, fused, options)
+    cases = verify(path, fused, options) + verify(path, fused, replace(options, batch=4))
     result.update(onnx=max(c.relative for c in cases), limit=max(c.limit for c in cases))
     result["cases"] = [str(case) for case in cases]
     del result["step"]
@@ -171,8 +182,7 @@ def train_step(model: DetectionModel, size: tuple[int, int]) -> None:
         ArithmeticError: losses, gradients or weights that are not finite.
     """
     hyp = recipe(model.head.family, None, {})
-    for key in getattr(model.head, "recipe_attributes", ()):
-        setattr(model.head, key, hyp[key])
+    model.head.take_recipe(hyp)
     criterion = build_criterion(model.head, hyp, size)
     name = "AdamW" if hyp["optimizer"] == "auto" else hyp["optimizer"]
     optimizer = build_optimizer(model, name, hyp["lr0"], hyp["momentum"], hyp["weight_decay"])

@@ -181,11 +181,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--files", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=int, default=10, help="longest time for one file")
+    parser.add_argument(
+        "--seconds", type=int, default=10, help="longest processor time for one file"
+    )
     parser.add_argument("--keep", type=Path, default=Path("runs/fuzz"))
     options = parser.parse_args()
     faulthandler.enable()
-    signal.signal(signal.SIGALRM, _too_slow)
+    signal.signal(signal.SIGPROF, _too_slow)
     get_logger().setLevel("ERROR")
     torch.set_num_threads(1)
     rng, counts, slowest, start = random.Random(options.seed), Counter[str](), 0.0, time.time()
@@ -203,11 +205,11 @@ def main() -> None:
             else:
                 with_metadata(path, target, lied(metadata_of(path), rng))
             begun, result = time.perf_counter(), None
-            signal.alarm(options.seconds)
+            signal.setitimer(signal.ITIMER_PROF, options.seconds)
             try:
                 result = check(target)
             finally:
-                signal.alarm(0)
+                signal.setitimer(signal.ITIMER_PROF, 0)
                 if result is None:
                     options.keep.mkdir(parents=True, exist_ok=True)
                     shutil.move(target, options.keep / target.name)

@@ -135,11 +135,11 @@ def fuzz(kind: str, options: argparse.Namespace, folder: Path, told: Callable[[s
         path = folder / f"{kind}-{options.seed}-{number}.yaml"
         path.write_text(change(rng.choice(good), rng), encoding="utf-8")
         begun, result = time.perf_counter(), None
-        signal.alarm(options.seconds)
+        signal.setitimer(signal.ITIMER_PROF, options.seconds)
         try:
             result = check(kind, path)
         finally:
-            signal.alarm(0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
             if result is None:
                 options.keep.mkdir(parents=True, exist_ok=True)
                 (options.keep / path.name).write_bytes(path.read_bytes())
@@ -160,14 +160,16 @@ def main() -> None:
     parser.add_argument("--files", type=int, default=2000)
     parser.add_argument("--kinds", nargs="+", default=["model", "data", "recipe"])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=int, default=20, help="longest time for one file")
+    parser.add_argument(
+        "--seconds", type=int, default=20, help="longest processor time for one file"
+    )
     parser.add_argument(
         "--gigabytes", type=float, default=2.0, help="memory beyond that of the start"
     )
     parser.add_argument("--keep", type=Path, default=Path("runs/fuzz"))
     options = parser.parse_args()
     faulthandler.enable()
-    signal.signal(signal.SIGALRM, _too_slow)
+    signal.signal(signal.SIGPROF, _too_slow)
     get_logger().setLevel("CRITICAL")
     torch.set_num_threads(1)
     with open("/proc/self/statm", encoding="ascii") as file:

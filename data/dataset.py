@@ -77,7 +77,7 @@ class LoadOptions:
         augment: mosaic, mixup, warp, colours and flips, as far as `hyp` asks for them.
         hyp: `mosaic`, `mosaic9` (share of the mosaics that are made of nine), `mixup`, `hsv_h`,
             `hsv_s`, `hsv_v`, `degrees`, `translate`, `scale`, `shear`, `perspective`, `flipud`,
-            `fliplr`; an absent key is 0.
+            `fliplr`; an absent key is 0. `mosaic_scale`: size of a mosaic's pictures, 1 where absent.
         rect: sort the images by aspect and pad each batch only as far as its images need; there
             is no mosaic then.
         batch_size: images of a `rect` batch.
@@ -87,6 +87,7 @@ class LoadOptions:
         image_weights: draw images with rare classes more often.
         seed: of all chance.
         close_mosaic_epoch: from this epoch on there is no mosaic and no mixup.
+        strong_epochs: in others there are flips alone; None: all are such.
 
     Raises:
         DatasetError: options exclude each other, or have no meaning.
@@ -103,6 +104,7 @@ class LoadOptions:
     image_weights: bool = False
     seed: int = 0
     close_mosaic_epoch: int | None = None
+    strong_epochs: range | None = None
 
     def __post_init__(self) -> None:
         if self.image_weights and self.rect:
@@ -285,6 +287,9 @@ class DetectionDataset(Dataset[Sample]):
 
     def _augmented(self, index: int, epoch: int, rng: np.random.Generator) -> Picture:
         hyp, close = self.options.hyp, self.options.close_mosaic_epoch
+        strong = self.options.strong_epochs
+        if strong is not None and epoch not in strong:
+            return random_flips(self._letterboxed(index)[0], hyp, rng)
         is_closed = self.options.rect or (close is not None and epoch >= close)
         if not is_closed and rng.random() < hyp.get("mosaic", 0.0):
             picture = self._mosaic(index, rng)
@@ -311,7 +316,8 @@ class DetectionDataset(Dataset[Sample]):
         rng.shuffle(chosen)
         pictures = [self._resized(place) for place in chosen]
         canvas = (mosaic9 if of_nine else mosaic4)(pictures, self.options.imgsz, rng)
-        return random_affine(canvas, self.options.imgsz, self.options.hyp, rng)
+        hyp = self.options.hyp
+        return random_affine(canvas, self.options.imgsz, hyp, rng, hyp.get("mosaic_scale", 1.0))
 
 
 def build_dataset(config: DataConfig, split: str, options: LoadOptions) -> DetectionDataset:

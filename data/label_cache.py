@@ -52,8 +52,7 @@ def load_table(config: DataConfig, split: str) -> Table:
         raise_if_fatal(read.faults, f"Correct the labels, or the names in {config.file}.")
         write_cache(file, lambda stream: _save(stream, read, annotation_key))
         table = read
-    remarks = repeated_images(table.paths) if listing.images is None else listing.remarks
-    table = replace(table, faults=(*table.faults, *remarks))
+    table = _with_remarks(table, listing)
     for line in [*summarise(table.faults, split), *_depth(config, split, table.peak)]:
         get_logger().warning(line)
     missing = sum(fault.kind == "background" for fault in table.faults)
@@ -62,6 +61,22 @@ def load_table(config: DataConfig, split: str) -> Table:
         told = "%s: %d of %d images have no label file (background)"
         get_logger().log(level, told, split, missing, len(table))
     return table
+
+
+def read_afresh(config: DataConfig, split: str) -> Table:
+    """The annotations of a split from its files, with the faults that stop a training among its faults.
+
+    Raises:
+        DatasetError: files are missing, or nothing of them can be read.
+    """
+    reader = READERS[config.format]
+    listing = reader.find(config, split)
+    return _with_remarks(reader.read(config, split, listing), listing)
+
+
+def _with_remarks(table: Table, listing: Listing) -> Table:
+    remarks = repeated_images(table.paths) if listing.images is None else listing.remarks
+    return replace(table, faults=(*table.faults, *remarks))
 
 
 def _depth(config: DataConfig, split: str, peak: int) -> Iterator[str]:

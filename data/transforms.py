@@ -195,13 +195,16 @@ def random_affine(
     size: tuple[int, int],
     hyp: Mapping[str, float],
     rng: np.random.Generator,
+    zoom: float = 1.0,
 ) -> Picture:
     """Turn, scale, shear, shift and tilt a picture by chance; the result has the given size.
 
     Keys of `hyp`: `degrees` (+-), `scale` (factor within 1 +- it), `shear` (+- degrees on each
-    axis), `translate` (+- fraction of the result's sides), `perspective` (+- per pixel).
+    axis), `translate` (+- fraction of the result's sides), `perspective` (+- per pixel). `zoom` is the
+    factor at rest.
     """
-    matrix = random_matrix((picture.image.shape[0], picture.image.shape[1]), size, hyp, rng)
+    source = (picture.image.shape[0], picture.image.shape[1])
+    matrix = random_matrix(source, size, hyp, rng, zoom)
     return warp(picture, matrix, size)
 
 
@@ -210,11 +213,12 @@ def random_matrix(
     size: tuple[int, int],
     hyp: Mapping[str, float],
     rng: np.random.Generator,
+    zoom: float = 1.0,
 ) -> NDArray[np.float64]:
     """Draw a 3 x 3 matrix from source pixels to result pixels; centre goes to centre at rest."""
     draws = rng.uniform(-1.0, 1.0, 8)
     angle = math.radians(hyp.get("degrees", 0.0) * draws[0])
-    scale = 1.0 + hyp.get("scale", 0.0) * draws[1]
+    scale = zoom * (1.0 + hyp.get("scale", 0.0) * draws[1])
     shear_x, shear_y = (math.tan(math.radians(hyp.get("shear", 0.0) * d)) for d in draws[2:4])
     tilt_x, tilt_y = hyp.get("perspective", 0.0) * draws[4:6]
     shift_x, shift_y = hyp.get("translate", 0.0) * draws[6:8] * (size[1], size[0])

@@ -17,6 +17,7 @@ from deploy.runtimes.artifact import ArtifactInfo, Backend, loading, missing_lib
 from deploy.runtimes.graphs import open_artifact
 from deploy.runtimes.metadata import parse_metadata
 from models.common import Conv
+from models.heads.one_to_one import use_nms
 from models.reparam import fuse as fuse_model
 from models.weights.claimed import claimed
 from models.weights.load import load_weights, require_whole
@@ -26,6 +27,7 @@ from utils.checkpoint import require_finite
 from utils.errors import CheckpointError, ConfigError
 from utils.files import special_kind
 from utils.structures import Decoded
+from utils.thresholds import class_thresholds
 
 __all__ = ["Backend", "load_backend", "model_backend", "model_info"]
 
@@ -41,6 +43,7 @@ def load_backend(
     cfg: str = "",
     backbone: Sequence[str] | None = None,
     allow_code: bool = False,
+    one_to_many: bool = False,
 ) -> Backend:
     """Load an artifact by what its name ends in.
 
@@ -56,10 +59,11 @@ def load_backend(
         cfg: model YAML of a `.pt` that carries none that is known here.
         backbone: what `cfg` was trained with instead of its own, as for `build_model`.
         allow_code: whether Python files that the model's YAML imports may run.
+        one_to_many: read the branch that needs NMS of a model that has one without beside it.
 
     Raises:
         CheckpointError: the file is missing, of another kind, or damaged.
-        ConfigError: the library that runs it is not installed.
+        ConfigError: the library that runs it is not installed, or the model has no such branch.
     """
     path, device = Path(path), torch.device(device)
     if not path.exists():
@@ -70,13 +74,16 @@ def load_backend(
         raise ConfigError(
             f"--backbone: belongs to --cfg and a .pt file that carries no model; {path} says what it is. Leave it out."
         )
-    if path.suffix == ".safetensors":
-        return model_backend(_read_safetensors(path, allow_code), device, half=half, fuse=fuse)
-    if path.suffix == ".pt":
-        loaded = load_weights(path, cfg=cfg or None, backbone=backbone, allow_code=allow_code)
-        if loaded.report is not None:
-            require_whole(path, loaded.report)
-        return model_backend(loaded.model, device, half=half, fuse=fuse)
+    if path.suffix in (".pt", ".safetensors"):
+        model = _read_model(path, cfg, backbone, allow_code)
+        if one_to_many:
+            use_nms(model.head, str(path))
+        return model_backend(model, device, half=half, fuse=fuse)
+    if one_to_many:
+        raise ConfigError(
+            f"--one-to-many: got {path}, whose branch was chosen when it was exported, expected a .pt file. Export that "
+            "with --one-to-many."
+        )
     backend = open_artifact(path, device, providers=providers, threads=threads)
     if backend.info.layout == "raw":
         raise ConfigError(
@@ -91,6 +98,7 @@ def model_info(model: DetectionModel) -> ArtifactInfo:
     return ArtifactInfo(
         model.names, model.max_stride, model.imgsz, None, any_size, model.head.family,
         model.head.postprocess, "decoded", model.channels, white=white_of(model.config),
+        class_conf=class_thresholds(model.config, len(model.names)),
     )  # fmt: skip
 
 
@@ -129,6 +137,18 @@ def model_backend(
     backend = _ModelBackend(model_info(model), lambda images: (), device)
     backend.model = model
     return backend
+
+
+def _read_model(
+    path: Path, cfg: str, backbone: Sequence[str] | None, allow_code: bool
+) -> DetectionModel:
+    """The network of a file that has weights."""
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path, allow_code)
+    loaded = load_weights(path, cfg=cfg or None, backbone=backbone, allow_code=allow_code)
+    if loaded.report is not None:
+        require_whole(path, loaded.report)
+    return loaded.model
 
 
 def quicken(model: DetectionModel) -> None:

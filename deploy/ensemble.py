@@ -27,10 +27,19 @@ def load_as_one(
     cfg: str = "",
     backbone: Sequence[str] | None = None,
     allow_code: bool = False,
+    one_to_many: bool = False,
 ) -> Backend:
     """The model of a file, or those of several as one; the arguments are those of `load_backend`."""
     members = [
-        load_backend(file, device, half=half, cfg=cfg, backbone=backbone, allow_code=allow_code)
+        load_backend(
+            file,
+            device,
+            half=half,
+            cfg=cfg,
+            backbone=backbone,
+            allow_code=allow_code,
+            one_to_many=one_to_many,
+        )
         for file in files
     ]
     return as_one(members, files)

@@ -13,6 +13,7 @@ from data.download import fetch
 from data.formats.faults import write_faults
 from data.loader import DetectionLoader, build_loader
 from engine.options import DataFlags, TrainOptions
+from engine.pace import plan_of
 from models.family import Recipe
 from models.yolo import DetectionModel
 from utils.channels import white_of
@@ -72,7 +73,7 @@ def open_splits(
     world: World,
 ) -> Splits:
     """The splits of a training, the first augmented as `hyp` says."""
-    share, close = options.batch_size // world.size, hyp.get("close_mosaic", 0)
+    share, plan = options.batch_size // world.size, plan_of(hyp, options.epochs)
     plain = LoadOptions(
         imgsz=imgsz, stride=stride, cache=options.cache, single_cls=options.single_cls
     )
@@ -84,7 +85,8 @@ def open_splits(
         batch_size=share,
         image_weights=options.image_weights,
         seed=options.seed,
-        close_mosaic_epoch=options.epochs - close if close else None,
+        close_mosaic_epoch=plan.dense_end,
+        strong_epochs=plan.strong,
     )
     train_set = build_dataset(data, "train", augmented)
     if options.image_weights and train_set.weights is None:

@@ -45,11 +45,15 @@ def detections_of(
 
     Args:
         output: predictions, or detections where the artifact has its postprocessing inside.
-        kind: "nms" or "topk", what the family needs.
+        kind: what the head needs, one of `models.postprocess.KINDS`.
         thresholds: what counts as a detection.
         classes: only these, by index.
         multi_label: a box may be one of several classes, as an evaluation wants it.
     """
+    if thresholds.by_class:
+        plain = thresholds._replace(by_class=())
+        found = detections_of(output, kind, plain, classes=classes, multi_label=multi_label)
+        return [above(one, thresholds.by_class) for one in found]
     if not isinstance(output, Decoded):
         return [keep_best(found, thresholds.conf, thresholds.max_det, classes) for found in output]
     return postprocess(
@@ -62,6 +66,13 @@ def detections_of(
         agnostic=thresholds.agnostic,
         multi_label=multi_label and output.scores.shape[-1] > 1,
     )
+
+
+def above(found: Detections, by_class: Sequence[float]) -> Detections:
+    """Detections whose score is above the threshold of their class."""
+    limits = found.scores.new_tensor(by_class)
+    kept = found.scores > limits[found.labels]
+    return Detections(*(value[kept] for value in found))
 
 
 @torch.inference_mode()
@@ -79,7 +90,7 @@ def collect(
 
     Args:
         predict: images (B, 3, H, W) in [0, 1] and their targets -> predictions, or detections.
-        kind: "nms" or "topk", what the family needs.
+        kind: what the head needs, one of `models.postprocess.KINDS`.
         loader: batches of uint8 images.
         evaluator: reset first.
         device: where the images go.

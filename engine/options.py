@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentTypeError
+from argparse import REMAINDER, ArgumentTypeError
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, fields, replace
 from pathlib import Path
@@ -23,12 +23,17 @@ SCHEDULES = {"cos_lr": "cosine", "flat_cos_lr": "flat_cosine", "fixed_lr": "fixe
 TRIALS = 300
 HIGHEST_SEED = 2**31 - 1  # every library takes it, also with an epoch or a trial added
 SPLITS, CACHES = ("train", "val", "test"), ("ram", "disk")
+RUNTIMES = ("torch", "onnx", "openvino", "torchscript")
 FROM_ZERO, FROM_ONE, SHARE = integer(0), integer(1), number(0, 1)
 BATCH = integer(1, allowed=(-1,))
+AUTO = -1.0
 PROJECT_HELP = "folder of all runs"
 BACKBONE_HELP = "instead of the YAML's: NAME [key=value ...], any of models/modules or timm"
+MANY_HELP = "of a model with end2end: true, the branch that needs NMS, with NMS"
 BEST = "runs/train/exp/weights/best.pt"
-COMMAND_LINE_ONLY = frozenset("resume device allow_code download evolve resume_evolve".split())
+COMMAND_LINE_ONLY = frozenset(
+    "resume device allow_code download check evolve resume_evolve".split()
+)
 """A resumed run has these from its own command line alone: a checkpoint may be a stranger's."""
 CHANGEABLE = frozenset("data workers cache patience noval noplots save_period".split())
 """What may be given anew when a run is resumed: where it reads, how fast, and what it writes."""
@@ -55,20 +60,27 @@ def size_flag(default: T) -> T:
     return flag(default, told, "--img", "--img-size", nargs="+", type=FROM_ONE, metavar="N")
 
 
+def share_or_auto(text: str) -> float:
+    """An argparse type: a number from 0 to 1, or AUTO for `auto`."""
+    return AUTO if text == "auto" else SHARE(text)
+
+
 class Thresholds(NamedTuple):
     """What counts as a detection.
 
     Attributes:
-        conf: lowest score.
+        conf: lowest score of any class.
         iou: largest overlap that NMS leaves.
         max_det: detections an image at most.
         agnostic: NMS over all classes together.
+        by_class: lowest score of each class, where they differ.
     """
 
     conf: float = 0.001
     iou: float = 0.6
     max_det: int = 300
     agnostic: bool = False
+    by_class: tuple[float, ...] = ()
 
 
 class Sized(Protocol):
@@ -125,6 +137,7 @@ class WeightsFlags(BackboneFlags):
 
     weights: list[str] = flag([BEST], "one or more .pt or exported models", nargs="+")
     cfg: str = flag("", "model YAML of foreign weights that carry none")
+    one_to_many: bool = flag(False, MANY_HELP)
     imgsz: list[int] | None = size_flag(None)
     half: bool = flag(False, "half precision")
     conf_thres: float = flag(0.001, "lowest score of a detection", type=SHARE)
@@ -167,6 +180,7 @@ class ValOptions(RunFlags, DataFlags, WeightsFlags):
     single_cls: bool = flag(False, "treat all classes as one")
     verbose: bool = flag(False, "one line a class, also beyond 20 classes")
     save_json: bool = flag(False, "write predictions as COCO JSON")
+    report: bool = flag(False, "write report.html; best thresholds go into the .pt")
     noplots: bool = flag(False, "write no pictures")
     save_hybrid: bool = without_effect(False)
     dnn: bool = without_effect(False)
@@ -179,7 +193,9 @@ class DetectOptions(RunFlags, WeightsFlags):
     """Find objects in images, videos, cameras and streams."""
 
     source: str = flag("", "image, folder, glob, list, video, camera or stream", required=True)
-    conf_thres: float = flag(0.25, "lowest score of a detection", type=SHARE)
+    conf_thres: float = flag(
+        0.25, "lowest score, or auto: by class, as val.py --report left it", type=share_or_auto
+    )
     iou_thres: float = flag(0.45, "largest overlap that NMS leaves", type=SHARE)
     max_det: int = flag(1000, "detections an image at most", type=FROM_ONE)
     classes: list[str] | None = flag(None, "only these classes, by index or name", nargs="+")
@@ -206,19 +222,43 @@ class DetectOptions(RunFlags, WeightsFlags):
     visualize: bool = without_effect(False)
     data: str | None = without_effect(None)
 
+    def thresholds_for(self, class_conf: Sequence[float] | None, name: str) -> Thresholds:
+        """What counts as a detection of a model that keeps `class_conf`.
+
+        Raises:
+            ConfigError: `--conf-thres auto`, and it keeps none.
+        """
+        if self.conf_thres != AUTO:
+            return self.thresholds
+        if class_conf is None:
+            raise ConfigError(
+                f"--conf-thres: got auto, but {name} keeps no thresholds. Run python val.py --report --weights on its .pt "
+                "(and export that again), or give a number."
+            )
+        return self.thresholds._replace(conf=min(class_conf), by_class=tuple(class_conf))
+
 
 @dataclass(frozen=True)
 class CompareOptions(RunFlags, DataFlags, BackboneFlags):
-    """Compare models: parameters, GFLOPs, latency, memory, mAP."""
+    """Compare models: parameters, GFLOPs, latency, memory, mAP; with --epochs a study that trains them first."""
 
-    models: list[str] = flag(
-        [], "configs, weights, exports", "--weights", "--cfg", nargs="+", required=True
+    models: list[str] = flag([], "configs, weights, exports, runs", "--weights", "--cfg", nargs="+")
+    backbone: list[str] | None = flag(
+        None, "under every config, several in a row: none resnet18 ...", nargs="+", metavar="NAME"
     )
     data: str = flag("", "data YAML, or a folder in YOLO, COCO or VOC form, for mAP")
     imgsz: list[int] | None = size_flag(None)
     runs: int = flag(10, "timed calls of each model", type=FROM_ONE)
     workers: int = flag(2, "processes that load images", type=FROM_ZERO)
     project: str = flag("runs/compare", PROJECT_HELP)
+    # a study
+    epochs: int | None = flag(None, "train what has no weights so long; 0: nothing", type=FROM_ZERO)
+    seeds: int = flag(1, "trainings of each config", type=FROM_ONE)
+    budget: float | None = flag(None, "minutes for all trainings", type=number(0))
+    runtime: list[str] = flag(["torch"], "where it is measured", nargs="+", choices=RUNTIMES)
+    markdown: str = flag("", "write the study's Markdown here as well")
+    resume: str | bool = flag(False, "go on with the newest, or this, study", nargs="?", const=True)
+    train: list[str] = flag([], "all further flags are train.py's", nargs=REMAINDER, metavar="...")
 
 
 @dataclass(frozen=True)
@@ -243,6 +283,7 @@ class TrainOptions(RunFlags, DataFlags, ModelFlags):
     close_mosaic: int | None = flag(None, "last epochs without mosaic and mixup", type=FROM_ZERO)
     cache: str | None = flag(None, "keep images: ram, disk", nargs="?", const="ram", choices=CACHES)
     workers: int = flag(8, "processes that load images, at most one a core", type=FROM_ZERO)
+    check: bool = flag(False, "look the data set over, as data/check.py does, and end")
     # optimisation
     hyp: str | None = flag(None, "recipe YAML over the family's own in data/hyps")
     epochs: int = flag(100, "passes over the data, 100 if left out", type=FROM_ONE)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Set
 from typing import Any, NamedTuple
 
 from utils.logger import get_logger
-from utils.optim import Warmup
+from utils.optim import Schedule, Warmup, build_schedule
 
 LEAST_WARMUP = 100  # iterations, where so many are no larger share of the run than a warm-up may be
 
@@ -34,10 +34,52 @@ class Length(NamedTuple):
         return self.batches * self.epochs
 
 
+class Plan(NamedTuple):
+    """What the epochs of a training are augmented with, 0 the first.
+
+    Attributes:
+        strong: epochs with more than flips; where they end before the training does, it goes on from its best weights.
+        dense_end: the first epoch without mosaic and mixup.
+    """
+
+    strong: range
+    dense_end: int
+
+
+def plan_of(hyp: Mapping[str, Any], epochs: int) -> Plan:
+    """The plan of a recipe, whose shares count in whole epochs; recipes without shares have all of it all the time.
+
+    Source: DEIM (arXiv 2412.04234).
+    """
+    first, dense, end = (
+        round(hyp.get(key, share) * epochs)
+        for key, share in (("augment_from", 0.0), ("dense_until", 1.0), ("augment_until", 1.0))
+    )
+    return Plan(range(first, end), min(dense, epochs - int(hyp.get("close_mosaic", 0))))
+
+
+def tell_plan(plan: Plan, epochs: int) -> None:
+    """Log a plan that is not the same in all epochs."""
+    first, end = plan.strong.start, plan.strong.stop
+    if (first, end) == (0, epochs):
+        return
+    parts = [f"flips alone until epoch {first}"] if first else []
+    parts.append(f"mosaic and mixup until {plan.dense_end}, warp and colours until {end}")
+    parts += ["then on from the best weights with flips alone"] if end < epochs else []
+    get_logger().info(f"plan: {', '.join(parts)}")
+
+
+def schedule_of(hyp: Mapping[str, Any], epochs: int) -> Schedule:
+    """The learning rate's way through the epochs."""
+    ends = (hyp.get("flat_until", 0.5), hyp.get("augment_until", 1.0))
+    return build_schedule(hyp["schedule"], epochs, hyp["lrf"], *ends)
+
+
 def warmup_of(hyp: Mapping[str, Any], length: Length) -> Warmup:
     """The warm-up of a settled recipe."""
     iterations = round(hyp["warmup_epochs"] * length.batches)
-    return Warmup(iterations, hyp["warmup_bias_lr"], hyp["warmup_momentum"])
+    power = hyp.get("warmup_power", 1.0)
+    return Warmup(iterations, hyp["warmup_bias_lr"], hyp["warmup_momentum"], power)
 
 
 def accumulated(hyp: Mapping[str, Any], length: Length) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from data.check import Report, examine
 from data.config import DataConfig
 from data.dataset import DetectionDataset
 from data.loader import DetectionLoader
@@ -21,7 +22,7 @@ from engine.datasets import open_data, open_splits, settle_white
 from engine.evaluation import evaluator_of
 from engine.freeze import freeze
 from engine.options import TrainOptions
-from engine.pace import Length, accumulated, warmup_of
+from engine.pace import Length, Plan, accumulated, plan_of, schedule_of, tell_plan, warmup_of
 from engine.recipe import lr_factors, recipe_of, settle
 from engine.stopping import StopRequest
 from models.family import Criterion, Recipe, build_criterion
@@ -35,7 +36,8 @@ from utils.errors import ConfigError
 from utils.layers import memory_format_for, with_shared_norms
 from utils.logger import get_logger
 from utils.metrics import CocoEvaluator
-from utils.optim import Schedule, Warmup, build_optimizer, build_schedule
+from utils.optim import Schedule, Warmup, build_optimizer
+from utils.thresholds import KEY as THRESHOLDS
 
 
 class EpochProgress(NamedTuple):
@@ -137,6 +139,7 @@ class Run:
     criterion: Criterion
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    plan: Plan
     schedule: Schedule
     warmup: Warmup
     accumulate: int
@@ -160,6 +163,12 @@ class Run:
         """Whether so many epochs were measured without a better one that the training ends early."""
         waited = self.place.epoch - 1 - self.place.improved_epoch
         return not self.options.noval and 0 < self.options.patience <= waited
+
+
+def look_over(options: TrainOptions, device: torch.device) -> Report:
+    """The check of the data set that a training with these flags would read, at its size and finest stride."""
+    model, data, imgsz, _ = _network(options, device, None, None)
+    return examine(data, imgsz, min(model.strides))
 
 
 def prepare(
@@ -194,6 +203,7 @@ def prepare(
     fit_to_objects(model, splits.train_set, imgsz, recipe, options)
     length = Length(len(splits.train_loader), options.epochs, size)
     hyp = settle(recipe, options, model, length) if hyp is None else recipe
+    tell_plan(plan_of(hyp, options.epochs), options.epochs)
     autocast = autocast_dtype(options.amp, device)
     ema = ModelEMA(model, hyp["ema_decay"], hyp["ema_tau"])
     return Run(
@@ -210,7 +220,8 @@ def prepare(
         criterion=criterion,
         optimizer=_optimizer(model, hyp, length, criterion.times_batch),
         scaler=torch.amp.GradScaler(device.type, enabled=autocast is torch.float16),
-        schedule=build_schedule(hyp["schedule"], options.epochs, hyp["lrf"]),
+        plan=plan_of(hyp, options.epochs),
+        schedule=schedule_of(hyp, options.epochs),
         warmup=warmup_of(hyp, length),
         accumulate=accumulated(hyp, length),
         autocast=autocast,
@@ -240,6 +251,7 @@ def _network(
     model = _model(options, names, config)
     refuse_sizes(options, model)
     imgsz = parse_imgsz(options.imgsz, model.max_stride)
+    model.config.pop(THRESHOLDS, None)  # they were those of the weights that it starts from
     hyp = recipe_of(options, model, saved)
     model.head.take_recipe(hyp)
     _place_on(device, model)

@@ -21,11 +21,14 @@ from utils.checkpoint import (
     restore_rng,
     save_checkpoint,
 )
-from utils.distributed import World, all_gather_objects
+from utils.distributed import World, all_gather_objects, broadcast_object
 from utils.errors import CheckpointError, StoppedError
 from utils.logger import get_logger
 from utils.optim import load_optimizer_state_by_name, optimizer_state_by_name
 
+NO_BEST = (
+    "goes on as it is, since --noval or --nosave leaves no best weights; flips alone from here on"
+)
 GARBLED = (
     *(LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError),
     AssertionError,
@@ -75,6 +78,27 @@ def save_epoch(run: Run, epoch: int) -> None:
     if period > 0 and (epoch + 1) % period == 0:
         save(run, run.last.with_name(f"epoch{epoch}.pt"), epoch)
     save(run, run.last, epoch)
+
+
+def restart_from_best(run: Run) -> None:
+    """Go on from the best weights so far, the model and its average (D-FINE, arXiv 2410.13842).
+
+    In all processes together. A run that measures or saves nothing on its way has no best weights and goes on as it is.
+    """
+    best = Path(broadcast_object(str(run.last.with_name("best.pt"))))  # it is written by then
+    if run.options.nosave or run.place.best_fitness < 0:
+        get_logger().info(f"epoch {run.place.epoch + 1}: {NO_BEST}")
+        return
+    checkpoint = load_checkpoint(best)
+    average = {
+        "model": checkpoint["model"],
+        "updates": run.ema.updates,
+    }  # of a run that was finished
+    run.model.load_state_dict(checkpoint["model"])
+    run.ema.load_state_dict(checkpoint.get("ema") or average)
+    get_logger().info(
+        f"epoch {run.place.epoch + 1}: goes on from {best}, epoch {run.place.best_epoch + 1}; flips alone from here on"
+    )
 
 
 def is_to_stop(run: Run) -> bool:

@@ -25,7 +25,8 @@ class Head(nn.Module, Generic[RawT]):
 
     Attributes:
         family: what exports and messages call it; its recipe is `data/hyps/<family>.yaml`.
-        postprocess: "nms" for overlapping boxes, "topk" for a set without duplicates.
+        postprocess: "nms" for overlapping boxes, "topk" for a set without duplicates, "best" for one of which each
+            prediction has its best class alone.
         layout: what `export_layout` writes, a name of `deploy.runtimes.layouts`.
         class_outputs: patterns of the state-dict keys, within the head, that have one row a class.
         num_classes: C.
@@ -36,7 +37,7 @@ class Head(nn.Module, Generic[RawT]):
     """
 
     family: ClassVar[str]
-    postprocess: Literal["nms", "topk"]
+    postprocess: Literal["nms", "topk", "best"]
     layout: ClassVar[Literal["anchors", "channels", "queries"]]
     class_outputs: ClassVar[tuple[str, ...]]
     num_classes: int

@@ -4,7 +4,8 @@ Letters: B batch, A anchor points (or queries), C classes, M candidates of one i
 
 NMS follows torchvision's `batched_nms`: a box suppresses boxes of lower score and the same class
 whose IoU with it is above the threshold. Heads that predict a set (RT-DETR) need no suppression,
-only their best scores. Not-a-number scores and boxes that are not finite never become detections.
+only their best scores; of a one-to-one branch each prediction counts with its best class alone.
+Not-a-number scores and boxes that are not finite never become detections.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from utils.structures import Decoded, Detections
 
 MAX_CANDIDATES = 30_000
 """The most boxes of one image that enter suppression, best scores first."""
+KINDS = ("nms", "topk", "best")
 FEW = (25_000, 1000)
 """Candidates up to which one call for all classes is quicker than one a class, on a GPU and on the CPU: torchvision's."""
 
@@ -41,20 +44,21 @@ def postprocess(
 
     Args:
         decoded: boxes (B, A, 4), xyxy pixels, and scores (B, A, C).
-        kind: "nms" or "topk", as the head says.
+        kind: one of `KINDS`, as the head says.
         conf_thres: a detection's score must be above it, in [0, 1].
         iou_thres: a box whose IoU with a better one is above it is suppressed (NMS only).
         max_det: the most detections of one image.
         classes: keep only these class indices.
         agnostic: suppress across classes too (NMS only).
         multi_label: every class of a box above `conf_thres` is a candidate (what an evaluation
-            wants), not only its best one.
+            wants), not only its best one; not with "best".
 
     Raises:
-        ValueError: `kind` is neither of the two.
+        ValueError: `kind` is none of them.
     """
-    if kind not in ("nms", "topk"):
-        raise ValueError(f"postprocess: unknown kind {kind!r}, expected 'nms' or 'topk'")
+    if kind not in KINDS:
+        raise ValueError(f"postprocess: unknown kind {kind!r}, expected one of {KINDS}")
+    multi_label = multi_label and kind != "best"
     limit = MAX_CANDIDATES if kind == "nms" else max_det
     detections = []
     for boxes, scores in zip(decoded.boxes, decoded.scores):
@@ -63,6 +67,19 @@ def postprocess(
             found = _suppress(found, iou_thres, agnostic, max_det)
         detections.append(found)
     return detections
+
+
+def best_rows(decoded: Decoded, max_det: int) -> Tensor:
+    """What "best" leaves of each image as one tensor, best score first, in operations that every runtime has.
+
+    Returns:
+        xyxy, score, class: (B, max_det, 6); rows of zeros behind the last of fewer predictions.
+    """
+    scores, labels = decoded.scores.max(-1, keepdim=True)
+    rows = torch.cat((decoded.boxes, scores, labels.to(scores)), -1)
+    rows = functional.pad(rows, (0, 0, 0, max_det))
+    place = rows[..., 4].topk(max_det, dim=1).indices
+    return rows.gather(1, place[..., None].expand(-1, -1, 6))
 
 
 def keep_best(

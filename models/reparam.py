@@ -239,7 +239,7 @@ def _sample_for(model: nn.Module) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     if not isinstance(model, Detector):
         return torch.rand(1, 3, 64, 96, generator=generator)
-    rows, columns = (5, 6) if model.head.postprocess == "topk" else (2, 3)
+    rows, columns = (5, 6) if model.head.num_queries > 0 else (2, 3)
     size = (rows * model.max_stride, columns * model.max_stride)
     images = torch.rand(1, model.channels, *size, generator=generator)
     with suppress(RuntimeError):  # too small for its kernels

@@ -11,9 +11,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SKIPPED = {"datasets", "runs", "__pycache__", "build", "dist"}
-ROOMS = ("engine", "deploy", "models", "data", "utils")
-LOWER = {"utils": 0, "data": 1, "models": 1, "engine": 2, "deploy": 2}
-SCRIPT_LEVEL = 3
+ROOMS = ("study", "engine", "deploy", "models", "data", "utils")
+LOWER = {"utils": 0, "data": 1, "models": 1, "engine": 2, "deploy": 2, "study": 3}
+SCRIPT_LEVEL = 4
 HEAVY = {
     *("timm", "onnx", "onnxruntime", "onnxscript", "onnxslim", "openvino", "matplotlib", "pandas"),
     *("tensorboard", "scipy", "faster_coco_eval", "pycocotools", "torchvision"),
@@ -114,6 +114,10 @@ def test_every_file_is_seen():
         ("engine.run", "deploy.backends", True),
         ("deploy.backends", "engine.run", True),
         ("engine.run", "train", True),
+        ("compare", "study.run", False),
+        ("study.measure", "deploy.backends", False),
+        ("study.run", "compare", True),
+        ("engine.run", "study.plan", True),
     ],
 )
 def test_the_rule_of_directions_says_what_it_should(name: str, target: str, wrong: bool):

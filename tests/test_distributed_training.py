@@ -13,6 +13,7 @@ import two_ranks
 from shell import NAMES, ROOT, TINY_MODEL, start_script
 
 from models.yolo import build_model
+from utils.checkpoint import load_checkpoint
 from utils.config import parse_yaml
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
@@ -134,3 +135,32 @@ def test_torchrun_finishes_a_training(tmp_path: Path, tiny_cfg: Path, small_data
     assert sorted(path.name for path in weights.iterdir()) == ["best.pt", "last.pt"]
     assert (tmp_path / "runs" / "exp" / "results.csv").read_text().count("\n") == 2
     assert not (tmp_path / "runs" / "exp2").exists()
+
+
+@pytest.mark.slow
+def test_torchrun_that_a_scheduler_stops_goes_on_as_if_it_had_not_been(
+    tmp_path: Path, tiny_cfg: Path, small_data: Path
+):
+    """The launcher passes the signal on, and ends with a code of its own."""
+    words = [*TORCHRUN, ROOT / "train.py", "--cfg", tiny_cfg, "--data", small_data, "--imgsz", 64]
+    words += ["--epochs", 2, "--batch-size", 2, "--workers", 1, "--device", "cpu", "--noplots"]
+    words += ["--project", tmp_path]
+    run_python(*words, "--name", "straight", cwd=tmp_path)
+    process = start_script(*words, "--name", "stopped", cwd=tmp_path)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("epoch 2/2 1/4"):
+            process.terminate()
+            break
+    told = process.communicate(timeout=600)[1]
+    assert process.returncode == 1
+    assert told.count("stopped by SIGTERM in epoch 2 of 2 after step ") == 2, told
+    last = tmp_path / "stopped" / "weights" / "last.pt"
+    progress = load_checkpoint(last)["progress"]
+    assert len(progress) == 2 and progress[0]["step"] == progress[1]["step"] < 4
+    run_python(*TORCHRUN, ROOT / "train.py", "--resume", last, "--device", "cpu", cwd=tmp_path)
+    one, other = (
+        load_checkpoint(tmp_path / name / "weights" / "last.pt")["model"]
+        for name in ("stopped", "straight")
+    )
+    assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)

@@ -22,7 +22,7 @@ KNOWN_HYP_KEYS = frozenset(
     "lr0 lrf momentum weight_decay warmup_epochs warmup_momentum warmup_bias_lr nbs "
     "close_mosaic box cls cls_pw obj obj_pw iou_t anchor_t anchors fl_gamma dfl label_smoothing "
     "loss_ota hsv_h hsv_s hsv_v degrees translate scale shear perspective flipud fliplr mosaic "
-    "mixup copy_paste paste_in".split()
+    "mixup copy_paste paste_in warmup_power mosaic_scale augment_from dense_until augment_until flat_until".split()
 )
 
 
@@ -32,6 +32,8 @@ HYP_RANGES = {
     **dict.fromkeys(("hsv_h", "hsv_s", "hsv_v", "translate", "flipud", "fliplr"), (0.0, 1.0)),
     **dict.fromkeys(("mosaic", "mosaic9", "mixup", "copy_paste"), (0.0, 1.0)),
     **dict.fromkeys(("label_smoothing", "ema_decay", "focal_alpha", "warmup_share", "ema_share"), (0.0, 1.0)),
+    **dict.fromkeys(("augment_from", "dense_until", "augment_until", "flat_until"), (0.0, 1.0)),
+    "mosaic_scale": (0.1, 1.0), "warmup_power": (1.0, 10.0),
     **dict.fromkeys(("box_alpha", "shape_theta", "qfl_beta", "wiou_alpha", "wiou_steps"), (1.0, math.inf)),
     **dict.fromkeys(("nwd_constant", "wiou_delta"), (0.001, math.inf)), "inner_ratio": (0.1, 10.0),
     "scale": (0.0, 0.99), "degrees": (0.0, 180.0), "shear": (0.0, 89.0), "perspective": (0.0, 0.01),

@@ -37,6 +37,26 @@ class Curves(NamedTuple):
     f1: Array
 
 
+def best_thresholds(curves: Curves) -> Array:
+    """The confidence of the best F1 of each class that has objects, (C,).
+
+    F1 is averaged over 0.05 of confidence first: the highest point of a few objects is chance.
+    """
+    width = len(curves.confidence_axis) // 20 | 1
+    padded = np.pad(curves.f1, ((0, 0), (width // 2, width // 2)), mode="edge")
+    smooth = np.lib.stride_tricks.sliding_window_view(padded, width, axis=1).mean(-1)
+    best: Array = curves.confidence_axis[smooth.argmax(1)]
+    return best
+
+
+class ImageDetections(NamedTuple):
+    """Detections of one image, best score first: xyxy (K, 4), (K,), (K,)."""
+
+    boxes: Array
+    scores: Array
+    labels: NDArray[np.int64]
+
+
 class Outcomes(NamedTuple):
     """What became of the detections of a split, (K,) each; those that hit a crowd are left out.
 
@@ -79,12 +99,14 @@ def confidence_curves(
     return axis, precision, recall, f1
 
 
-def overlaps(boxes: Array, truth: Array) -> Array:
-    """IoU (K, G) of xyxy boxes."""
+def overlaps(boxes: Array, truth: Array, crowd: NDArray[np.bool_] | None = None) -> Array:
+    """Overlaps (K, G) of xyxy boxes; with a crowd the divisor is the box's own area, as in COCO."""
     low = np.maximum(boxes[:, None, :2], truth[None, :, :2])
     high = np.minimum(boxes[:, None, 2:], truth[None, :, 2:])
     intersection = np.clip(high - low, 0, None).prod(-1)
-    areas = [np.clip(sides[:, 2:] - sides[:, :2], 0, None).prod(-1) for sides in (boxes, truth)]
-    union = areas[0][:, None] + areas[1][None] - intersection
+    area = np.clip(boxes[:, 2:] - boxes[:, :2], 0, None).prod(-1)[:, None]
+    union = area + np.clip(truth[:, 2:] - truth[:, :2], 0, None).prod(-1)[None] - intersection
+    if crowd is not None:
+        union = np.where(crowd[None], area, union)
     result: Array = intersection / np.maximum(union, 1e-12)
     return result

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 Indices = NDArray[np.int64]
-ENOUGH = 0.5  # overlap
 
 
 class Objects(NamedTuple):
@@ -95,14 +94,14 @@ def _overlaps(boxes: Array, truth: Array, is_crowd: NDArray[np.bool_]) -> Array:
     return found
 
 
-def match(pairs: Pairs, is_crowd: NDArray[np.bool_]) -> NDArray[np.int8]:
-    """COCO's greedy matching at IoU 0.5, in the order of `pairs.detections`.
+def match(pairs: Pairs, is_crowd: NDArray[np.bool_], iou: float = 0.5) -> NDArray[np.int8]:
+    """COCO's greedy matching at an IoU, in the order of `pairs.detections`.
 
     Returns:
         1 found an object, 0 found nothing, -1 found a crowd and does not count, (K,).
     """
     outcome = np.zeros(len(pairs.detections), dtype=np.int8)
-    near = np.flatnonzero(pairs.overlaps >= ENOUGH)
+    near = np.flatnonzero(pairs.overlaps >= iou)
     owner = np.repeat(np.arange(len(pairs.detections)), pairs.counts)[near]
     free = (~is_crowd).tolist()
     rows = zip(owner.tolist(), pairs.overlaps[near].tolist(), pairs.objects[near].tolist())

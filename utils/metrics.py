@@ -12,21 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from utils.bootstrap import ClassOutcomes, outcomes_of
 from utils.coco import Json, Rows, normalised, results_of, run_coco
-from utils.curves import Curves, Outcomes, confidence_curves, overlaps
+from utils.curves import Curves, ImageDetections, Outcomes, confidence_curves, overlaps
 from utils.matching import Objects, Pairs, match, pair_up
 from utils.structures import Detections
+from utils.tide import Errors, judge
 
 Array = NDArray[np.float64]
 UNDEFINED = -1.0  # COCO's mark for an average over nothing
-
-
-class ImageDetections(NamedTuple):
-    """Detections of one image, best score first: xyxy (K, 4), (K,), (K,)."""
-
-    boxes: Array
-    scores: Array
-    labels: NDArray[np.int64]
 
 
 State = Mapping[int, ImageDetections]
@@ -185,8 +179,7 @@ class CocoEvaluator:
     def evaluate(self) -> Metrics:
         """Compute everything from what was processed; images not seen have no detections."""
         rows = self._rows()
-        groups = rows.numbers * len(self.names) + rows.labels
-        pairs = pair_up(groups, rows.boxes, self._objects, max(10, self.max_detections))
+        pairs = self._pairs(rows)
         coco = run_coco(self._ground_truth, rows, self.category_ids, pairs, self.max_detections)
         precision, stats = coco.eval["precision"][:, :, :, 0, -1], tuple(map(float, coco.stats))
         columns = {category: column for column, category in enumerate(coco.params.catIds)}
@@ -226,6 +219,31 @@ class CocoEvaluator:
             instances=int(instances.sum()),
         )
 
+    def outcomes(self) -> list[ClassOutcomes]:
+        """What became of every detection, by class: what `utils.bootstrap` draws from."""
+        rows = self._rows()
+        sizes = (len(self._image_ids), len(self.names))
+        return outcomes_of(self._pairs(rows), rows.scores, self._objects, *sizes)
+
+    def errors(self) -> Errors:
+        """Every detection and object judged, see `utils.tide`."""
+        annotations = self._ground_truth["annotations"]
+        return judge(self._detections, annotations, self.category_ids, self.max_detections)
+
+    def size_counts(self) -> tuple[int, int, int]:
+        """Objects that COCO calls small, medium and large, crowds not counted."""
+        areas = [a["area"] for a in self._ground_truth["annotations"] if not a["iscrowd"]]
+        small, medium, large = np.bincount(np.searchsorted((32**2, 96**2), areas), minlength=3)
+        return int(small), int(medium), int(large)
+
+    def image_id(self, number: int) -> int:
+        """Id of the image that has a number in `errors`."""
+        return self._image_ids[number - 1]
+
+    def detections_of(self, number: int) -> ImageDetections:
+        """What was found in it, best score first."""
+        return self._detections[number]
+
     def _objects_by_group(self) -> Objects:
         index = {category: c for c, category in enumerate(self.category_ids)}
         known = [a for a in self._ground_truth["annotations"] if a["category_id"] in index]
@@ -234,6 +252,10 @@ class CocoEvaluator:
         boxes = np.array([a["bbox"] for a in known], np.float64).reshape(-1, 4)
         is_crowd = np.array([a["iscrowd"] for a in known], bool)
         return Objects(np.array(groups, np.int64)[order], boxes[order], is_crowd[order])
+
+    def _pairs(self, rows: Rows) -> Pairs:
+        groups = rows.numbers * len(self.names) + rows.labels
+        return pair_up(groups, rows.boxes, self._objects, max(10, self.max_detections))
 
     def _outcomes(self, rows: Rows, pairs: Pairs) -> Outcomes:
         """What became of the detections; those that hit a crowd are left out."""

@@ -187,18 +187,22 @@ def load_optimizer_state_by_name(optimizer: Optimizer, saved: Mapping[str, Any])
     return [name for name in named if name not in saved["state"]]
 
 
-def build_schedule(kind: str, epochs: int, lrf: float) -> Schedule:
+def build_schedule(
+    kind: str, epochs: int, lrf: float, flat: float = 0.5, end: float = 1.0
+) -> Schedule:
     """Epoch (from 0) to factor of the initial learning rate, 1 at first and `lrf` at `epochs`.
 
     Args:
-        kind: "linear", "cosine" (Loshchilov and Hutter, ICLR 2017), "flat_cosine" (1 for the first half) or "fixed" (1).
+        kind: "linear", "cosine" (Loshchilov and Hutter, ICLR 2017), "flat_cosine" (1, then a cosine, then
+            `lrf`) or "fixed" (1).
         epochs: of the training.
         lrf: the last factor.
+        flat, end: where the cosine of "flat_cosine" begins and ends, as shares of the training (DEIM, arXiv 2412.04234).
 
     Raises:
         ConfigError: another kind.
     """
-    half = epochs / 2
+    first, length = flat * epochs, max((end - flat) * epochs, 1e-9)
 
     def cosine(part: float) -> float:
         return lrf + (1 - lrf) * (1 + math.cos(math.pi * part)) / 2
@@ -206,7 +210,7 @@ def build_schedule(kind: str, epochs: int, lrf: float) -> Schedule:
     table: dict[str, Schedule] = {
         "linear": lambda epoch: 1 + (lrf - 1) * _bounded(epoch / epochs),
         "cosine": lambda epoch: cosine(_bounded(epoch / epochs)),
-        "flat_cosine": lambda epoch: cosine(_bounded((epoch - half) / half)),
+        "flat_cosine": lambda epoch: cosine(_bounded((epoch - first) / length)),
         "fixed": lambda epoch: 1.0,
     }
     if kind not in table:
@@ -222,17 +226,19 @@ def _bounded(share: float) -> float:
 
 @dataclass(frozen=True)
 class Warmup:
-    """Straight lines over the first `iterations`: where learning rates and momentum start.
+    """Ways over the first `iterations`: where learning rates and momentum start.
 
     Attributes:
         iterations: length; 0 is no warm-up.
         bias_lr: learning rate of the biases at iteration 0; the other groups start from 0.
         momentum: momentum at iteration 0.
+        power: of the share of the way that is gone; 1 is a straight line.
     """
 
     iterations: int
     bias_lr: float
     momentum: float
+    power: float = 1.0
 
     def is_active(self, iteration: int) -> bool:
         """Whether `iteration`, counted over all epochs from 0, is still in the warm-up."""
@@ -254,7 +260,7 @@ class Warmup:
     def _between(self, iteration: int, start: float, end: float) -> float:
         if not self.is_active(iteration):
             return end
-        return start + (end - start) * iteration / self.iterations
+        return start + (end - start) * (iteration / self.iterations) ** self.power
 
 
 def set_learning_rates(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Generic, TextIO, TypeVar
 
 T = TypeVar("T")
@@ -111,3 +112,43 @@ def format_seconds(seconds: float) -> str:
     minutes, rest = divmod(whole, 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Parts:
+    """How far a whole of several parts is, and the part that is at work: two bars on a terminal, a line a part elsewhere."""
+
+    def __init__(self, total: int, title: str, stream: TextIO | None = None) -> None:
+        """Begin.
+
+        Args:
+            total: number of parts.
+            title: what the whole is called.
+            stream: where to write, stderr where None.
+        """
+        self.total, self.title, self.done = total, title, 0
+        self.stream = sys.stderr if stream is None else stream
+
+    @contextmanager
+    def part(self, name: str, steps: int) -> Iterator[Callable[[int], None]]:
+        """Show a part of so many steps; what it yields is told how many are done."""
+        start = time.perf_counter()
+        if self.stream.isatty():
+            from tqdm import tqdm
+
+            layout = "{desc} |{bar:12}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
+            title = f"{self.title} {self.done + 1}/{self.total}: {name}"
+            with tqdm(
+                total=steps, desc=title, file=self.stream, bar_format=layout, leave=False
+            ) as bar:
+
+                def tell(done: int) -> None:
+                    bar.update(done - bar.n)
+
+                yield tell
+        else:
+            yield lambda done: None
+        self.done += 1
+        taken = format_seconds(time.perf_counter() - start)
+        print(
+            f"{self.title} {self.done}/{self.total}: {name} [{taken}]", file=self.stream, flush=True
+        )

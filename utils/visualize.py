@@ -55,6 +55,7 @@ def draw_boxes(
     line_thickness: int | None = None,
     hide_labels: bool = False,
     hide_conf: bool = False,
+    colours: Sequence[Colour] = (),
 ) -> Image:
     """Draw boxes with their class names on a copy of `image`; the best score ends on top.
 
@@ -67,6 +68,7 @@ def draw_boxes(
         line_thickness: pixels, None for one that fits the image.
         hide_labels: boxes only.
         hide_conf: names without scores.
+        colours: one a box, instead of those of the classes.
 
     Returns:
         A new image of the same size.
@@ -84,7 +86,8 @@ def draw_boxes(
     order = range(len(boxes)) if values is None else np.argsort(values, kind="stable")
     texts = []
     for k in order:
-        colour, (x1, y1, x2, y2) = class_colour(int(labels[k])), _inside(boxes[k], width, height)
+        colour = colours[k] if colours else class_colour(int(labels[k]))
+        x1, y1, x2, y2 = _inside(boxes[k], width, height)
         draw.rectangle((x1, y1, x2, y2), outline=colour, width=line)
         if not hide_labels:
             score = None if values is None or hide_conf else float(values[k])

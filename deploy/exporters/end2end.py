@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from deploy.exporters.network import ExportOptions
-from utils.structures import Detections
+from models.postprocess import best_rows
+from utils.structures import Decoded, Detections
 
 if TYPE_CHECKING:
     import onnx
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 OUTPUTS = ("output0", "num_dets")
 TAPS = ("boxes", "scores")
 """Tensors inside the graph that go into the NMS or top-k."""
+SCOPE = "/postprocess/"
 EXACT = 1e-5
 """Slack in the rules of NMS for sums that another runtime rounds in another way."""
 
@@ -130,7 +132,7 @@ def append_postprocess(
 
     Args:
         network: ONNX model with outputs `boxes` (N, A, 4), xyxy, and `scores` (N, A, C).
-        kind: "nms" or "topk".
+        kind: one of `models.postprocess.KINDS`.
         options: thresholds and `max_det`.
     """
     import onnx
@@ -147,17 +149,21 @@ def append_postprocess(
         f"postprocess (float[N, A, 4] boxes, float[N, A, C] scores)"
         f" => (float[N, {options.max_det}, 6] output0, int64[N] num_dets) {{{body}}}"
     )
-    tail = onnx.compose.add_prefix(
-        onnx.parser.parse_model(text), "/postprocess/", rename_inputs=False, rename_outputs=False
-    )
-    prefixed = {"boxes": "/postprocess/boxes", "scores": "/postprocess/scores"}
-    for node in tail.graph.node:
-        for i, name in enumerate(node.input):
-            if name in prefixed.values():
-                node.input[i] = name.rsplit("/", 1)[1]
+    tail = onnx.parser.parse_model(text)
+    _put_under(SCOPE, tail.graph)
     return onnx.compose.merge_models(
         network, tail, io_map=[("boxes", "boxes"), ("scores", "scores")], outputs=list(OUTPUTS)
     )
+
+
+def _put_under(scope: str, graph: onnx.GraphProto) -> None:
+    """Begin the names of nodes, and of values that stay inside, with `scope`."""
+    kept = {value.name for value in (*graph.input, *graph.output)}
+    for node in graph.node:
+        node.name = scope + node.output[0]
+        for names in (node.input, node.output):
+            for place, name in enumerate(names):
+                names[place] = name if name in kept else scope + name
 
 
 def _literal(number: float) -> str:
@@ -178,7 +184,7 @@ def selection_fault(
         found: detections, K.
         boxes: xyxy pixels, (A, 4).
         scores: (A, C).
-        kind: "nms" or "topk".
+        kind: one of `models.postprocess.KINDS`.
         options: thresholds and the most detections.
     """
     from torchvision.ops import box_iou
@@ -187,7 +193,7 @@ def selection_fault(
     likely = best > options.conf_thres
     boxes, best, labels = boxes[likely], best[likely], labels[likely]
     kept, most = len(found.scores), min(len(best), options.max_det)
-    if kept > most or (kind == "topk" and kept != most):
+    if kept > most or (kind != "nms" and kept != most):
         return f"{kept} detections, expected {most}"
     if not most:
         return ""
@@ -202,7 +208,7 @@ def selection_fault(
     floor = float(found.scores[-1]) if kept == options.max_det else options.conf_thres
     missing = best > floor + EXACT
     missing[candidates] = False
-    if kind == "topk":
+    if kind != "nms":
         return f"{int(missing.sum())} better candidates left out" if bool(missing.any()) else ""
     overlaps = box_iou(found.boxes, boxes) > options.iou_thres - EXACT
     missing &= ~(overlaps & ~is_other & (found.scores[:, None] >= best - EXACT)).any(0)
@@ -212,3 +218,23 @@ def selection_fault(
     if bool((among.triu(1) > options.iou_thres + EXACT).any()):
         return "two detections of one class that overlap too much"
     return ""
+
+
+def beside_candidates(rows: Tensor, decoded: Decoded) -> tuple[list[Tensor], list[Tensor]]:
+    """Rows (B, K, 6) of a one-to-one branch, and what they should be: boxes, scores, and scores by rank.
+
+    Nearly equal scores may rank either way, so that a row is held against the candidate that it is nearest to; that none
+    was left out shows in the scores by rank, which no rounding moves further than itself.
+    """
+    best = best_rows(decoded, rows.shape[1])
+    boxes, scores = rows[..., :4].clone(), rows[..., 4].clone()
+    most = decoded.scores.shape[-1] - 1
+    scale = decoded.boxes.abs().amax().clamp(min=1)
+    for image, (own, labels) in enumerate(zip(rows, rows[..., 5].round().long().clamp(0, most))):
+        own_scores = decoded.scores[image][:, labels].T
+        gaps = torch.cdist(own[:, :4] / scale, decoded.boxes[image] / scale, p=float("inf"))
+        nearest = (gaps + (own_scores - own[:, 4:5]).abs()).argmin(1, keepdim=True)
+        is_row = own[:, 4] > 0  # behind the last there are zeros
+        boxes[image, is_row] = decoded.boxes[image][nearest[is_row, 0]]
+        scores[image, is_row] = own_scores.gather(1, nearest)[is_row, 0]
+    return [rows[..., :4], rows[..., 4], rows[..., 4]], [boxes, scores, best[..., 4]]

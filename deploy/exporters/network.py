@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from models.head import Head
+from models.postprocess import best_rows
 from models.yolo import DetectionModel
 from utils.channels import white_of
+from utils.thresholds import KEY, class_thresholds
 
 PRODUCER = "Yoke"
 VERSION = "0.1.0"
@@ -36,9 +38,9 @@ class ExportOptions:
         simplify: run the graph through onnxslim (ONNX).
         opset: of the ONNX file.
         dynamo: use torch.export's ONNX exporter instead of the TorchScript one.
-        end2end: NMS or top-k inside the graph.
+        end2end: NMS or top-k inside an ONNX graph, above `conf_thres`.
         raw: no decoding.
-        conf_thres, iou_thres, max_det: of the postprocessing inside an end2end graph.
+        conf_thres, iou_thres, max_det: of the postprocessing inside an end2end graph; `max_det` also of a one-to-one branch.
         device: where the network is traced.
         sampling: how deformable attention reads its maps, "grid_sample" or "gather".
         calibration: gives float images (B, 3, H, W) that int8 ranges are measured on.
@@ -64,7 +66,16 @@ class ExportOptions:
 
     def layout(self, model: DetectionModel) -> str:
         """Form of the output, see `deploy.runtimes.layouts`."""
-        return "end2end" if self.end2end else "raw" if self.raw else model.head.layout
+        form = self.form(model)
+        return {"layout": model.head.layout, "raw": "raw"}.get(form, "end2end")
+
+    def form(self, model: DetectionModel) -> str:
+        """What the network itself gives, see `ExportNetwork`."""
+        if self.raw:
+            return "raw"
+        if self.end2end:
+            return "decoded"
+        return "best" if model.head.postprocess == "best" else "layout"
 
     def suffix(self) -> str:
         """What is put behind the file's stem."""
@@ -75,15 +86,18 @@ class Decode(nn.Module):
     """The head's decoding under a name of its own, so that tools can leave it out of
     quantisation."""
 
-    def __init__(self, head: Head[Any], form: str) -> None:
+    def __init__(self, head: Head[Any], form: str, max_det: int) -> None:
         super().__init__()
         self._head = (head,)  # in a tuple: its parameters belong to the network alone
-        self.form = form
+        self.form, self.max_det = form, max_det
 
     def forward(self, raw: object) -> Tensor | tuple[Tensor, ...]:
         """Decoded tensors in the chosen form."""
         (head,) = self._head
-        return tuple(head.decode(raw)) if self.form == "decoded" else head.export_layout(raw)
+        if self.form == "layout":
+            return head.export_layout(raw)
+        decoded = head.decode(raw)
+        return best_rows(decoded, self.max_det) if self.form == "best" else tuple(decoded)
 
 
 class ExportNetwork(nn.Module):
@@ -92,13 +106,15 @@ class ExportNetwork(nn.Module):
     Args:
         model: fused, in eval mode.
         form: "layout" for what runners expect, "decoded" for boxes (B, A, 4) in xyxy and scores
-            (B, A, C), "raw" for the head's own tensors.
+            (B, A, C), "best" for rows (B, max_det, 6) as `models.postprocess.best_rows` has them,
+            "raw" for the head's own tensors.
+        max_det: rows of the form "best".
     """
 
-    def __init__(self, model: DetectionModel, form: str = "layout") -> None:
+    def __init__(self, model: DetectionModel, form: str = "layout", max_det: int = 300) -> None:
         super().__init__()
         self.network = model
-        self.decode = Decode(model.head, form)
+        self.decode = Decode(model.head, form, max_det)
         self.form = form
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
@@ -122,9 +138,9 @@ def build_network(
     model: DetectionModel, options: ExportOptions, half: bool = False
 ) -> ExportNetwork:
     """The module that is traced for `options`; with `half`, a float16 copy of the network."""
-    form = "raw" if options.raw else "decoded" if options.end2end else "layout"
+    form = options.form(model)
     model = copy.deepcopy(model).half() if half else model
-    return ExportNetwork(model, form).to(options.device).eval()
+    return ExportNetwork(model, form, options.max_det).to(options.device).eval()
 
 
 def example(options: ExportOptions, batch: int | None = None) -> Tensor:
@@ -152,7 +168,9 @@ def metadata(model: DetectionModel, options: ExportOptions, stem: str) -> dict[s
         stem: name of the weights.
     """
     names, white = dict(enumerate(model.names)), white_of(model.config)
-    thresholds = [options.conf_thres, options.iou_thres, options.max_det]
+    layout = options.layout(model)
+    limits = (options.conf_thres, options.iou_thres) if options.end2end else (0.0, 1.0)
+    class_conf = class_thresholds(model.config, len(names))
     return {
         "description": f"{stem}: {model.head.family} detector, {len(names)} classes",
         "author": PRODUCER,
@@ -162,8 +180,8 @@ def metadata(model: DetectionModel, options: ExportOptions, stem: str) -> dict[s
         "task": "detect",
         "family": model.head.family,
         "postprocess": model.head.postprocess,
-        "layout": options.layout(model),
-        "end2end": str(options.end2end),
+        "layout": layout,
+        "end2end": str(layout == "end2end"),
         "stride": str(model.max_stride),
         "batch": str(options.batch),
         "imgsz": str(list(options.imgsz)),
@@ -175,7 +193,8 @@ def metadata(model: DetectionModel, options: ExportOptions, stem: str) -> dict[s
         "padding": PADDING,
         "colour": COLOUR,
         **({"white": str(white)} if white is not None else {}),
-        **({"thresholds": str(thresholds)} if options.end2end else {}),
+        **({KEY: str(list(class_conf))} if class_conf is not None else {}),
+        **({"thresholds": str([*limits, options.max_det])} if layout == "end2end" else {}),
     }
 
 

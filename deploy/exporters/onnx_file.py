@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import os
 import re
@@ -81,42 +82,68 @@ def export_onnx(model: DetectionModel, options: ExportOptions, weights: Path) ->
 def trace_onnx(
     network: ExportNetwork, options: ExportOptions, outputs: list[str]
 ) -> onnx.ModelProto:
-    """The ONNX model of `network`."""
-    import onnx
+    """The ONNX model of `network`.
 
-    chooses = "dynamo" in inspect.signature(torch.onnx.export).parameters
-    legacy: dict[str, Any] = {"dynamo": False} if chooses else {}
-    axes = {name: {0: AXIS_NAMES[0]} for name in outputs}
-    axes[INPUT] = AXIS_NAMES if options.dynamic == "all" else {0: AXIS_NAMES[0]}
+    torch deprecates its exporter by tracing, which is asked first all the same (2026-12, torch 2.14): that of
+    torch.export takes ten times as long, writes a third more nodes for dynamic shapes and knows no opset below 18.
+    """
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecation of the exporter, constants that were checked
+        warnings.simplefilter("ignore")  # that deprecation, and constants that are checked
         if options.dynamo:
             return _trace_dynamo(network, outputs, options, "--dynamo")
-        opset = max(options.opset, DYNAMO_OPSET)
         try:
-            with _silent_output(), tempfile.TemporaryDirectory() as folder:
-                path = os.path.join(folder, "traced.onnx")
-                torch.onnx.export(
-                    network, (example(options),), path, input_names=[INPUT], output_names=outputs,
-                    opset_version=options.opset, dynamic_axes=axes if options.dynamic else {},
-                    **legacy,
-                )  # fmt: skip
-                proto = onnx.load(path)
-            if not _computes_double(proto):
-                return proto
-            why = "onnx: the usual exporter makes float64 of numbers that forward makes"
-        except torch.onnx.errors.UnsupportedOperatorError as error:
-            found = UNKNOWN_OPERATOR.search(str(error))
-            operator = found[1] if found else "an operator"
-            why = f"onnx: {operator} is not in opset {options.opset}"
-            opset = max(opset, NEWER_OPSETS.get(operator, 0))
-        except (ValueError, RuntimeError) as error:
-            if "opset_version" not in str(error) and "ONNX opset" not in str(error):
-                raise
-            reason = " ".join(str(error).split())[:150]
-            raise ConfigError(f"--opset: got {options.opset} - {reason}. Take 17.") from error
-        proto = _trace_dynamo(network, outputs, replace(options, opset=opset), why)
+            return _trace(network, outputs, options)
+        except NotTracedError as reason:
+            why, opset = str(reason), max(options.opset, reason.opset)
+            proto = _trace_dynamo(network, outputs, replace(options, opset=opset), why)
     get_logger().info(f"{why}; written by torch.export's exporter instead, opset {opset}")
+    return proto
+
+
+class NotTracedError(Exception):
+    """Why the exporter by tracing is of no use, and the lowest opset that the other one needs."""
+
+    def __init__(self, why: str, opset: int = DYNAMO_OPSET) -> None:
+        super().__init__(why)
+        self.opset = opset
+
+
+def _trace(network: ExportNetwork, outputs: list[str], options: ExportOptions) -> onnx.ModelProto:
+    """The same by tracing.
+
+    Raises:
+        NotTracedError: this torch, or its exporter, cannot.
+        ConfigError: there is no such opset.
+    """
+    import onnx
+
+    known = inspect.signature(torch.onnx.export).parameters
+    if "dynamic_axes" not in known:
+        raise NotTracedError(f"onnx: torch {torch.__version__} has no exporter by tracing")
+    by_tracing: dict[str, Any] = {"dynamo": False} if "dynamo" in known else {}
+    axes = {name: {0: AXIS_NAMES[0]} for name in outputs}
+    axes[INPUT] = AXIS_NAMES if options.dynamic == "all" else {0: AXIS_NAMES[0]}
+    try:
+        with _silent_output(), tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "traced.onnx")
+            torch.onnx.export(
+                network, (example(options),), path, input_names=[INPUT], output_names=outputs,
+                opset_version=options.opset, dynamic_axes=axes if options.dynamic else {},
+                **by_tracing,
+            )  # fmt: skip
+            proto = onnx.load(path)
+    except torch.onnx.errors.UnsupportedOperatorError as error:
+        found = UNKNOWN_OPERATOR.search(str(error))
+        operator = found[1] if found else "an operator"
+        why = f"onnx: {operator} is not in opset {options.opset}"
+        raise NotTracedError(why, NEWER_OPSETS.get(operator, DYNAMO_OPSET)) from error
+    except (ValueError, RuntimeError) as error:
+        if "opset_version" not in str(error) and "ONNX opset" not in str(error):
+            raise
+        reason = " ".join(str(error).split())[:150]
+        raise ConfigError(f"--opset: got {options.opset} - {reason}. Take 17.") from error
+    if _computes_double(proto):
+        raise NotTracedError("onnx: the usual exporter makes float64 of numbers that forward makes")
     return proto
 
 
@@ -167,7 +194,24 @@ def _trace_dynamo(
         opset_version=max(options.opset, DYNAMO_OPSET), dynamic_shapes=dynamic_shapes(options,
     network.network.max_stride), dynamo=True, verbose=False, )  # fmt: skip
     assert program is not None
-    return program.model_proto
+    proto: onnx.ModelProto = program.model_proto
+    _name_by_scope(proto)
+    return proto
+
+
+def _name_by_scope(proto: onnx.ModelProto) -> None:
+    """Begin the names of nodes with the paths of their modules, as tracing does.
+
+    What else torch notes beside them goes, such as the places of source files on this machine; so do types of values
+    in between, which are wrong as soon as a node works in another precision.
+    """
+    for node in proto.graph.node:
+        notes = {item.key: item.value for item in node.metadata_props}
+        scopes = ast.literal_eval(notes.get("pkg.torch.onnx.name_scopes", "[]"))[:-1]
+        parts = [inner.removeprefix(f"{outer}.") for outer, inner in zip(scopes, scopes[1:])]
+        node.name = "/".join(["", *parts, node.name])
+        del node.metadata_props[:]
+    del proto.graph.value_info[:]
 
 
 def dynamic_example(options: ExportOptions, stride: int) -> torch.Tensor:

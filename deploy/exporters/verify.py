@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from deploy.backends import load_backend
-from deploy.exporters.end2end import TAPS, selection_fault
+from deploy.exporters.end2end import TAPS, beside_candidates, selection_fault
 from deploy.exporters.network import ExportOptions, blobs, floating_tensors
 from deploy.runtimes.artifact import Backend
 from deploy.runtimes.graphs import open_artifact
@@ -68,7 +68,8 @@ class Output(NamedTuple):
     """What an artifact gave.
 
     Attributes:
-        tensors: boxes (B, A, 4) in xyxy pixels and scores (B, A, C), or the head's raw tensors.
+        tensors: boxes (B, A, 4) in xyxy pixels and scores (B, A, C), or the head's raw tensors, or the rows (B, K, 6)
+            that a one-to-one branch leaves.
         detections: how many the NMS or top-k inside it chose.
         fault: what is wrong with that choice; empty if nothing, or if there is none.
     """
@@ -172,7 +173,7 @@ def verify(path: Path, model: DetectionModel, options: ExportOptions) -> list[Ca
     cases = []
     # A GPU may else round the factors of a convolution in float32 to 10 bits.
     with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
-        for number, (batch, imgsz) in enumerate(_shapes(backend, options)):
+        for number, (batch, imgsz) in enumerate(_shapes(model, options)):
             for attempt in range(tries):
                 seed = 100 * attempt + number + 1
                 reference = take_reference(model, batch, imgsz, seed=seed, device=options.device)
@@ -188,13 +189,18 @@ def verify(path: Path, model: DetectionModel, options: ExportOptions) -> list[Ca
     return cases
 
 
-def _shapes(backend: Backend, options: ExportOptions) -> list[tuple[int, tuple[int, int]]]:
-    """Batches and sizes to compare at: the traced ones first."""
+def _shapes(model: DetectionModel, options: ExportOptions) -> list[tuple[int, tuple[int, int]]]:
+    """Batches and sizes to compare at: the traced ones first; all have a cell for every query."""
     shapes = [(options.batch, options.imgsz)]
     if options.dynamic:
-        rows, columns = (side // backend.stride for side in options.imgsz)
-        cells = (max(rows // 2, 5), max(columns * 3 // 4, 7))  # enough for 300 queries
-        other = (cells[0] * backend.stride, cells[1] * backend.stride)
+        stride = model.max_stride
+        rows, columns = (side // stride for side in options.imgsz)
+        rows, columns = max(rows // 2, 5), max(columns * 3 // 4, 7)
+        while (
+            rows * columns * sum((stride // s) ** 2 for s in model.strides) < model.head.num_queries
+        ):
+            rows, columns = rows + 1, columns + 1
+        other = (rows * stride, columns * stride)
         shapes.append((options.batch + 1, other if options.dynamic == "all" else options.imgsz))
     return shapes
 
@@ -217,8 +223,10 @@ def compare(
         return case
     own = hold(Output(reference.tensors(options.raw)), model, exact, options).gaps
     case = hold(output, model, exact, options)
-    gaps = [gap._replace(limit=allowed(mine.relative)) for gap, mine in zip(case.gaps, own)]
-    return replace(case, gaps=(*gaps, *case.gaps[len(own) :]))
+    limits = [allowed(gap.relative) for gap in own]
+    limits += limits[-1:] * (len(case.gaps) - len(limits))
+    gaps = [gap._replace(limit=limit) for gap, limit in zip(case.gaps, limits, strict=True)]
+    return replace(case, gaps=tuple(gaps))
 
 
 def allowed(own: float) -> float:
@@ -233,6 +241,8 @@ def predict(
     """Run an artifact that was made with `options`; its NMS or top-k is judged as well."""
     if options.raw:
         return Output([tensor.to(images.device) for tensor in backend.run(images)])
+    if backend.end2end and not options.end2end:
+        return Output([backend.run(images)[0].to(images.device)])
     if not options.end2end:
         result = backend(images)
         assert isinstance(result, Decoded)
@@ -250,9 +260,11 @@ def hold(
     """What an artifact gave against the reference; queries, which are a set, are brought into one order."""
     found, expected, swapped = output.tensors, reference.tensors(options.raw), 0
     limit = ANYTHING if options.int8 else HALF_TOLERANCE if options.half else TOLERANCE
-    if model.head.num_queries > 0 and not options.int8:
+    if len(found) < len(expected):
+        found, expected = beside_candidates(found[0], reference.decoded)
+    elif model.head.num_queries > 0 and not options.int8:
         found, expected, swapped = _paired(found, expected, limit, may_swap=options.half)
-    names = ["score"] * len(expected) if options.raw else ["box", "score"]
+    names = ["score"] * len(expected) if options.raw else ["box", "score", "score"][: len(found)]
     gaps = [_gap(*three, limit) for three in zip(names, found, expected, strict=True)]
     if output.fault:
         gaps.append(Gap("box", float("inf"), float("inf"), output.fault, TOLERANCE))

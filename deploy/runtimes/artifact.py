@@ -37,11 +37,12 @@ class ArtifactInfo:
         batch: the only batch it takes; None for any.
         dynamic: whether it takes other sizes than `imgsz`.
         family: "yolov5", "yolov9", "yolo11" or "rtdetr".
-        postprocess_kind: "nms" or "topk".
+        postprocess_kind: one of `models.postprocess.KINDS`.
         layout: form of the output, see `deploy.runtimes.layouts`.
         channels: of the images.
         half: whether its weights are float16.
         white: the value of white in images deeper than 8 bits; None for their full range.
+        class_conf: lowest score of a detection of each class that `val.py --report` found best, if it did.
         thresholds: lowest score, largest overlap that NMS leaves and most detections of one that is end-to-end.
     """
 
@@ -56,6 +57,7 @@ class ArtifactInfo:
     channels: int = 3
     half: bool = False
     white: float | None = None
+    class_conf: tuple[float, ...] | None = None
     thresholds: tuple[float, float, int] | None = None
 
     @property

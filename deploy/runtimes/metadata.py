@@ -18,6 +18,7 @@ from deploy.runtimes.artifact import ArtifactInfo, loading
 from deploy.runtimes.layouts import LAYOUTS
 from utils.channels import white_of
 from utils.errors import CheckpointError, ForeignError, foreign_code
+from utils.thresholds import KEY, class_thresholds
 
 T = TypeVar("T")
 LONGEST_TEXT = 1 << 21  # twenty thousand class names of a hundred characters
@@ -61,13 +62,20 @@ def parse_metadata(metadata: Mapping[str, str], source: str) -> ArtifactInfo:
             raise _wrong(source, key, repr(metadata[key][:60]), expected) from None
 
     dynamic = read("dynamic", _one_of(DYNAMIC), "nothing, batch or all")
-    white = thresholds = None
+    white = thresholds = class_conf = None
     if "white" in metadata:
         white = read("white", lambda text: white_of({"white": float(text)}), "a number above 0")
     if "thresholds" in metadata:
         thresholds = read("thresholds", _thresholds, "[score, overlap, detections]")
+    names = read("names", _names, "class names by index")
+    if KEY in metadata:
+        class_conf = read(
+            KEY,
+            lambda text: class_thresholds({KEY: _literal(text)}, len(names)),
+            "a number from 0 to 1 for each class",
+        )
     info = ArtifactInfo(
-        names=read("names", _names, "class names by index"),
+        names=names,
         stride=read("stride", _whole(LARGEST_STRIDE), f"1 to {LARGEST_STRIDE}"),
         imgsz=read("imgsz", _imgsz, f"[height, width] from 1 to {LARGEST_SIDE}"),
         batch=read("batch", _whole(LARGEST_BATCH), f"1 to {LARGEST_BATCH}"),
@@ -75,11 +83,12 @@ def parse_metadata(metadata: Mapping[str, str], source: str) -> ArtifactInfo:
         family=read(
             "family", lambda text: _held(text, re.fullmatch(FAMILY, text)), "the name of a family"
         ),
-        postprocess_kind=read("postprocess", _one_of(("nms", "topk")), "nms or topk"),
+        postprocess_kind=read("postprocess", _one_of(("nms", "topk", "best")), "nms, topk or best"),
         layout=read("layout", _one_of(LAYOUTS), f"one of {', '.join(LAYOUTS)}"),
         channels=read("channels", _whole(MOST_CHANNELS), f"1 to {MOST_CHANNELS}"),
         half=read("half", _one_of(("True", "False")), "True or False") == "True",
         white=white,
+        class_conf=class_conf,
         thresholds=thresholds,
     )
     if not dynamic and math.prod((info.batch or 1, *info.imgsz)) > MOST_PIXELS:

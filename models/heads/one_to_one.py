@@ -46,7 +46,7 @@ class TwoBranches(NamedTuple):
 class OneToOne(Head[TwoBranches]):
     """Two branches over the same maps, without shared weights; the one-to-one branch starts as a copy of the other.
 
-    What inference reads is said by `postprocess`: "topk" the one-to-one branch, "nms" the other (see `use_nms`).
+    What inference reads is said by `postprocess`: "best" the one-to-one branch, "nms" the other (see `use_nms`).
 
     Args:
         many: the head of the family, whose towers become the one-to-many branch.
@@ -62,7 +62,7 @@ class OneToOne(Head[TwoBranches]):
 
     def __init__(self, many: DFLDetect | DDetect) -> None:
         super().__init__(many.num_classes, len(many.strides))
-        self.postprocess = "topk"
+        self.postprocess = "best"
         self.reg_max, self.detached = many.reg_max, False
         self.cv2, self.cv3, self.dfl = many.cv2, many.cv3, many.dfl
         self.one2one_cv2, self.one2one_cv3 = copy.deepcopy(many.cv2), copy.deepcopy(many.cv3)
@@ -87,7 +87,7 @@ class OneToOne(Head[TwoBranches]):
 
     def decode(self, raw: TwoBranches) -> Decoded:
         """Boxes (B, A, 4) in xyxy pixels and class probabilities (B, A, C) of the branch that inference reads."""
-        return decode_raw(raw.one if self.postprocess == "topk" else raw.many, self.dfl)
+        return decode_raw(raw.one if self.postprocess == "best" else raw.many, self.dfl)
 
     def export_layout(self, raw: TwoBranches) -> Tensor:
         """(B, 4 + C, A): cxcywh in pixels, then class probabilities."""
@@ -100,16 +100,11 @@ class OneToOne(Head[TwoBranches]):
                 self.num_classes, channels=[1] * len(self.strides), reg_max=self.reg_max
             )
         head.cv2, head.cv3, head.dfl = self.cv2, self.cv3, self.dfl
-        if self.postprocess == "topk":
+        if self.postprocess == "best":
             head.cv2, head.cv3 = self.one2one_cv2, self.one2one_cv3
         main: Head[DFLRaw] = head.train(self.training)
         main.strides, main.postprocess = self.strides, self.postprocess
         return main
-
-    def start_alike(self) -> None:
-        """Make the one-to-one branch a copy of the other, as where that has just got the weights of a file without it."""
-        self.one2one_cv2.load_state_dict(self.cv2.state_dict())
-        self.one2one_cv3.load_state_dict(self.cv3.state_dict())
 
     def tell_limits(self, sizes: np.ndarray, per_image: np.ndarray) -> None:
         """Objects between the anchor points."""
@@ -136,7 +131,7 @@ def check_form(head: Head[object], form: HeadForm, where: str) -> None:
     Raises:
         ConfigError: it needs NMS; `where` is its row.
     """
-    if form.end2end and head.postprocess != "topk":
+    if form.end2end and head.postprocess == "nms":
         raise ConfigError(
             f"{where}: got end2end true for a head that needs NMS, expected Detect with [nc], or DDetect. Leave it out."
         )
@@ -154,7 +149,7 @@ def use_nms(head: Head[object], where: str = "model") -> None:
     """
     if not isinstance(head, OneToOne):
         raise ConfigError(
-            f"{where}: got a head without a one-to-many branch beside its own, expected one of a model with end2end: true "
-            "that is not fused. Leave it as it is."
+            f"{where}: got a head without a one-to-many branch beside its own, expected a model with end2end: true as it was "
+            "trained. Leave --one-to-many out."
         )
     head.postprocess = "nms"

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -64,18 +65,14 @@ def strided_windows(x: Tensor, heads: int) -> Tensor:
     Returns:
         (B * R * S, N, 49, D), the windows of an image in order of (R, S).
     """
-    _, channels, height, width = x.shape
-    depth = channels // heads
-    x = x.view(-1, heads, depth, WINDOW, height // WINDOW, WINDOW, width // WINDOW)
-    return x.permute(0, 4, 6, 1, 3, 5, 2).reshape(-1, heads, WINDOW * WINDOW, depth)
+    return rearrange(x, "b (n d) (h r) (w s) -> (b r s) n (h w) d", n=heads, h=WINDOW, w=WINDOW)
 
 
 def merge_windows(windows: Tensor, rows: int, columns: int) -> Tensor:
     """Undo `strided_windows`: (B * R * S, N, 49, D) becomes (B, N * D, 7R, 7S)."""
-    _, heads, _, depth = windows.shape
-    x = windows.reshape(-1, rows, columns, heads, WINDOW, WINDOW, depth)
-    x = x.permute(0, 3, 6, 4, 1, 5, 2)
-    return x.reshape(-1, heads * depth, WINDOW * rows, WINDOW * columns)
+    return rearrange(
+        windows, "(b r s) n (h w) d -> b (n d) (h r) (w s)", r=rows, s=columns, h=WINDOW
+    )
 
 
 class ConvNorm(nn.Module):

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 Shape = tuple[int, ...]
@@ -172,20 +173,18 @@ def _position_maps(given: Tensor, wanted: Tensor) -> Tensor | None:
     if len(same) == 2 and blocks and old and new:
         image = _blocks_to_map(given[0], blocks, old)
         size = (blocks[0] * new[0], blocks[1] * new[1])
-        return _map_to_blocks(_between(image, size), blocks, new)[None]
+        return _map_to_blocks(_between(image, size), blocks)[None]
     return _between(given[0].permute(2, 0, 1), wanted.shape[1:3]).permute(1, 2, 0)[None]
 
 
 def _blocks_to_map(table: Tensor, blocks: tuple[int, int], cells: tuple[int, int]) -> Tensor:
     """(T, N, C) to (C, H, W): blocks of cells side by side."""
-    parts = table.unflatten(1, cells).unflatten(0, blocks)  # rows, columns, both within a block, C
-    return parts.permute(4, 0, 2, 1, 3).flatten(3, 4).flatten(1, 2)
+    return rearrange(table, "(r s) (h w) c -> c (r h) (s w)", r=blocks[0], h=cells[0])
 
 
-def _map_to_blocks(grid: Tensor, blocks: tuple[int, int], cells: tuple[int, int]) -> Tensor:
+def _map_to_blocks(grid: Tensor, blocks: tuple[int, int]) -> Tensor:
     """The way back from `_blocks_to_map`."""
-    parts = grid.unflatten(2, (blocks[1], cells[1])).unflatten(1, (blocks[0], cells[0]))
-    return parts.permute(1, 3, 2, 4, 0).flatten(2, 3).flatten(0, 1)
+    return rearrange(grid, "c (r h) (s w) -> (r s) (h w) c", r=blocks[0], s=blocks[1])
 
 
 def _grid_of(

@@ -177,15 +177,29 @@ def build_to_train(
     )
     log = get_logger().info
     if given is not None:
-        report = transfer(model, given.state, names=(given.names, names), source=weights)
+        state = given.state
+        if isinstance(model.head, OneToOne) and not any(".one2one_" in key for key in state):
+            state = with_branch(state)
+            log(f"{weights}: has no one-to-one branch, which starts as a copy of the other")
+        report = transfer(model, state, names=(given.names, names), source=weights)
         log(f"{weights}: {report.summary()}")
-        if isinstance(model.head, OneToOne) and not any(".one2one_" in k for k in given.state):
-            model.head.start_alike()
     if backbone_weights:
         report = load_backbone_weights(model, backbone_weights)
         log(f"{backbone_weights}: {report.summary()}")
     require_finite(model.state_dict(), weights or backbone_weights or str(cfg))
     return model
+
+
+def with_branch(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a head with one branch as those of a head with two, the second a copy of the first."""
+    rows = [int(match[1]) for key in state if (match := ROW.match(key))]
+    last = f"model.{max(rows, default=0)}."
+    copied = {
+        key.replace(last, f"{last}one2one_", 1): value
+        for key, value in state.items()
+        if key.startswith((f"{last}cv2.", f"{last}cv3."))
+    }
+    return {**state, **copied}
 
 
 def build_to_resume(

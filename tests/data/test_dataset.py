@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -109,6 +110,24 @@ def test_mosaic_and_mixup_end_where_they_are_closed(config_of, monkeypatch):
     assert dataset[4, 0] and made
     made.clear()
     assert dataset[5, 0] and dataset[9, 1] and not made
+
+
+def test_outside_the_strong_epochs_there_are_flips_alone(config_of, monkeypatch):
+    options = LoadOptions(imgsz=(64, 64), augment=True, hyp={**HYP, "flipud": 0.0, "fliplr": 0.0})
+    dataset = build_dataset(config_of("yolo"), "train", replace(options, strong_epochs=range(2, 4)))
+    plain = build_dataset(config_of("yolo"), "train", LoadOptions(imgsz=(64, 64)))
+    same = [torch.equal(dataset[epoch, 1].image, plain[1].image) for epoch in range(6)]
+    assert same == [True, True, False, False, True, True]
+
+
+def test_a_mosaic_at_half_size_shows_more_of_its_pictures(config_of):
+    hyp = {**HYP, "mosaic": 1.0, "scale": 0.0, "translate": 0.0, "mixup": 0.0}
+    counts = []
+    for share in (1.0, 0.5):
+        options = LoadOptions(imgsz=(64, 64), augment=True, hyp={**hyp, "mosaic_scale": share})
+        dataset = build_dataset(config_of("yolo"), "train", options)
+        counts.append(sum(len(dataset[epoch, 0].labels) for epoch in range(20)))
+    assert counts[1] > 1.5 * counts[0]
 
 
 def test_augmentation_without_hyper_parameters_changes_nothing(config_of):

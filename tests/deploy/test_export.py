@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from onnx_exports import needs_both
 from tiny_models import HEADS, tiny_model
 
 import export
@@ -110,7 +111,7 @@ def test_other_forms_give_the_same_at_another_batch_and_size(form: str, tmp_path
     [
         {"simplify": True},
         {"dynamic": "batch"},
-        pytest.param({"dynamo": True}, marks=pytest.mark.slow),
+        pytest.param({"dynamo": True}, marks=[pytest.mark.slow, needs_both]),
     ],
 )
 def test_onnx_options_keep_the_numbers(changes: dict[str, Any], tmp_path: Path):

@@ -9,20 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from onnx_exports import needs_both
 from small_configs import build
 from small_configs import with_maps as with_maps
+from tiny_models import HEADS, tiny_model
 from torch import Tensor, nn
 
 from deploy.exporters import onnx_file
-from deploy.exporters.network import ExportOptions
-from deploy.exporters.onnx_file import export_onnx
+from deploy.exporters.network import ExportOptions, build_network
+from deploy.exporters.onnx_file import export_onnx, trace_onnx
 from deploy.exporters.verify import verify
 from models.registry import register, unchanged
 from models.yolo import DetectionModel
 from utils.errors import ConfigError
 from utils.logger import get_logger
 
-pytest.importorskip("onnx")
+onnx = pytest.importorskip("onnx")
 OPTIONS = ExportOptions(imgsz=(64, 96), dynamic="all")
 OPERATOR = "aten::_upsample_bicubic2d_aa"
 
@@ -93,6 +95,42 @@ def test_what_it_needs_is_told_in_one_line(
     )
 
 
+def test_a_torch_without_the_exporter_by_tracing_asks_the_other_and_says_so(
+    told: Told, monkeypatch: pytest.MonkeyPatch
+):
+    made, asked = onnx.ModelProto(), []
+
+    def stand_in(network: nn.Module, outputs: list[str], options: ExportOptions, why: str):
+        asked.append((why, options.opset))
+        return made
+
+    def of_later_torch(model, args, f=None, *, dynamic_shapes=None, dynamo=True): ...
+
+    monkeypatch.setattr(onnx_file, "_trace_dynamo", stand_in)
+    monkeypatch.setattr(torch.onnx, "export", of_later_torch)
+    network = build_network(tiny_model("channels"), OPTIONS)
+    assert trace_onnx(network, OPTIONS, ["output0"]) is made
+    why = f"onnx: torch {torch.__version__} has no exporter by tracing"
+    assert asked == [(why, 18)]
+    assert told.lines == [f"{why}; written by torch.export's exporter instead, opset 18"]
+
+
+@needs_both
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", HEADS)
+def test_a_program_has_the_names_of_modules_and_no_paths(layout: str, tmp_path: Path):
+    """Names decide what stays float32 with --half."""
+    pytest.importorskip("onnxscript")
+    model, options = tiny_model(layout), ExportOptions(imgsz=(64, 96), dynamo=True, half=True)
+    path = export_onnx(model, options, tmp_path / "best.pt")
+    verify(path, model, options)
+    nodes = onnx.load(str(path)).graph.node
+    assert any(node.name.startswith("/network/model.0/conv/") for node in nodes)
+    assert any(node.name.startswith("/decode/") for node in nodes)
+    assert str(Path(__file__).resolve().parents[2]).encode() not in path.read_bytes()
+
+
+@needs_both
 @pytest.mark.slow
 def test_what_it_writes_gives_the_same_at_other_batches_and_sizes(
     model: DetectionModel, tmp_path: Path, told: Told

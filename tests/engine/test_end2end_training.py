@@ -8,12 +8,14 @@ import pytest
 import torch
 
 import train
+import val
 from deploy.backends import load_backend
 from models.heads.one_to_one import OneToOne
 from models.losses.one_to_one import OneToOneLoss
 from models.weights.load import build_to_train, load_weights
 from models.yolo import build_model
 from utils.checkpoint import load_checkpoint
+from utils.errors import ConfigError
 
 MODEL = """
 nc: 2
@@ -67,10 +69,16 @@ def test_a_run_that_is_resumed_weighs_the_branches_by_its_epoch(
     assert isinstance(head, OneToOne) and not torch.equal(
         head.cv3[0][2].bias, head.one2one_cv3[0][2].bias
     )
-    assert load_backend(last).postprocess_kind == "topk"
+    assert load_backend(last).postprocess_kind == "best"
+    data = ["--data", shared_data, "--workers", 0, "--noplots", "--project", tmp_path]
+    val.main(list(map(str, ["--weights", last, *data, "--one-to-many"])))
+    with pytest.raises(ConfigError, match="plain.*got a head without a one-to-many branch"):
+        val.main(list(map(str, ["--weights", plain, *data, "--one-to-many"])))
 
 
-def test_weights_without_the_branch_give_both_the_same_start(shared_data: Path, tmp_path: Path):
+def test_weights_without_the_branch_give_both_the_same_start(
+    tmp_path: Path, capfd: pytest.CaptureFixture
+):
     (tmp_path / "plain.yaml").write_text(MODEL)
     torch.manual_seed(3)
     model = build_model(tmp_path / "plain.yaml", names=("square", "disc"), imgsz=(64, 64))
@@ -80,6 +88,11 @@ def test_weights_without_the_branch_give_both_the_same_start(shared_data: Path, 
     weights = str(tmp_path / "plain.pt")
     head = build_to_train(("square", "disc"), weights=weights, imgsz=(64, 64), end2end=True).head
     assert isinstance(head, OneToOne)
+    told = capfd.readouterr().err
+    assert "plain.pt: has no one-to-one branch, which starts as a copy of the other" in told
+    count = len(model.state_dict()) + sum(len(m.state_dict()) for m in (head.cv2, head.cv3))
+    assert f"transferred {count} of {count} tensors (100.0% of the numbers)" in told
+    assert "missing" not in told
     for ours, copied, given in (
         (head.cv2, head.one2one_cv2, model.head.cv2),
         (head.cv3, head.one2one_cv3, model.head.cv3),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import itertools
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor
 
 import train
+from engine.flags import spelling
+from engine.options import TrainOptions
 from engine.recorder import RunRecorder
 from engine.run import Run
 from utils.checkpoint import load_checkpoint
@@ -199,6 +202,8 @@ FLAGS: dict[str, tuple[list[str], Callable[[Trained], None]]] = {
     "cos-lr": (["--cos-lr"], hyp_is("schedule", "cosine")),
     "flat-cos-lr": (["--flat-cos-lr"], hyp_is("schedule", "flat_cosine")),
     "fixed-lr": (["--fixed-lr"], hyp_is("schedule", "fixed")),
+    "box-loss": (["--box-loss", "diou"], hyp_is("box_loss", "diou")),
+    "cls-loss": (["--cls-loss", "focal"], hyp_is("cls_loss", "focal")),
     "label-smoothing": (["--label-smoothing", "0.1"], hyp_is("label_smoothing", 0.1)),
     "patience": (["--patience", "2"], option_is("patience", 2)),
     "amp off": (["--amp", "off"], option_is("amp", "off")),
@@ -236,6 +241,7 @@ QUICK = [
     *[("rect", "multi-scale"), ("multi-scale", "imgsz"), ("image-weights", "close-mosaic")],
     *[("rect", "cache disk"), ("single-cls", "image-weights"), ("nosave", "save-period")],
 ]
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "flags.md"
 
 
 def run_with(words: list[str], cfg: Path, data: Path, folder: Path, monkeypatch) -> Trained:
@@ -328,3 +334,18 @@ def test_every_other_pair_composes(pair, tiny_cfg, squares, tmp_path, monkeypatc
 @pytest.mark.parametrize("pair", [*REFUSED, *WITHOUT_EFFECT], ids=" + ".join)
 def test_the_table_names_pairs_that_are_run(pair):
     assert pair in PAIRS or pair[::-1] in PAIRS
+
+
+def as_table() -> list[str]:
+    """The exceptions as docs/flags.md has them."""
+    rows = [f"| `--{a}` | `--{b}` | refused: {told} |" for (a, b), told in REFUSED.items()]
+    rows += [f"| `--{a}` | `--{b}` | told: {told} |" for (a, b), told in WITHOUT_EFFECT.items()]
+    return ["| flag | with | what happens |", "|---|---|---|", *rows]
+
+
+def test_the_document_shows_the_table_and_every_flag():
+    text = DOCUMENT.read_text(encoding="utf-8")
+    assert [line for line in text.splitlines() if line.startswith("|")] == as_table()
+    idle = [spelling(f.name) for f in fields(TrainOptions) if not f.metadata["has_effect"]]
+    missing = [flag for flag in (*FLAGS, *idle) if f"`--{flag.removeprefix('--')}`" not in text]
+    assert not missing

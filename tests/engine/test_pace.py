@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from engine.pace import Length, accumulated, settle_pace
+from engine.pace import Length, accumulated, plan_of, settle_pace, tell_plan
+from models.family import RECIPES
+from utils.config import load_hyp
 
 PUBLISHED: dict[str, Any] = {
     "nbs": 64, "least_steps": 3000, "warmup_epochs": 3.0, "warmup_share": 0.1, "ema_decay": 0.9999, "ema_tau": 2000,
@@ -59,6 +61,46 @@ def test_what_the_user_wrote_stays():
     assert settled["ema_decay"] == pytest.approx(
         1 - 1 / (0.1 * 750 / 4)
     )  # of the steps that are left
+
+
+@pytest.mark.parametrize(
+    ("epochs", "strong", "dense_end"),
+    # 4 + E / 2 epochs with mosaic and mixup, as published; 132 epochs of which 12 are plain, 120 of which 11 are
+    [
+        (132, range(4, 120), 70),
+        (120, range(4, 109), 64),
+        (12, range(11), 6),
+        (1, range(1), 1),
+    ],
+)
+def test_the_plan_of_deim_in_epochs(epochs: int, strong: range, dense_end: int):
+    hyp = load_hyp(RECIPES / "deim.yaml", RECIPES / "dfine.yaml")
+    assert plan_of(hyp, epochs) == (strong, dense_end)
+
+
+@pytest.mark.parametrize("family", ["rtdetr", "dfine", "yolo11"])
+def test_without_a_plan_all_epochs_are_alike_but_for_close_mosaic(family: str, capsys):
+    hyp = load_hyp(None, RECIPES / f"{family}.yaml")
+    plan = plan_of({**hyp, "close_mosaic": 10}, 50)
+    assert plan == (range(50), 40)
+    tell_plan(plan, 50)
+    assert not capsys.readouterr().err
+    tell_plan(plan._replace(strong=range(2, 45)), 50)
+    assert (
+        "plan: flips alone until epoch 2, mosaic and mixup until 40, warp and colours until 45, then on from the best "
+        "weights with flips alone" in capsys.readouterr().err
+    )
+
+
+def test_deims_numbers_are_for_the_detr_families(capsys):
+    """What of them another family has no use for is told; its own class loss stays."""
+    deim = RECIPES / "deim.yaml"
+    assert load_hyp(deim, RECIPES / "rtdetr.yaml")["cls_loss"] == "mal"
+    assert load_hyp(deim, RECIPES / "yolo11.yaml")["cls_loss"] == "bce"
+    assert (
+        "without effect for yolo11: warmup_power, mosaic_scale, augment_from"
+        in capsys.readouterr().err
+    )
 
 
 def test_batches_of_a_step():

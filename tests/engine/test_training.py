@@ -17,13 +17,14 @@ from torch import Tensor
 import train
 from engine.evaluation import collect
 from engine.options import read_training
+from engine.pace import Plan
 from engine.recorder import RunRecorder
 from engine.resume import resume
 from engine.run import Run, prepare
 from engine.state import save
 from models.family import build_criterion
 from models.losses.epochs import SameEveryEpoch
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import capture_rng, finalize_checkpoint, load_checkpoint
 from utils.distributed import World
 from utils.errors import ConfigError, UserError
 from utils.optim import build_optimizer
@@ -42,6 +43,39 @@ def run(tiny_cfg: Path, shared_data: Path, tmp_path: Path) -> Run:
     torch.manual_seed(0)
     options = read_training(arguments(tiny_cfg, shared_data, tmp_path))[0]
     return prepare(options, tmp_path / "exp", torch.device("cpu"), World())
+
+
+def test_the_last_epochs_go_on_from_the_best_weights(run: Run, capsys):
+    """The model and its average are those of best.pt; where nothing was measured they stay."""
+    run = replace(run, plan=Plan(range(1), 1))
+    train.train_one_epoch(run, 0, RunRecorder(run))
+    best = run.last.with_name("best.pt")
+    best.parent.mkdir(parents=True)
+    save(run, best, 0)
+    kept = {"model": run.model.state_dict(), "average": run.ema.model.state_dict()}
+    kept = {name: {k: v.clone() for k, v in state.items()} for name, state in kept.items()}
+    updates = run.ema.updates
+    train.train_one_epoch(replace(run, plan=Plan(range(9), 9)), 1, RunRecorder(run))
+    moved = {k: v.clone() for k, v in run.model.state_dict().items()}
+    run.place.epoch = 1
+    train.begin_epoch(run, 1)
+    assert (
+        "goes on as it is, since --noval or --nosave leaves no best weights"
+        in capsys.readouterr().err
+    )
+    assert all(map(torch.equal, run.model.state_dict().values(), moved.values()))
+    run.place.best_fitness = 0.4
+    train.begin_epoch(run, 1)
+    assert "epoch 2: goes on from " in capsys.readouterr().err and run.ema.updates == updates
+    assert all(map(torch.equal, run.model.state_dict().values(), kept["model"].values()))
+    assert all(map(torch.equal, run.ema.model.state_dict().values(), kept["average"].values()))
+    finalize_checkpoint(best)  # of a run that was finished and is made longer
+    train.begin_epoch(run, 1)
+    assert all(map(torch.equal, run.model.state_dict().values(), kept["average"].values()))
+    run.place.within = run.place.within._replace(rng=capture_rng())
+    run.model.load_state_dict(moved)
+    train.begin_epoch(run, 1)  # an epoch that was stopped has been there already
+    assert all(map(torch.equal, run.model.state_dict().values(), moved.values()))
 
 
 def test_the_optimiser_steps_as_often_as_the_accumulation_says(run: Run, monkeypatch):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from onnx_exports import needs_both, onnx_by_tracing
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -333,7 +334,9 @@ def test_traced_model_takes_any_batch_and_size(deimv2: bool):
         torch.testing.assert_close(traced(images), model(images))
 
 
-@pytest.mark.parametrize("dynamo", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.parametrize(
+    "dynamo", [pytest.param(True, marks=[pytest.mark.slow, needs_both]), False]
+)
 @pytest.mark.parametrize(
     "sampling", ["grid_sample", pytest.param("gather", marks=pytest.mark.slow)]
 )
@@ -343,16 +346,15 @@ def test_onnx_file_takes_any_batch_and_size(tmp_path, sampling: str, dynamo: boo
     model, path = _Deployed(small_model()).eval(), str(tmp_path / "model.onnx")
     set_sampling(model, sampling)
     sizes = {0: torch.export.Dim("b"), 2: 32 * torch.export.Dim("h"), 3: 32 * torch.export.Dim("w")}
-    how = (
-        {"dynamic_shapes": {"images": sizes}}
-        if dynamo
-        else {"dynamic_axes": {"images": dict(zip(sizes, "bhw"))}}
-    )
-    names = {"input_names": ["images"], "output_names": ["predictions"]}
+    how = {"input_names": ["images"], "output_names": ["predictions"], "opset_version": 18}
     images = torch.rand(2, 3, 96, 128)
-    torch.onnx.export(
-        model, (images,), path, opset_version=18, dynamo=dynamo, verbose=False, **names, **how
-    )
+    if dynamo:
+        how |= {"dynamic_shapes": {"images": sizes}, "dynamo": True, "verbose": False}
+        torch.onnx.export(model, (images,), path, **how)
+    else:
+        onnx_by_tracing(
+            model, images, path, dynamic_axes={"images": dict(zip(sizes, "bhw"))}, **how
+        )
     session = runtime.InferenceSession(path)
     for shape in ((1, 3, 128, 96), (3, 3, 96, 160)):
         images = torch.rand(shape)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from onnx_exports import onnx_by_tracing
 from published import FOLDER, fill, golden, layout, needs_golden, read_json
 from torch import Tensor, nn
 
@@ -203,8 +204,8 @@ def test_an_exported_program_runs_at_another_batch_and_size() -> None:
 def test_an_onnx_file_traced_at_one_size_is_right_at_others(tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     model, path = small().eval(), str(tmp_path / "emo.onnx")
-    torch.onnx.export(
-        model, (torch.rand(2, 3, 128, 96),), path, dynamo=False, input_names=["images"],
+    onnx_by_tracing(
+        model, torch.rand(2, 3, 128, 96), path, input_names=["images"],
         dynamic_axes={"images": {0: "batch", 2: "height", 3: "width"}}, opset_version=17,
     )  # fmt: skip
     session = onnxruntime.InferenceSession(path)

@@ -22,6 +22,7 @@ from models.heads.ddetect import DDetect, DualDDetect
 from models.heads.dfine import DFINEDecoder
 from models.heads.dfl import DFLDetect
 from models.heads.rtdetr import RTDETRDecoder
+from models.postprocess import KINDS
 from utils.config import load_yaml
 from utils.errors import ConfigError
 
@@ -49,7 +50,7 @@ def test_a_head_says_what_the_contract_asks_for(head: Head):
     strides = (8, 16) * (len(head.strides or (8, 16)) // 2)
     head.initialize((8, 16, 8, 16) if isinstance(head, DualDDetect) else strides)
     assert (head.num_classes, head.strides) == (2, (8, 16))
-    assert head.layout in ("anchors", "channels", "queries") and head.postprocess in ("nms", "topk")
+    assert head.layout in ("anchors", "channels", "queries") and head.postprocess in KINDS
     maps = [torch.rand(2, *shape) for shape in ((8, 12, 16), (8, 6, 8))]
     maps = [m[:, :4] for m in maps] if isinstance(head, AnchorDetect) else maps
     maps = maps * 2 if isinstance(head, DualDDetect) else maps

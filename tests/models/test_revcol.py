@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from onnx_exports import onnx_by_tracing
 from published import FOLDER, fill, golden, layout, needs_golden, read_json
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -302,8 +303,8 @@ def test_torch_compile_trains_on_the_plain_path_with_the_same_gradients() -> Non
 def test_an_onnx_file_traced_at_one_size_is_right_at_another(tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     model, path = small(columns=2).eval(), str(tmp_path / "revcol.onnx")
-    torch.onnx.export(
-        model, (torch.rand(2, 3, 64, 96),), path, dynamo=False, input_names=["images"],
+    onnx_by_tracing(
+        model, torch.rand(2, 3, 64, 96), path, input_names=["images"],
         dynamic_axes={"images": {0: "batch", 2: "height", 3: "width"}}, opset_version=17,
     )  # fmt: skip
     images = torch.rand(3, 3, 96, 32)

@@ -167,6 +167,23 @@ def test_flat_cosine_is_half_way_down_at_three_quarters() -> None:
     assert build_schedule("flat_cosine", 100, 0.1)(75) == pytest.approx(0.55)
 
 
+def test_flat_cosine_may_begin_later_and_end_before_the_training() -> None:
+    """DEIM's plan: half of the training, and the last tenth, constant."""
+    schedule = build_schedule("flat_cosine", 100, 0.5, flat=0.5, end=0.9)
+    epochs, expected = (
+        (0, 50, 60, 70, 80, 89, 90, 99),
+        (1, 1, 0.926777, 0.75, 0.573223, 0.500771, 0.5, 0.5),
+    )
+    assert [schedule(epoch) for epoch in epochs] == pytest.approx(expected, abs=1e-6)
+    cut = build_schedule("flat_cosine", 100, 0.5, flat=0.9, end=0.9)
+    assert [cut(epoch) for epoch in (90, 91)] == [1, 0.5]
+
+
+def test_a_warm_up_may_rise_as_the_square_of_the_time() -> None:
+    warmup = Warmup(iterations=10, bias_lr=0.0, momentum=0.9, power=2.0)
+    assert [warmup.lr(i, "weight", 1.0) for i in (0, 5, 10, 11)] == pytest.approx([0, 0.25, 1, 1])
+
+
 def test_unknown_schedule_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match="Did you mean 'cosine'"):
         build_schedule("cosin", 10, 0.1)

@@ -1,0 +1,1 @@
+"""A study: configs over backbones, trained, measured and compared; what `compare.py --epochs N` runs."""
