@@ -40,12 +40,14 @@ class Curves(NamedTuple):
 def best_thresholds(curves: Curves) -> Array:
     """The confidence of the best F1 of each class that has objects, (C,).
 
-    F1 is averaged over 0.05 of confidence first: the highest point of a few objects is chance.
+    F1 is averaged over 0.05 of confidence first: the highest point of a few objects is chance. Of a plateau the middle.
     """
     width = len(curves.confidence_axis) // 20 | 1
     padded = np.pad(curves.f1, ((0, 0), (width // 2, width // 2)), mode="edge")
     smooth = np.lib.stride_tricks.sliding_window_view(padded, width, axis=1).mean(-1)
-    best: Array = curves.confidence_axis[smooth.argmax(1)]
+    tops = [np.flatnonzero(row >= row.max() - 1e-9) for row in smooth]
+    places = np.array([top[len(top) // 2] for top in tops], np.int64)
+    best: Array = curves.confidence_axis[places]
     return best
 
 
