@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from utils.curves import Annotations, ImageDetections, overlaps
+from utils.curves import ImageDetections, overlaps
 
 Array = NDArray[np.float64]
 Labels = NDArray[np.int64]
@@ -96,7 +96,7 @@ class Errors(NamedTuple):
 
 def judge(
     detections: Mapping[int, ImageDetections],
-    annotations: Annotations,
+    annotations: Sequence[Mapping[str, Any]],
     category_ids: Sequence[int],
     max_detections: int = 100,
 ) -> Errors:
