@@ -22,7 +22,7 @@ from torch import Tensor
 from data.dataset import LoadOptions
 from deploy.backends import Backend, load_backend
 from engine.evaluation import Validation, tell_other_score
-from engine.flags import read_given
+from engine.flags import read_given, spelling
 from engine.options import CompareOptions
 from models.reparam import reparameterize_model
 from models.table import Totals
@@ -37,6 +37,7 @@ from utils.device import select_device
 from utils.errors import ConfigError, run_cli
 from utils.logger import get_logger
 
+STUDY_ONLY = ("seeds", "budget", "runtime", "markdown", "train")
 CONFIG_SIZE = 640  # of models without weights, which have no size of their own
 
 
@@ -82,6 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.resume or options.epochs is not None:
         run_study(options, given.keys())
         return
+    if idle := [spelling(name) for name in STUDY_ONLY if name in given]:
+        raise ConfigError(
+            f"{', '.join(idle)}: belongs to a study. Give --epochs too, or leave it out."
+        )
     if not options.models:
         raise ConfigError("--models: got nothing, expected configs or weights. Name some.")
     device = select_device(options.device)

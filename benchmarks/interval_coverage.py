@@ -1,6 +1,6 @@
 """How often the confidence interval of an mAP holds the true value, by simulation.
 
-    python benchmarks/interval_coverage.py --images 100 200 400 --trials 400
+    python benchmarks/interval_coverage.py --images 100 200 400 --trials 600
 
 A made-up detector looks at made-up images, some of which are harder than others: harder ones lose more of their objects
 and get more false alarms, so that what happens within an image hangs together. The true value is its mAP over a very
@@ -59,7 +59,7 @@ def main() -> None:
     """Simulate and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--images", type=int, nargs="+", default=[100, 200, 400])
-    parser.add_argument("--trials", type=int, default=400)
+    parser.add_argument("--trials", type=int, default=600)
     parser.add_argument("--resamples", type=int, default=200)
     args = parser.parse_args()
     for images in args.images:

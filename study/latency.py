@@ -6,6 +6,7 @@ All of them are in one process, so that a machine that is busy for a while is bu
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -79,7 +80,8 @@ def main() -> None:
     table: dict[str, dict[str, Latency]] = {}
     for (name, runtime), latency in zip(files, found, strict=True):
         table.setdefault(name, {})[runtime] = latency
-    write_whole(study.folder / LATENCY, json.dumps(table).encode())
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    write_whole(study.folder / LATENCY, json.dumps({"load": load, "entries": table}).encode())
 
 
 if __name__ == "__main__":

@@ -121,6 +121,7 @@ def _in_runtime(
         "seeds": stats,
         **{name: mean(values) for name, values in stats.items()},
         "samples": np.mean([a.samples for a in found], axis=0).round(5).tolist(),
+        "images": found[0].metrics.images,
         "names": found[0].validation.dataset.names,
     }
 
@@ -139,7 +140,7 @@ def _artifact(
 
 
 def accuracy(study: Study, backend: Backend, name: str, device: torch.device) -> Accuracy:
-    """mAP on the validation split, and that of splits drawn from its images."""
+    """mAP on the validation split, and that of halves of it."""
     options = study.options
     imgsz = parse_imgsz(options.imgsz, backend.stride) if options.imgsz else backend.imgsz
     load = LoadOptions(imgsz=imgsz, batch_size=16, stride=backend.stride)

@@ -11,8 +11,8 @@ from markupsafe import Markup
 from data.images import read_image
 from study.measure import EXAMPLES
 from study.plan import Study
-from study.results import Row, choice_of, front_of
-from study.text import NOTES, setting, spread, verdict
+from study.results import FAILURE, Row, choice_of, front_of, main_rows
+from study.text import NOTES, extent, setting, spread, verdict
 from study.training import read_epochs
 from utils import page as kit
 from utils.charts import Point, Series, axis_of, line_chart, scatter_chart
@@ -21,9 +21,9 @@ from utils.page import Cell, Column
 MOST_PICTURES = 600_000  # bytes of examples in a page
 COLUMNS = (
     Column("model"), Column("mAP50-95", ".3f"), Column("95 % interval"), Column("behind the best"), Column("mAP50", ".3f"),
-    Column("ms", ".1f"), Column("quartiles"), Column("params, M", ".2f"), Column("deployed", ".2f"), Column("GFLOPs", ".2f"),
-    Column("deployed", ".2f"), Column("MiB", ".0f"), Column("AP small", ".3f"), Column("medium", ".3f"), Column("large", ".3f"),
-    Column("s an epoch", ".1f"), Column("training, GiB", ".2f"), Column("epochs", "d"), Column("state"),
+    Column("ms", ".1f"), Column("quartiles"), Column("params, M", ".2f"), Column("deployed, M", ".2f"), Column("GFLOPs", ".2f"),
+    Column("deployed, GFLOPs", ".2f"), Column("MiB", ".1f"), Column("AP small", ".3f"), Column("medium", ".3f"),
+    Column("large", ".3f"), Column("s an epoch", ".1f"), Column("training, GiB", ".2f"), Column("epochs", "d"), Column("state"),
 )  # fmt: skip
 
 
@@ -35,11 +35,17 @@ def study_page(study: Study, rows: Sequence[Row], title: str) -> str:
         rows: what was found.
         title: of the page.
     """
-    first = study.options.runtime[0]
-    others = {row.name for row in rows} - {row.name for row in rows if row.runtime == first}
-    main = [row for row in rows if row.runtime == first or row.name in others]
-    parts = [kit.section("Which one to choose", kit.paragraph(verdict(main)))]
-    parts.append(kit.section("Results", _table(main), kit.paragraph(NOTES, "soft")))
+    main = main_rows(study, rows)
+    parts = [kit.section("Which one to choose", kit.paragraph(verdict(main), "lead"))]
+    parts.append(
+        kit.section(
+            "Results", _table(main), kit.paragraph(f"{extent(study, main)} {NOTES}", "soft")
+        )
+    )
+    if failed := {
+        row.name: row.state.removeprefix(FAILURE) for row in rows if row.state.startswith(FAILURE)
+    }:
+        parts.append(kit.section("What failed", kit.facts(failed)))
     if picture := _picture(main):
         parts.append(kit.section("Speed and accuracy", picture))
     if len(study.options.runtime) > 1:
@@ -66,7 +72,9 @@ def _table(rows: Sequence[Row]) -> Markup:
 def _cells(row: Row, *, is_best: bool, is_chosen: bool) -> list[Cell]:
     words = ["choice"] * is_chosen + ["front"] * is_best
     name = Markup(" ").join([Markup("{}").format(row.name), *map(kit.badge, words)])
-    state = row.state if row.is_whole else Markup('<span class="warn">{}</span>').format(row.state)
+    state = "failed, see below" if row.state.startswith(FAILURE) else row.state
+    if not row.is_whole:
+        state = Markup('<span class="warn">{}</span>').format(state)
     millions = [None if n is None else n / 1e6 for n in (row.params, row.params_deployed)]
     behind = "best" if row.map50_95 is not None and row.behind is None else None
     if row.behind is not None:
@@ -119,9 +127,13 @@ def _runtimes(rows: Sequence[Row]) -> Markup:
 def _curves(study: Study) -> Markup | None:
     series = []
     for entry in study.entries:
-        for training in study.trainings(entry):
-            points = [(row.epoch, row.map50_95) for row in read_epochs(training.folder) if math.isfinite(row.map50_95)]  # fmt: skip
-            name = f"{entry.name}, seed {training.seed}" if study.options.seeds > 1 else entry.name
+        for seed, folder in enumerate(study.runs_of(entry)):
+            points = [
+                (row.epoch, row.map50_95)
+                for row in read_epochs(folder)
+                if math.isfinite(row.map50_95)
+            ]
+            name = f"{entry.name}, seed {seed}" if study.options.seeds > 1 else entry.name
             series += [Series(name, points)] if len(points) > 1 else []
     if not series:
         return None
@@ -146,7 +158,7 @@ def _examples(study: Study, rows: Sequence[Row]) -> Markup | None:
             kit.figure(kit.picture(read_image(path), f"image {number + 1}: {name}"), name)
             for name, path in files.items()
         ]
-        parts.append(kit.fold(f"Image {number + 1}", kit.gallery(figures)))
+        parts.append(kit.fold(f"Image {number + 1}", kit.gallery(figures), is_open=number == 0))
     return Markup("\n").join(parts) if parts else None
 
 

@@ -27,7 +27,9 @@ PLAN, MEASURED, LATENCY = "plan.json", "measured.json", "latency.json"
 OWN = "none"  # the backbone of the YAML itself
 ALIKE = ("data", "imgsz", "epochs", "seeds", "train")
 """What all entries of a study have in common; without it they could not be compared."""
-CHANGEABLE = frozenset("budget device workers runs runtime markdown allow_code download".split())
+COMMAND_LINE_ONLY = frozenset("device allow_code download".split())
+"""What a study that goes on has from its own command line alone: its folder may be a stranger's."""
+CHANGEABLE = COMMAND_LINE_ONLY | frozenset("budget workers runs runtime markdown".split())
 """What may be given anew when a study goes on."""
 WEIGHTS = (".pt", ".safetensors")
 
@@ -55,11 +57,11 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """`yolo11n + resnet18 pretrained=true`; of a file with the folder of its run."""
+        """`yolo11n + resnet18 pretrained=true`; of weights with the folder of their run."""
         if file := self.file:
             parent = file.resolve().parent
-            run = parent.parent.name if parent.name == "weights" else ""
-            return f"{run}/{file.name}" if run else file.name
+            is_of_run = parent.name == "weights" and file.suffix in WEIGHTS
+            return f"{parent.parent.name}/{file.name}" if is_of_run else file.name
         model = Path(self.model).stem if self.model.endswith((".yaml", ".yml")) else self.model
         return f"{model} + {' '.join(self.backbone)}" if self.backbone else model
 
@@ -134,6 +136,12 @@ class Study:
         for seed in range(self.options.seeds) if entry.file is None else ():
             yield Training(entry, seed, self.folder_of(entry) / f"seed{seed}")
 
+    def runs_of(self, entry: Entry) -> list[Path]:
+        """Folders of the trainings that an entry comes from, those of this study or the one that its file lies in."""
+        if entry.file is None:
+            return [training.folder for training in self.trainings(entry)]
+        return [entry.file.parent.parent] if entry.file.parent.name == "weights" else []
+
     def save(self) -> None:
         """Write the plan."""
         content = {
@@ -178,14 +186,16 @@ def open_study(options: CompareOptions, given: Set[str]) -> Study:
     """
     if options.resume:
         study = load_study(_newest(options) if options.resume is True else Path(options.resume))
-        new = {name: vars(options)[name] for name in given & CHANGEABLE}
+        new = {name: vars(options)[name] for name in COMMAND_LINE_ONLY | (given & CHANGEABLE)}
         others = sorted(map(spelling, given - CHANGEABLE - {"resume", "project"}))
         if others:
             raise ConfigError(
                 f"--resume: the study says by itself what {', '.join(others)} is. Leave it out, or add entries with "
                 f"the whole command, --name {study.folder.name} and --exist-ok."
             )
-        return replace(study, options=replace(study.options, **new))
+        study = replace(study, options=replace(study.options, **new))
+        study.save()  # for the children, which read it
+        return study
     entries = entries_of(options.models, options.backbone)
     folder, commands = options.make_folder(), [command_line()]
     if (folder / PLAN).is_file():
@@ -193,9 +203,18 @@ def open_study(options: CompareOptions, given: Set[str]) -> Study:
         _require_alike(before, options)
         entries = list(dict.fromkeys([*before.entries, *entries]))
         commands = list(dict.fromkeys([*before.commands, *commands]))
+    _require_names(entries)
     study = Study(folder, options, tuple(entries), tuple(commands))
     study.save()
     return study
+
+
+def _require_names(entries: Sequence[Entry]) -> None:
+    names = [entry.folder_name for entry in entries]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(
+            f"--models: two entries are called {twice[0]}, expected one. Rename a file."
+        )
 
 
 def _newest(options: CompareOptions) -> Path:

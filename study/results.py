@@ -7,7 +7,7 @@ import io
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -19,6 +19,7 @@ from study.training import DONE, FAILED, read_epochs, seconds_per_epoch
 from utils.bootstrap import Interval, interval
 from utils.files import write_whole
 
+FAILURE = "failed: "
 MEMORY = re.compile(r"memory (\d+\.\d+)G")
 
 
@@ -40,12 +41,13 @@ class Row:
         map50, map50_95: COCO mAP, the mean over seeds.
         map_low, map_high: confidence interval of mAP50-95 over images, 95 %.
         seed_low, seed_high: mAP50-95 of the worst and the best seed, where there are several.
+        images: that it was measured on.
         small, medium, large: COCO mAP of objects under 32 x 32 pixels, between, over 96 x 96.
         behind: how much mAP50-95 less than the best one.
         behind_low, behind_high: its confidence interval, both on the same images.
         seconds_per_epoch: of a training, validation included; the median.
         train_memory: GiB of its process, on a GPU of the GPU, at most.
-        samples: mAP50-95 of splits drawn from the images.
+        samples: mAP50-95 of halves of the split.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Row:
     map_high: float | None = None
     seed_low: float | None = None
     seed_high: float | None = None
+    images: int | None = None
     small: float | None = None
     medium: float | None = None
     large: float | None = None
@@ -90,9 +93,23 @@ COLUMNS = tuple(item.name for item in fields(Row) if item.name != "samples")
 
 def rows_of(study: Study) -> list[Row]:
     """A row for every entry and runtime, in the order of the plan."""
-    timed = _read(study.folder / LATENCY)
+    timed = _read(study.folder / LATENCY).get("entries", {})
     rows = [row for entry in study.entries for row in _rows_of_entry(study, entry, timed)]
-    return [_with_distance(row, rows) for row in rows]
+    best = best_of(main_rows(study, rows))
+    return [_with_distance(row, best) for row in rows]
+
+
+def main_rows(study: Study, rows: Sequence[Row]) -> list[Row]:
+    """A row an entry: that of the first runtime, where it has one. Among these the choice is made."""
+    first = study.options.runtime[0]
+    others = {row.name for row in rows} - {row.name for row in rows if row.runtime == first}
+    return [row for row in rows if row.runtime == first or row.name in others]
+
+
+def load_of(study: Study) -> float | None:
+    """Processes that wanted to run while the models were timed, on average; None where it is not known."""
+    load: float | None = _read(study.folder / LATENCY).get("load")
+    return load
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -104,9 +121,9 @@ def _rows_of_entry(study: Study, entry: Entry, timed: Mapping[str, Any]) -> list
     words = " ".join(entry.backbone) or ("" if entry.file else "own")
     known: dict[str, Any] = {"name": entry.name, "model": entry.model, "backbone": words}
     failed, measured = _read(folder / FAILED), _read(folder / MEASURED)
-    known |= _training_facts(study, trainings)
+    known |= _training_facts(study, entry, trainings)
     if failed:
-        known |= {"state": f"failed: {failed['reason']}", "is_whole": False}
+        known |= {"state": f"{FAILURE}{failed['reason']}", "is_whole": False}
     if not measured:
         return [Row(**{"state": "not measured", **known})]
     for form, suffix in (("trained", ""), ("deployed", "_deployed")):
@@ -116,23 +133,22 @@ def _rows_of_entry(study: Study, entry: Entry, timed: Mapping[str, Any]) -> list
     return [
         Row(**known, runtime=runtime, **_runtime_facts(found, timed.get(folder.name, {}).get(runtime)))
         if "reason" not in found
-        else Row(**{**known, "runtime": runtime, "state": f"failed: {found['reason']}", "is_whole": False})
+        else Row(**{**known, "runtime": runtime, "state": f"{FAILURE}{found['reason']}", "is_whole": False})
         for runtime, found in measured["runtimes"].items()
     ]  # fmt: skip
 
 
-def _training_facts(study: Study, trainings: Sequence[Training]) -> dict[str, Any]:
-    if not trainings:
-        return {"state": "given", "is_whole": True}
-    epochs = [read_epochs(training.folder) for training in trainings]
-    fewest, total = min(map(len, epochs)), study.options.epochs
+def _training_facts(study: Study, entry: Entry, trainings: Sequence[Training]) -> dict[str, Any]:
+    epochs = [read_epochs(folder) for folder in study.runs_of(entry)]
+    fewest, total = min(map(len, epochs), default=0), study.options.epochs
     is_whole = all((training.folder / DONE).exists() for training in trainings)
     seconds = [seconds_per_epoch(rows) for rows in epochs if rows]
     memory = [found for training in trainings if (found := _memory(training.folder / "train.log"))]
+    stopped = f"stopped after {fewest} of {total} epochs"
     return {
-        "state": "trained" if is_whole else f"stopped after {fewest} of {total} epochs",
+        "state": "given" if entry.file else "trained" if is_whole else stopped,
         "is_whole": is_whole,
-        "epochs": fewest,
+        "epochs": fewest or None,
         "seconds_per_epoch": mean(seconds) if seconds else None,
         "train_memory": max(memory, default=None),
     }
@@ -145,7 +161,7 @@ def _memory(log: Path) -> float:
 
 def _runtime_facts(found: Mapping[str, Any], latency: Sequence[float] | None) -> dict[str, Any]:
     facts: dict[str, Any] = {name: _defined(found[name]) for name in ("map50", "map50_95", "small", "medium", "large")}  # fmt: skip
-    facts["samples"] = tuple(found["samples"])
+    facts |= {"samples": tuple(found["samples"]), "images": found["images"]}
     if facts["map50_95"] is not None:
         facts["map_low"], facts["map_high"] = interval(facts["map50_95"], np.array(found["samples"]))  # fmt: skip
     if len(seeds := found["seeds"]["map50_95"]) > 1:
@@ -167,15 +183,11 @@ def best_of(rows: Sequence[Row]) -> Row | None:
     return max(whole, key=lambda row: row.map50_95 or 0.0, default=None)
 
 
-def _with_distance(row: Row, rows: Sequence[Row]) -> Row:
-    best = best_of(rows)
-    if best is None or row.map50_95 is None or best.map50_95 is None or row is best:
+def _with_distance(row: Row, best: Row | None) -> Row:
+    if best is None or row.map50_95 is None or row is best:
         return row
-    behind = best.map50_95 - row.map50_95
-    reach = distance(best, row)
-    return Row(
-        **{**vars(row), "behind": behind, "behind_low": reach.low, "behind_high": reach.high}
-    )
+    reach, behind = distance(best, row), (best.map50_95 or 0.0) - row.map50_95
+    return replace(row, behind=behind, behind_low=reach.low, behind_high=reach.high)
 
 
 def distance(best: Row, row: Row) -> Interval:
@@ -184,9 +196,7 @@ def distance(best: Row, row: Row) -> Interval:
     Two models find most of the same images hard, so that their difference is known better than either.
     """
     gaps = np.array(best.samples) - np.array(row.samples)
-    centre = 2 * ((best.map50_95 or 0.0) - (row.map50_95 or 0.0)) - np.nanmean(gaps)
-    reach = 1.96 * np.nanstd(gaps, ddof=1)
-    return Interval(float(centre - reach), float(centre + reach))
+    return interval((best.map50_95 or 0.0) - (row.map50_95 or 0.0), gaps, -1.0)
 
 
 def front_of(rows: Sequence[Row]) -> list[Row]:

@@ -11,8 +11,8 @@ from engine.options import CompareOptions
 from study.children import alone_in, require_success, run_child
 from study.page import study_page
 from study.plan import LATENCY, MEASURED, WEIGHTS, Entry, Study, open_study
-from study.results import Row, choice_of, rows_of, save_rows
-from study.text import HEAD, markdown, markdown_table, model_card, table_rows, verdict
+from study.results import Row, choice_of, main_rows, rows_of, save_rows
+from study.text import markdown, model_card, table_of, verdict
 from study.training import FAILED, check_words, fail, train_all
 from utils.errors import ConfigError, UserError
 from utils.files import write_whole
@@ -114,11 +114,11 @@ def save(study: Study) -> None:
     if study.options.markdown:
         write_whole(Path(study.options.markdown), text)
     write_whole(folder / "study.html", study_page(study, rows, title).encode())
-    if choice := choice_of(rows):
+    main = main_rows(study, rows)
+    if choice := choice_of(main):
         write_whole(folder / "model_card.md", _card(study, choice).encode())
-    with_runtime = len(study.options.runtime) > 1
-    print(markdown_table(HEAD, table_rows(rows, with_runtime=with_runtime)))
-    print(verdict(rows))
+    print(table_of(study, rows))
+    print(verdict(main))
     get_logger().info(f"{folder}: study.html, study.md, study.csv, study.json, model_card.md")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
 from collections.abc import Sequence
 from datetime import date
@@ -13,7 +14,7 @@ import torch
 
 from study.children import ROOT
 from study.plan import Study
-from study.results import Row, best_of, choice_of, front_of
+from study.results import Row, best_of, choice_of, front_of, load_of, main_rows
 from utils.device import describe_device, select_device
 
 MISSING = "–"
@@ -65,17 +66,28 @@ def setting(study: Study) -> dict[str, str]:
     options, device = study.options, select_device(study.options.device)
     size = " x ".join(map(str, options.imgsz)) if options.imgsz else "train.py's, or that of the weights"  # fmt: skip
     trained = f"{options.epochs} epochs, {options.seeds} seed{'s' * (options.seeds > 1)}"
+    trained += f", {shlex.join(options.train)}" if options.train else ""
     return {
         "data": f"{options.data}, its validation split",
         "image size": size,
-        "training": trained + (f", {' '.join(options.train)}" if options.train else ""),
+        "training": trained if options.epochs else "none, the weights are those that were given",
         "budget": f"{options.budget:g} minutes, by successive halving" if options.budget is not None else "none",
         "runtime": ", ".join(options.runtime),
         "hardware": f"{_processor()}, {os.cpu_count()} cores; {describe_device(device)}",
+        "load": _busy(load_of(study)),
         "versions": f"Python {platform.python_version()}, PyTorch {torch.__version__}, {platform.system()}",
         "commit": _commit(),
         "date": date.today().isoformat(),
     }  # fmt: skip
+
+
+def _busy(load: float | None) -> str:
+    """How busy the machine was while models were timed."""
+    cores = os.cpu_count() or 1
+    if load is None:
+        return "not known"
+    told = f"{load:.1f} processes on {cores} cores while models were timed"
+    return f"{told}: too many, latencies are too long" if load > cores + 1 else told
 
 
 def _processor() -> str:
@@ -97,26 +109,30 @@ def _commit() -> str:
 
 
 NOTES = (
-    "mAP is COCO's, with its 95 % interval over the images of the split (bias-corrected bootstrap); AP of small, medium and "
+    "mAP is COCO's, with its 95 % interval over the images of the split (half-sample bootstrap); AP of small, medium and "
     "large objects by COCO's areas (32 x 32 and 96 x 96 pixels). Params, GFLOPs (2 x GMACs) of the training form and the deployed "
     "one; MiB of weights and maps at a time, deployed, for one image. Milliseconds: median and quartiles of one image through "
     "network and decoding, without NMS, all models in turn in one process; the file that is timed is the one whose mAP is told."
 )
 HEAD = (
-    "model", "mAP50-95", "mAP50", "ms", "params, M", "GFLOPs", "MiB", "AP small", "medium", "large", "s an epoch",
+    "model", "epochs", "mAP50-95", "mAP50", "ms", "params, M", "GFLOPs", "MiB", "AP small", "medium", "large", "s an epoch",
     "training, GiB",
 )  # fmt: skip
 
 
-def table_rows(rows: Sequence[Row], *, with_runtime: bool) -> list[list[str]]:
-    """The cells of the table, best mAP first; what failed stands last."""
-    front = {id(row) for row in front_of(rows)}
+def table_of(study: Study, rows: Sequence[Row]) -> str:
+    """The table as Markdown, best mAP first; what failed stands last."""
+    front, with_runtime = (
+        {id(row) for row in front_of(main_rows(study, rows))},
+        len(study.options.runtime) > 1,
+    )
     ordered = sorted(rows, key=lambda row: -1.0 if row.map50_95 is None else row.map50_95, reverse=True)  # fmt: skip
-    return [
+    cells = [
         [
             ("**{}**" if id(row) in front else "{}").format(row.name)
             + (f", {row.runtime}" if with_runtime and row.runtime else "")
             + ("" if row.is_whole else f" ({row.state})"),
+            number(row.epochs, "d"),
             spread(row.map50_95, row.map_low, row.map_high, ".3f"),
             number(row.map50, ".3f"),
             spread(row.latency, row.latency_low, row.latency_high, ".1f"),
@@ -129,6 +145,7 @@ def table_rows(rows: Sequence[Row], *, with_runtime: bool) -> list[list[str]]:
         ]
         for row in ordered
     ]
+    return markdown_table(HEAD, cells)
 
 
 def arrow(before: float | None, after: float | None, layout: str) -> str:
@@ -144,13 +161,14 @@ def markdown(study: Study, rows: Sequence[Row], title: str) -> str:
     """The whole study as a document."""
     facts = "\n".join(f"- {name}: {value}" for name, value in setting(study).items())
     commands = "\n".join(f"    {command}" for command in study.commands)
+    runtime = f", in {study.options.runtime[0]}" if len(study.options.runtime) > 1 else ""
     return f"""# {title}
 
-**{verdict(rows)}**
+**{verdict(main_rows(study, rows))}**
 
-{markdown_table(HEAD, table_rows(rows, with_runtime=len(study.options.runtime) > 1))}
+{table_of(study, rows)}
 
-Bold: no other is both faster and better. {NOTES}
+Bold: no other is both faster and better{runtime}. {extent(study, rows)} {NOTES}
 
 ## How it was made
 
@@ -160,12 +178,20 @@ Bold: no other is both faster and better. {NOTES}
 """
 
 
+def extent(study: Study, rows: Sequence[Row]) -> str:
+    """On how much all this stands."""
+    images, seeds = max((row.images or 0 for row in rows), default=0), study.options.seeds
+    return (
+        f"This is one data set, {images} validation images and {seeds} training{'s' * (seeds > 1)} of each: another one may "
+        "order them otherwise."
+    )
+
+
 def model_card(study: Study, row: Row, names: Sequence[str]) -> str:
     """What somebody should know who is handed the chosen model."""
     facts = setting(study)
     used = ("data", "image size", "training", "hardware", "versions", "commit", "date")
     told = "\n".join(f"- {name}: {facts[name]}" for name in used)
-    table = markdown_table(HEAD, table_rows([row], with_runtime=False))
     return f"""# {row.name}
 
 An object detector: `{row.model}`{f" over `{row.backbone}`" if row.backbone not in ("", "own") else ""}. {row.state.capitalize()}.
@@ -177,7 +203,7 @@ An object detector: `{row.model}`{f" over `{row.backbone}`" if row.backbone not 
 
 ## Measured
 
-{table}
+{table_of(study, [row])}
 
 {NOTES}
 

@@ -14,17 +14,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from engine.flags import spelling
 from engine.options import read_training
 from study.children import ROOT, require_success, run_child
 from study.plan import Entry, Study, Training
 from utils.checkpoint import load_checkpoint
-from utils.errors import CheckpointError, UserError
+from utils.errors import CheckpointError, ConfigError, UserError
 from utils.files import write_whole
 from utils.logger import get_logger
 from utils.progress import Parts
 
 FAILED = "failed.json"
 DONE = "trained.json"
+OWN = "cfg data epochs seed project name exist_ok backbone imgsz workers device allow_code download resume evolve".split()
+"""Flags of train.py that a study sets by itself."""
 MAP = "metrics/mAP_0.5:0.95"
 
 
@@ -42,11 +45,12 @@ def read_epochs(folder: Path) -> list[EpochRow]:
     if not table.is_file():
         return []
     with table.open(newline="", encoding="utf-8") as file:
-        return [
-            EpochRow(int(row["epoch"]) + 1, float(row[MAP] or "nan"), float(row["time"]))
-            for row in csv.DictReader(file)
-            if None not in row.values()
-        ]
+        rows = [row for row in csv.DictReader(file) if None not in row.values()]
+    return [
+        EpochRow(int(row["epoch"]) + 1, float(row.get(MAP) or "nan"), float(row["time"]))
+        for row in rows
+        if {"epoch", "time"} <= row.keys()  # a table of another project is none of ours
+    ]
 
 
 def seconds_per_epoch(rows: Sequence[EpochRow]) -> float:
@@ -57,7 +61,7 @@ def seconds_per_epoch(rows: Sequence[EpochRow]) -> float:
 
 
 def words_of(study: Study, training: Training) -> list[str]:
-    """The flags of train.py for a training from its start."""
+    """The flags of train.py for a training from its start, without those behind `--train`."""
     options, entry = study.options, training.entry
     words = ["--cfg", entry.model, "--data", options.data, "--epochs", str(options.epochs)]
     words += ["--seed", str(training.seed), "--project", str(training.folder.parent)]
@@ -66,7 +70,7 @@ def words_of(study: Study, training: Training) -> list[str]:
         words += ["--imgsz", *map(str, options.imgsz)]
     if entry.backbone:
         words += ["--backbone", *entry.backbone]
-    return [*words, *_local_words(study), *options.train]
+    return [*words, *_local_words(study)]
 
 
 def _local_words(study: Study) -> list[str]:
@@ -82,10 +86,21 @@ def _local_words(study: Study) -> list[str]:
 
 
 def check_words(study: Study) -> None:
-    """End with a line, as train.py would, where its flags behind `--train` are wrong."""
+    """End with a line, as train.py would, where its flags behind `--train` are wrong.
+
+    Raises:
+        ConfigError: they change what the study itself says of its trainings.
+    """
     for entry in study.entries:
         for training in study.trainings(entry):
-            read_training(words_of(study, training))
+            words = words_of(study, training)
+            before, after = (
+                vars(read_training([*words, *more])[0]) for more in ([], study.options.train)
+            )
+            if changed := [spelling(name) for name in OWN if before[name] != after[name]]:
+                raise ConfigError(
+                    f"--train: got {', '.join(changed)}, which compare.py has itself. Give it before --train."
+                )
             return
 
 
@@ -125,10 +140,10 @@ def train(
     def is_enough() -> bool:
         done = len(read_epochs(training.folder))
         tell(done)
-        return time.monotonic() > deadline or (done >= epochs and not is_last)
+        return time.monotonic() >= deadline or (done >= epochs and not is_last)
 
     if not is_finished(training) and not is_enough():
-        words = words_of(study, training)
+        words = [*words_of(study, training), *study.options.train]
         if training.last.is_file():
             words = ["--resume", str(training.last), *_local_words(study)]
         log = training.folder / "train.log"
@@ -141,7 +156,7 @@ def train(
         write_whole(training.folder / DONE, json.dumps(content).encode())
 
 
-class Progress(NamedTuple):
+class Reached(NamedTuple):
     """How far an entry is: epochs of its least trained seed, mean mAP50-95 of its newest epochs, seconds that an epoch takes."""
 
     epochs: int
@@ -149,12 +164,12 @@ class Progress(NamedTuple):
     seconds: float
 
 
-def progress_of(study: Study, entry: Entry) -> Progress:
+def progress_of(study: Study, entry: Entry) -> Reached:
     """How far the trainings of an entry are."""
     rows = [read_epochs(training.folder) for training in study.trainings(entry)]
     scores = [max(found[-1].map50_95, 0.0) for found in rows if found]
     seconds = [seconds_per_epoch(found) for found in rows if found]
-    return Progress(
+    return Reached(
         min(map(len, rows)), statistics.mean(scores or [0.0]), sum(seconds) if seconds else math.nan
     )
 
@@ -180,7 +195,7 @@ def train_all(study: Study, lock: BinaryIO, parts: Parts, after: Callable[[Entry
     while waiting:
         for entry in waiting:
             _train_entry(study, entry, rung, lock, parts, deadline)
-        if rung >= total or time.monotonic() > deadline:
+        if rung >= total or time.monotonic() >= deadline:
             break
         waiting = survivors(
             {e: progress_of(study, e) for e in waiting if not (study.folder_of(e) / FAILED).exists()},
@@ -189,13 +204,13 @@ def train_all(study: Study, lock: BinaryIO, parts: Parts, after: Callable[[Entry
         )  # fmt: skip
         rung = min(2 * rung, total)
         parts.total += len(waiting) * study.options.seeds
-        names = ", ".join(entry.name for entry in waiting)
+        names = ", ".join(entry.name for entry in waiting) or "none"
         get_logger().info(f"budget: on to {rung} of {total} epochs: {names}")
     for entry in study.entries:
         after(entry)
 
 
-def survivors(progress: dict[Entry, Progress], total: int, seconds: float) -> list[Entry]:
+def survivors(progress: dict[Entry, Reached], total: int, seconds: float) -> list[Entry]:
     """Those that go on: the best, as many as can be trained to the end in the time left, half of them at least."""
     ranked = sorted(progress, key=lambda entry: -progress[entry].score)
     kept: list[Entry] = []
@@ -215,7 +230,7 @@ def _train_entry(
     failed = study.folder_of(entry) / FAILED
     failed.unlink(missing_ok=True)
     for training in study.trainings(entry):
-        if time.monotonic() > deadline:
+        if time.monotonic() >= deadline:
             return
         with parts.part(f"{entry.name}, seed {training.seed}", study.options.epochs or 0) as tell:
             try:

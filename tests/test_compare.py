@@ -86,3 +86,12 @@ def test_weights_are_measured_at_their_own_size_unless_a_flag_says_another(
         [*words[:2], *words[3:], "--project", str(tmp_path / "out"), "--imgsz", "96", "64"]
     )
     assert "at 96x64 on cpu" in capsys.readouterr().err
+
+
+def test_flags_of_a_study_are_not_lost_without_one():
+    with pytest.raises(
+        ConfigError, match=r"^--seeds, --train: belongs to a study. Give --epochs too"
+    ):
+        compare.main(["--cfg", "yolov5n", "--seeds", "3", "--train", "--amp", "off"])
+    with pytest.raises(ConfigError, match="--data: got nothing"):
+        compare.main(["--cfg", "yolov5n", "--epochs", "3"])

@@ -21,7 +21,7 @@ from markupsafe import Markup, escape
 from utils.visualize import Image
 
 TEMPLATE = Path(__file__).with_name("page.html")
-MISSING = "–"
+MISSING, LONG = "–", 40  # a text with more characters runs over several lines
 Cell = str | float | None
 """Of a table: words, `Markup`, a number, or nothing."""
 
@@ -45,14 +45,15 @@ def section(heading: str, *parts: Markup) -> Markup:
     return Markup("<section>\n<h2>{}</h2>\n{}\n</section>").format(heading, inside)
 
 
-def fold(summary: str, *parts: Markup) -> Markup:
-    """Parts that open with a click."""
-    inside = Markup("\n").join(parts)
-    return Markup("<details><summary>{}</summary>\n{}\n</details>").format(summary, inside)
+def fold(summary: str, *parts: Markup, is_open: bool = False) -> Markup:
+    """Parts that open and close with a click."""
+    inside, state = Markup("\n").join(parts), Markup(" open" * is_open)
+    html = Markup("<details{}><summary>{}</summary>\n{}\n</details>")
+    return html.format(state, summary, inside)
 
 
 def paragraph(text: str, kind: str = "") -> Markup:
-    """A paragraph; `kind` is `soft` for what stands beside the matter, `warn` for what went wrong."""
+    """A paragraph; `kind` is `lead` for what matters most, `soft` for what stands beside it."""
     return Markup('<p class="{}">{}</p>').format(kind, text)
 
 
@@ -93,8 +94,8 @@ def table(columns: Sequence[Column], rows: Iterable[Sequence[Cell]], caption: st
         for row in rows
     )
     return Markup(
-        '<div class="scroll" tabindex="0" role="region" aria-label="{0}"><table class="sortable">\n'
-        "<caption>{0}</caption>\n<thead><tr>{1}</tr></thead>\n<tbody>\n{2}\n</tbody></table></div>"
+        '<p class="soft">{0}</p>\n<div class="scroll" tabindex="0" role="region" aria-label="{0}">'
+        '<table class="sortable" aria-label="{0}">\n<thead><tr>{1}</tr></thead>\n<tbody>\n{2}\n</tbody></table></div>'
     ).format(caption, Markup("").join(heads), Markup("\n").join(lines))
 
 
@@ -106,7 +107,8 @@ def _cell(value: Cell, column: Column, is_head: bool) -> Markup:
     if is_head:
         return Markup('<th scope="row">{}</th>').format(value)
     if column.layout is None:
-        return Markup("<td>{}</td>").format(MISSING if value is None else value)
+        kind = Markup(' class="long"' * (len(str(value)) > LONG))
+        return Markup("<td{}>{}</td>").format(kind, MISSING if value is None else value)
     if isinstance(value, str):
         return Markup('<td class="number" data-value="">{}</td>').format(value)
     shown = MISSING if value is None else format(value, column.layout)

@@ -53,6 +53,11 @@ def test_names_and_folders(tmp_path: Path):
     assert Entry("a", ("../b/c",)).folder_name == "a+.._b_c"
 
 
+def test_two_entries_of_one_name_are_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match="two entries are called my, expected one"):
+        open_study(options(tmp_path, models=["a/my.yaml", "b/my.yaml"]), set())
+
+
 def test_a_study_is_read_back_as_it_was_saved(tmp_path: Path):
     study = open_study(options(tmp_path, backbone=["none", "x", "k=1"]), set())
     assert load_study(study.folder) == study
@@ -79,6 +84,13 @@ def test_a_folder_without_a_plan_is_one_line(tmp_path: Path, content: str | None
         (tmp_path / "plan.json").write_text(content)
     with pytest.raises(ConfigError, match=told):
         open_study(CompareOptions(resume=str(tmp_path)), {"resume"})
+
+
+def test_a_folder_from_elsewhere_gives_no_leave_to_run_code(tmp_path: Path):
+    study = open_study(options(tmp_path, allow_code=True, download=True), set())
+    resumed = open_study(CompareOptions(resume=str(study.folder)), {"resume"})
+    for found in (resumed, load_study(study.folder)):  # children read the file
+        assert not found.options.allow_code and not found.options.download
 
 
 def test_a_resumed_study_keeps_its_own_flags(tmp_path: Path):

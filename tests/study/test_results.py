@@ -14,7 +14,7 @@ from study.page import study_page
 from study.plan import LATENCY, MEASURED, Entry, Study
 from study.results import Row, best_of, choice_of, front_of, rows_of
 from study.text import markdown, verdict
-from study.training import DONE, EpochRow, Progress, seconds_per_epoch, survivors
+from study.training import DONE, EpochRow, Reached, seconds_per_epoch, survivors
 
 NOISE = np.random.default_rng(0).normal(0, 0.02, 500)
 HOSTILE = "<script>alert(1)</script>|"
@@ -52,10 +52,10 @@ def study_of(folder: Path, found: dict[str, tuple[float, float, np.ndarray]]) ->
             "map50_95": value,
             "large": -1.0,
         }
-        torch = {**stats, "samples": samples.tolist(), "seeds": {"map50_95": [value]}, "names": ["a"]}  # fmt: skip
+        torch = {**stats, "samples": samples.tolist(), "seeds": {"map50_95": [value]}, "names": ["a"], "images": 87}  # fmt: skip
         (place / MEASURED).write_text(json.dumps({"runtimes": {"torch": torch}}))
         timed[entry.folder_name] = {"torch": [latency, latency - 1, latency + 1]}
-    (folder / LATENCY).write_text(json.dumps(timed))
+    (folder / LATENCY).write_text(json.dumps({"load": 9.0, "entries": timed}))
     return study
 
 
@@ -95,6 +95,7 @@ def test_words_from_outside_are_escaped_and_pages_are_whole(tmp_path: Path):
     assert "<script>alert" not in page and "alert(1)" in page
     assert page.count("<svg class=") == 1 and len(page) < 1_000_000
     text = markdown(study, rows, "Title")
+    assert "87 validation images and 1 training of each" in text and "9.0 processes" in text
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.replace(r"\|", "").count("|") for line in table}) == 1
 
@@ -117,5 +118,5 @@ def test_the_clock_of_a_resumed_training_begins_anew():
 def test_those_go_on_for_whom_there_is_time_and_half_of_them_at_least(
     seconds: float, expected: str
 ):
-    progress = {Entry(name): Progress(1, score, 10.0) for score, name in enumerate("abcd")}
+    progress = {Entry(name): Reached(1, score, 10.0) for score, name in enumerate("abcd")}
     assert "".join(e.model for e in survivors(progress, 10, seconds)) == expected

@@ -55,21 +55,3 @@ def test_a_killed_study_goes_on_and_tells_what_failed(
     assert len(page) < 1_000_000 and "missing.yaml" in page and "data:image/jpeg" in page
     assert "compare.py" in (folder / "study.md").read_text()
     assert (folder / "model_card.md").read_text().startswith("# ")
-
-
-@pytest.mark.slow
-def test_a_study_of_a_budget_ends_in_time_and_says_how_far_it_came(
-    small_data: Path, tmp_path: Path, run_script: Callable[..., subprocess.CompletedProcess[str]]
-):
-    configs = [tmp_path / f"c{n}.yaml" for n in range(3)]
-    for path in configs:
-        path.write_text(TINY_MODEL)
-    result = run_script(
-        "compare.py", "--cfg", *configs, "--data", small_data, "--project", tmp_path, *SIZE, "--epochs", 40,
-        "--budget", 0.75, *QUICK,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert "budget: on to 40 of 40 epochs" in result.stderr or "stopped after" in result.stdout
-    with (tmp_path / "exp" / "study.csv").open(newline="") as stream:
-        epochs = [int(row["epochs"]) for row in csv.DictReader(stream) if row["runtime"] == "onnx"]
-    assert len(epochs) == 3 and min(epochs) >= 1

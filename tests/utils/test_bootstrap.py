@@ -98,8 +98,21 @@ def test_without_objects_there_is_no_map():
 
 
 def test_an_interval_by_hand():
-    low, high = interval(0.5, np.array([0.5, 0.6]))  # bias 0.05, standard deviation 0.0707
-    assert (low, high) == pytest.approx((0.45 - 0.13859, 0.45 + 0.13859), abs=1e-4)
+    low, high = interval(
+        0.5, np.array([0.5, 0.6])
+    )  # halves 0.05 too high, standard deviation 0.0707
+    centre = 0.5 - 0.05 / (2 ** (2 / 3) - 1)
+    assert (low, high) == pytest.approx((centre - 0.13859, centre + 0.13859), abs=1e-4)
+
+
+def test_halves_of_a_mean_tell_how_sure_it_is():
+    found = np.zeros((len(THRESHOLDS), 100), bool)
+    found[:, :50] = True
+    images = np.arange(100)  # half of a hundred objects are found, without false alarms
+    outcome = ClassOutcomes(images, found, np.ones_like(found), np.ones(100, np.int64))
+    samples = resample([outcome], 2000).map50_95
+    assert samples.std() == pytest.approx(0.05, rel=0.1)  # sqrt(0.5 * 0.5 / 100)
+    assert samples.mean() == pytest.approx(0.5, abs=0.06)
 
 
 def test_an_interval_stays_within_what_an_map_can_be():
@@ -109,4 +122,4 @@ def test_an_interval_stays_within_what_an_map_can_be():
 
 @pytest.mark.slow
 def test_of_a_hundred_intervals_about_ninety_five_hold_the_true_value():
-    assert 0.93 <= coverage(images=200, trials=300, resamples=200) <= 0.97
+    assert 0.93 <= coverage(images=200, trials=600, resamples=200) <= 0.97
