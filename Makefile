@@ -31,7 +31,7 @@ $(OLDEST)/.ready: requirements-oldest.txt
 	touch $@
 
 oldest: $(OLDEST)/.ready
-	$(OLDEST)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 check: $(VENV)/.ready-dev
 	$(PY) -m ruff check .

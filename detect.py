@@ -15,10 +15,12 @@ from itertools import chain
 import torch
 
 from data.sources import open_source
+from deploy.backends import Backend, network_of
 from deploy.ensemble import load_as_one
 from engine.detections import DetectionWriter
 from engine.flags import read_flags
 from engine.frames import detect, fit, in_batches
+from engine.levels import Levels
 from engine.options import DetectOptions
 from utils.device import select_device
 from utils.errors import ConfigError, nearest, run_cli
@@ -55,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     first = next(frames, None)  # a source that cannot be read leaves no folder
     if first is None:
         raise ConfigError(f"--source: {options.source} has no readable image.")
+    levels = levels_of(backend, name) if options.visualize else None
     stride = backend.stride if backend.dynamic and not options.square else None
     fitted = (fit(frame, imgsz, stride) for frame in chain([first], frames))
     # A camera's next picture is taken when it is wanted; those of files are prepared ahead.
@@ -69,15 +72,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
             detections = detect(backend, batch, thresholds, classes)
             elapsed = time.perf_counter() - start
             seconds += elapsed
-            for (frame, *_), found in zip(batch, detections, strict=True):
+            for place, ((frame, _, box), found) in enumerate(zip(batch, detections, strict=True)):
                 count, objects = count + 1, objects + len(found.labels)
                 number = f" frame {frame.index + 1}" if frame.video else ""
                 took = f"{1000 * elapsed / len(batch):.0f} ms"
                 log.info(f"{frame.path}{number}: {summary(found, names)}, {took}")
-                write(frame, found)
+                write(frame, found, levels.pictures(place, frame.image, box) if levels else ())
     print(
         f"{objects} objects in {count} images, {1000 * seconds / count:.1f} ms an image; results in {folder}"
     )
+
+
+def levels_of(backend: Backend, name: str) -> Levels:
+    """What sees the maps of the network behind a backend.
+
+    Raises:
+        ConfigError: it is an exported file, or several models.
+    """
+    network = network_of(backend)
+    if network is None:
+        raise ConfigError(f"--visualize: got {name}, expected one .pt, whose maps can be seen.")
+    return Levels(network)
 
 
 def class_indices(words: Sequence[str] | None, names: Sequence[str]) -> list[int] | None:

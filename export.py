@@ -104,6 +104,11 @@ def parse_options(arguments: Sequence[str] | None = None) -> ExportFlags:
         raise ConfigError("--end2end and --raw: got both, expected one of them.")
     if options.half and options.int8:
         raise ConfigError("--half and --int8: got both, expected one of them.")
+    if flags.one_to_many and (whole := {*flags.include} & {"pt", "safetensors"}):
+        raise ConfigError(
+            f"--one-to-many: got --include {min(whole)}, which keeps both branches, expected another form. Give the flag to "
+            "val.py or detect.py with that file."
+        )
     if {"onnx", "onnx_end2end"} <= {*flags.include}:
         raise ConfigError(
             "--include: got onnx and onnx_end2end, which are one file, expected one of them. Export twice."

@@ -168,3 +168,6 @@ gelan_t, gelan_s, gelan_m, gelan_c, gelan_e = (_entry(f"gelan-{size}") for size 
 yolov9_t, yolov9_s, yolov9_m, yolov9_c, yolov9_e = (_entry(f"yolov9-{size}") for size in "tsmce")
 rtdetr_l, rtdetr_x = (_entry(f"rtdetr-{size}") for size in "lx")
 dfine_n, dfine_s, dfine_m, dfine_l, dfine_x = (_entry(f"dfine-{size}") for size in "nsmlx")
+deimv2_atto, deimv2_femto, deimv2_pico, deimv2_n = (
+    _entry(f"deimv2-{size}") for size in ("atto", "femto", "pico", "n")
+)

@@ -129,6 +129,9 @@ def report(
     folder: Path,
 ) -> None:
     """`report.html`, and the best thresholds into the checkpoint if they were found on the split for that."""
+    if not metrics.instances:
+        get_logger().warning("--report: got a split without objects, there is nothing to tell")
+        return
     dataset, (height, width) = validation.dataset, validation.dataset.options.imgsz
     found = assess(validation.evaluator, metrics)
     source = Source(dict(zip(dataset.image_ids.tolist(), dataset.paths)), dataset.config.white)

@@ -25,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -48,6 +48,7 @@ PLAIN = ("yolov5n", "gelan-c", "yolov9-c", "yolo11n", "rtdetr-l")
 SETTLING_SIZE = (160, 160)
 PAUSE = 0.05  # seconds between two runs: threads of one runtime keep waiting awake for a moment
 
+K = TypeVar("K")
 Run = Callable[[], Any]
 
 
@@ -69,9 +70,9 @@ class Latency(NamedTuple):
     after: float
 
 
-def alternate(runs: Mapping[str, Run], repeats: int, pause: float = PAUSE) -> dict[str, float]:
+def alternate(runs: Mapping[K, Run], repeats: int, pause: float = PAUSE) -> dict[K, float]:
     """Median milliseconds of each, from runs in turn; a first round is not counted."""
-    taken: dict[str, list[float]] = {name: [] for name in runs}
+    taken: dict[K, list[float]] = {name: [] for name in runs}
     for number in range(repeats + 1):
         for name, run in runs.items():
             time.sleep(pause)
@@ -83,10 +84,10 @@ def alternate(runs: Mapping[str, Run], repeats: int, pause: float = PAUSE) -> di
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
-def settled_model(config: str, imgsz: tuple[int, int]) -> DetectionModel:
+def settled_model(config: str, imgsz: tuple[int, int], *, end2end: bool = False) -> DetectionModel:
     """A config with fresh weights, settled."""
     torch.manual_seed(0)
-    model = build_model(config, imgsz=imgsz)
+    model = build_model(config, imgsz=imgsz, end2end=end2end)
     settle(model, SETTLING_SIZE)
     return model
 

@@ -39,6 +39,7 @@ MOST_TOLD = 20
 """Files that cannot be read and are told one by one."""
 LARGEST_CAMERA = 2**31 - 1
 LARGEST_PICTURE = 256 << 20  # bytes
+SILENT = 0  # of OpenCV's log levels
 
 
 class VideoInfo(NamedTuple):
@@ -256,9 +257,10 @@ def _open(name: str) -> cv2.VideoCapture:
         )
     if kind := special_kind(name):
         raise VideoError(f"--source: got {name}, which is {kind}, expected a video.")
-    level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    log = getattr(cv2.utils, "logging", cv2)  # OpenCV 4 has it in cv2 itself
+    level = log.setLogLevel(SILENT)
     capture = cv2.VideoCapture(int(name) if is_camera else name)
-    cv2.utils.logging.setLogLevel(level)
+    log.setLogLevel(level)
     if not capture.isOpened():
         capture.release()
         kind = "camera" if is_camera else "video or stream"

@@ -29,7 +29,7 @@ from utils.files import special_kind
 from utils.structures import Decoded
 from utils.thresholds import class_thresholds
 
-__all__ = ["Backend", "load_backend", "model_backend", "model_info"]
+__all__ = ["Backend", "load_backend", "model_backend", "model_info", "network_of"]
 
 
 def load_backend(
@@ -114,6 +114,11 @@ class _ModelBackend(Backend):
         images = self._fit(images.to(self.device, dtype))
         decoded = self.model.decode(self.model(images))
         return Decoded(decoded.boxes.float(), decoded.scores.float())
+
+
+def network_of(backend: Backend) -> DetectionModel | None:
+    """The network behind a backend; None behind an exported file, or several."""
+    return backend.model if isinstance(backend, _ModelBackend) else None
 
 
 def model_backend(

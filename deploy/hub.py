@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from data.images import PIXEL_ERRORS, Image, from_array, from_pillow, read_image
 from data.transforms import fitted_size, letterbox
+from deploy.backends import quicken
 from deploy.results import Results
 from models.postprocess import postprocess
+from models.reparam import fuse
 from models.yolo import DetectionModel
 from utils.channels import white_of
 from utils.config import parse_imgsz
@@ -29,7 +31,7 @@ class Detector(nn.Module):
     """A model with everything around it: reading, letterbox, postprocessing.
 
     Attributes:
-        model: the network, in eval mode.
+        model: the network in its deployed form.
         names: class names by index.
         white: the value that is white in pictures deeper than 8 bits; None for their full range.
         conf: detections score above this.
@@ -43,6 +45,9 @@ class Detector(nn.Module):
     def __init__(self, model: DetectionModel, device: str | torch.device | None = None) -> None:
         super().__init__()
         self.model = model.float().eval()
+        fuse(self.model, check=False)
+        if not device or torch.device(device).type == "cpu":
+            quicken(self.model)
         self.names = dict(enumerate(model.names))
         self.white = white_of(model.config)
         self.conf = 0.25

@@ -48,7 +48,8 @@ class Assessment(NamedTuple):
         metrics: of them.
         errors: every detection and object judged.
         costs: what errors cost, see `utils.tide.costs`.
-        thresholds: lowest score of a detection of each class that is best for its F1, (C,).
+        thresholds: lowest score of a detection of each class that is best for its F1, (C,); their mean where a class has
+            no object, or none is found.
         interval: of mAP50-95.
         interval50: of mAP50.
         calibration: of the scores.
@@ -83,9 +84,12 @@ class Assessment(NamedTuple):
 def assess(evaluator: CocoEvaluator, metrics: Metrics) -> Assessment:
     """Work out everything from the detections that an evaluator has and the metrics that it gave."""
     errors, samples = evaluator.errors(), resample(evaluator.outcomes())
-    thresholds = np.full(len(evaluator.names), metrics.confidence)
-    present = [k for k, row in enumerate(metrics.per_class) if row.instances]
-    thresholds[present] = best_thresholds(metrics.curves)
+    present = np.array([k for k, row in enumerate(metrics.per_class) if row.instances], np.int64)
+    is_found = metrics.curves.f1.max(1, initial=0) > 0
+    best = best_thresholds(metrics.curves)[is_found]
+    others = float(best.mean()) if best.size else metrics.confidence
+    thresholds = np.full(len(evaluator.names), others)
+    thresholds[present[is_found]] = best
     return Assessment(
         evaluator,
         metrics,

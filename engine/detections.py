@@ -57,8 +57,10 @@ class DetectionWriter:
         if self.options.view_img:
             cv2.destroyAllWindows()
 
-    def write(self, frame: Frame, found: Detections) -> None:
-        """Everything the flags ask for, of one frame."""
+    def write(
+        self, frame: Frame, found: Detections, levels: Sequence[tuple[int, Image]] = ()
+    ) -> None:
+        """Everything the flags ask for, of one frame; `levels` are strides and pictures of a pyramid."""
         options, folder, stem = self.options, self.folder, self._stem(frame)
         columns = (found.boxes.tolist(), found.scores.tolist(), found.labels.tolist())
         rows = [Row(*values, self.names[values[2]]) for values in zip(*columns)]
@@ -75,6 +77,8 @@ class DetectionWriter:
         if options.save_crop:
             crops = cut_boxes(frame.image, found.boxes)
             save_crops(folder, stem, crops, [row.name for row in rows])
+        for stride, picture in levels:
+            save_image(folder / f"{stem}_stride{stride}.jpg", picture)
         if options.nosave and not options.view_img:
             return
         picture = draw_boxes(

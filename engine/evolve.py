@@ -9,7 +9,7 @@ Source: Bergstra et al., Algorithms for Hyper-Parameter Optimization, NeurIPS 20
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,23 +41,32 @@ Trainer = Callable[[TrainOptions], "Metrics | None"]
 Row = Mapping[str, Any]
 
 
-def search_space(recipe: Recipe) -> dict[str, BaseDistribution]:
+def search_space(recipe: Recipe, idle: Set[str] = frozenset()) -> dict[str, BaseDistribution]:
     """What is searched of a recipe, and where: optuna distributions by key.
 
     A recipe's own value lies always inside; numbers that a logarithmic range cannot hold are left
-    alone.
+    alone, as are gains that are `idle`.
     """
     from optuna.distributions import FloatDistribution
 
     space: dict[str, BaseDistribution] = {}
     for key, value in recipe.items():
-        if key in GAINS and value > 0:
+        if key in GAINS and value > 0 and key not in idle:
             space[key] = FloatDistribution(value / GAIN_FACTOR, value * GAIN_FACTOR, log=True)
         elif key in RANGES and (value > 0 or key not in LOGARITHMIC):
             low, high = RANGES[key]
             low, high = min(low, float(value)), max(high, float(value))
             space[key] = FloatDistribution(low, high, log=key in LOGARITHMIC)
     return space
+
+
+def idle_gains(trial: Path) -> frozenset[str]:
+    """Gains of a recipe that did nothing in a training: of terms that it did not have."""
+    config, table = load_yaml(trial / "model.yaml"), trial / "results.csv"
+    terms = table.read_text(encoding="utf-8").partition("\n")[0]
+    idle = {gain for gain in ("dfl", "l1") if f"train/{gain}_loss" not in terms}
+    is_dual = config["head"][-1][2] == "DualDDetect"
+    return frozenset(idle if is_dual else idle | {"aux_weight"})
 
 
 def evolve(options: TrainOptions, train: Trainer) -> Path:
@@ -84,7 +93,7 @@ def evolve(options: TrainOptions, train: Trainer) -> Path:
     if not rows:
         rows.append(_trial(options, folder, 0, None, train))
     recipe = load_yaml(folder / "trial0" / "hyp.yaml")
-    space = search_space(recipe)
+    space = search_space(recipe, idle_gains(folder / "trial0"))
     sampler = optuna.samplers.TPESampler(seed=options.seed + len(rows))
     study = optuna.create_study(direction="maximize", sampler=sampler)
     for row in rows:

@@ -219,7 +219,7 @@ class DetectOptions(RunFlags, WeightsFlags):
     augment: bool = without_effect(False)
     update: bool = without_effect(False)
     dnn: bool = without_effect(False)
-    visualize: bool = without_effect(False)
+    visualize: bool = flag(False, "also write what each pyramid level responds to (.pt)")
     data: str | None = without_effect(None)
 
     def thresholds_for(self, class_conf: Sequence[float] | None, name: str) -> Thresholds:

@@ -9,6 +9,9 @@ import math
 from collections.abc import Mapping, Set
 from typing import Any, NamedTuple
 
+from torch import nn
+
+from utils.layers import BATCH_NORMS
 from utils.logger import get_logger
 from utils.optim import Schedule, Warmup, build_schedule
 
@@ -85,6 +88,18 @@ def warmup_of(hyp: Mapping[str, Any], length: Length) -> Warmup:
 def accumulated(hyp: Mapping[str, Any], length: Length) -> int:
     """Batches whose gradients an optimiser step gathers."""
     return max(round(hyp["nbs"] / length.batch_size), 1)
+
+
+def quicken_norms(model: nn.Module, hyp: Mapping[str, Any]) -> None:
+    """Let BatchNorm gather its statistics over `norm_share` of what the average of a settled recipe looks back over, at most.
+
+    In a short training weights change faster than the statistics follow, 33 steps behind at a momentum of 0.03: what it has
+    learnt is lost in validation. What is noise in quick statistics is averaged with the weights.
+    """
+    least = min((1 - hyp["ema_decay"]) / hyp["norm_share"], 1.0)
+    for module in model.modules():
+        if isinstance(module, BATCH_NORMS) and module.momentum is not None:
+            module.momentum = max(module.momentum, least)
 
 
 def settle_pace(

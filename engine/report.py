@@ -15,7 +15,18 @@ from engine.report_pictures import Picture, Source, suspects, worst_images
 from utils.calibration import LEAST_SCORE
 from utils.charts import Axis, Series, line_chart
 from utils.heat_map import heat_map
-from utils.page import Column, facts, figure, gallery, page, paragraph, picture, section, table
+from utils.page import (
+    Column,
+    facts,
+    figure,
+    fold,
+    gallery,
+    page,
+    paragraph,
+    picture,
+    section,
+    table,
+)
 from utils.tide import KINDS
 
 LIMIT = 1_000_000
@@ -50,7 +61,7 @@ def write_report(
         found: what it tells.
         source: where its pictures are.
         confusion: `[predicted, true]` counts with the background last, (C + 1, C + 1).
-        told: what was measured, by name; the first is the title.
+        told: what was measured, by name: `weights`, `split` and others.
         folder: where it goes.
 
     Returns:
@@ -66,12 +77,13 @@ def write_report(
         _confusions(confusion, found.evaluator.names),
         _calibration(found),
     ]
+    title = f"{Path(told['weights']).name} on {told['split']}"
     for side in SIDES:
         pictures = [
             _gallery("The images with most errors", WORST, worst_images(found, source, side)),
             _gallery("Labels to look at", SUSPICION, suspects(found, source, side)),
         ]
-        html = page(next(iter(told.values())), [*plain, *pictures]).encode()
+        html = page(title, [*plain, *pictures]).encode()
         if len(html) < LIMIT:
             break
     path = folder / "report.html"
@@ -102,16 +114,18 @@ def _summary(found: Assessment, told: Mapping[str, str]) -> Markup:
 
 def _errors(found: Assessment) -> Markup:
     counts = found.errors.counts()
-    rows = [(kind, counts[kind], 100 * found.costs[kind], ADVICE[kind]) for kind in KINDS]
-    columns = (Column("error"), Column("number", "d"), Column("points of mAP50", ".2f"), Column("what helps"))  # fmt: skip
+    kinds = sorted(KINDS, key=lambda kind: -found.costs[kind])
+    rows = [(kind, counts[kind], 100 * found.costs[kind]) for kind in kinds]
+    columns = (Column("error"), Column("number", "d"), Column("points of mAP50", ".2f"))
     told = (
         f"Once all false positives were gone, mAP50 would be {100 * found.costs['false positives']:.1f} points higher; once "
         f"nothing was missed, {100 * found.costs['false negatives']:.1f}."
     )
     caption = (
-        "Kinds of errors (TIDE), and the mAP50 that is gained once those of one kind are mended"
+        "Errors (TIDE) among all detections, and the mAP50 gained once those of one kind are mended"
     )
-    return section("What the errors cost", table(columns, rows, caption), paragraph(told, "soft"))
+    parts = table(columns, rows, caption), paragraph(told, "soft")
+    return section("What the errors cost", *parts, fold("What helps", facts(ADVICE)))
 
 
 def _classes(found: Assessment) -> Markup:
@@ -126,7 +140,9 @@ def _classes(found: Assessment) -> Markup:
         rows.append((row.name, row.instances, *_defined(row[5:]), threshold, *values))
     numbers = ("AP50", "AP50-95", "threshold", "precision", "recall", "F1", f"F1 at {common:.3f}")
     columns = [Column("class"), Column("objects", "d"), *(Column(word, ".3f") for word in numbers)]
-    caption = "At IoU 0.5 and the best threshold of each class, and F1 at the best one for all"
+    caption = (
+        "At IoU 0.5 and the threshold where F1, smoothed, is best, and F1 at the best one for all"
+    )
     return section("Classes and sizes", table(columns, rows, caption), _sizes(found))
 
 

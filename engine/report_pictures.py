@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -135,7 +136,7 @@ def _drawn(
             hide_labels=not is_named,
             colours=[mark.colour for mark in shown],
         )
-    return [Picture(small, f"{path.rpartition('/')[2]}: {told}")]
+    return [Picture(small, f"{Path(path).name}: {told}")]
 
 
 def _window(around: Box | None, image: Image) -> tuple[int, int, int, int]:

@@ -22,7 +22,16 @@ from engine.datasets import open_data, open_splits, settle_white
 from engine.evaluation import evaluator_of
 from engine.freeze import freeze
 from engine.options import TrainOptions
-from engine.pace import Length, Plan, accumulated, plan_of, schedule_of, tell_plan, warmup_of
+from engine.pace import (
+    Length,
+    Plan,
+    accumulated,
+    plan_of,
+    quicken_norms,
+    schedule_of,
+    tell_plan,
+    warmup_of,
+)
 from engine.recipe import lr_factors, recipe_of, settle
 from engine.stopping import StopRequest
 from models.family import Criterion, Recipe, build_criterion
@@ -203,6 +212,7 @@ def prepare(
     fit_to_objects(model, splits.train_set, imgsz, recipe, options)
     length = Length(len(splits.train_loader), options.epochs, size)
     hyp = settle(recipe, options, model, length) if hyp is None else recipe
+    quicken_norms(model, hyp)
     tell_plan(plan_of(hyp, options.epochs), options.epochs)
     autocast = autocast_dtype(options.amp, device)
     ema = ModelEMA(model, hyp["ema_decay"], hyp["ema_tau"])

@@ -111,7 +111,8 @@ def _candidates(
     )
     if multi_label:  # amax is not a number as soon as one class is: other classes may still count
         likely |= scores.isnan().any(1)
-    rows = (likely & boxes.isfinite().all(1)).nonzero().squeeze(1)
+    rows = likely.nonzero().squeeze(1)
+    rows = rows[boxes[rows].isfinite().all(1)]
     boxes, scores = boxes[rows].float(), scores[rows].float()
     if multi_label:
         owner, labels = (scores > conf_thres).nonzero(as_tuple=True)

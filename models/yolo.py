@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from models import common, modules, transformer  # noqa: F401  (they register layers)
 from models.blocks import cbam, csp, fusion, gelan, ghost, hg, resnet, sampling, vit, yolov10  # noqa: F401
+from models.drawing import draw
 from models.head import Head
 from models.heads import ddetect, detect, dfine, one_to_one, rtdetr  # noqa: F401
 from models.parser.build import apply_activation, build_rows
@@ -373,24 +374,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--backbone", nargs="+", default=None, metavar="NAME", help="NAME [key=value ...]"
     )
     parser.add_argument("--allow-code", action="store_true", help="let the YAML's imports run")
+    parser.add_argument("--draw", metavar="FILE", help="draw its rows into an .svg")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object as the last line"
     )
     options = parser.parse_args(arguments)
     imgsz = parse_imgsz(options.imgsz, 32)
-    model = build_model(
-        options.cfg, num_classes=options.nc, scale=options.scale, imgsz=imgsz, backbone=options.backbone,
-        allow_code=options.allow_code,
-    )  # fmt: skip
+    given = {"scale": options.scale, "backbone": options.backbone, "allow_code": options.allow_code}
+    model = build_model(options.cfg, num_classes=options.nc, imgsz=imgsz, **given)
     record = describe(model, imgsz)
     print(format_table(model))
     size = f"{imgsz[0]}x{imgsz[1]}"
-    print(
-        f"training form: {record['params']:,} parameters, {record['gflops']:.2f} GFLOPs at {size} (2 x GMACs)"
-    )
-    print(
-        f"deployed form: {record['params_deployed']:,} parameters, {record['gflops_deployed']:.2f} GFLOPs at {size}"
-    )
+    for form, end, told in (("training", "", " (2 x GMACs)"), ("deployed", "_deployed", "")):
+        totals = f"{record[f'params{end}']:,} parameters, {record[f'gflops{end}']:.2f} GFLOPs"
+        print(f"{form} form: {totals} at {size}{told}")
+    if options.draw:
+        title = f"{Path(options.cfg).stem}, images of {size}"
+        Path(options.draw).write_text(draw(model.rows, title), encoding="utf-8")
     if options.json:
         print(json.dumps(record))
 

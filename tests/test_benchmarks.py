@@ -10,7 +10,7 @@ import torch
 from tiny_models import HEADS, tiny_model
 from torch import nn
 
-from benchmarks import box_losses, export_table, latency
+from benchmarks import box_losses, export_table, latency, turns
 from benchmarks.settling import classifiers, settle
 from deploy.exporters.network import blobs
 from models.yolo import build_model
@@ -156,6 +156,16 @@ def test_a_peer_of_another_size_is_refused(tmp_path: Path):
     assert latency.peer_run(path, blobs(1, (64, 64), 0), 1)()[0].shape == (1, 3, 64, 64)
     with pytest.raises(ValueError, match=r"takes \[1, 3, 64, 64\], expected \[1, 3, 32, 64\]"):
         latency.peer_run(path, blobs(1, (32, 64), 0), 1)
+
+
+def test_ratios_of_whole_commands_are_taken_pair_by_pair():
+    """By hand: 2/1, 4/4 and 3/2 on the clock; processors the other way round."""
+    ours = [turns.Taken(2, 1), turns.Taken(4, 4), turns.Taken(3, 2)]
+    other = [turns.Taken(1, 2), turns.Taken(4, 4), turns.Taken(2, 3)]
+    rows = [line.split("|")[1:-1] for line in turns.table(ours, other).splitlines()[2:]]
+    cells = [[cell.strip() for cell in row] for row in rows]
+    assert cells[0] == ["wall", "3.00", "2.00", "1.50", "1.00", "2.00"]
+    assert cells[1] == ["cpu", "2.00", "3.00", "0.67", "0.50", "1.00"]
 
 
 # --- box losses ------------------------------------------------------------------------------------

@@ -10,13 +10,13 @@ Source: Shao and Wu, A General Theory for Jackknife Variance Estimation, Annals 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from utils.curves import Annotations, ImageDetections, match_class
+from utils.matching import Objects, Pairs, match
 
 Array = NDArray[np.float64]
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
@@ -58,65 +58,28 @@ class Resampled(NamedTuple):
 
 
 def outcomes_of(
-    detections: Mapping[int, ImageDetections],
-    annotations: Annotations,
-    category_ids: Sequence[int],
-    images: int,
-    max_detections: int,
+    pairs: Pairs, scores: Array, objects: Objects, images: int, classes: int
 ) -> list[ClassOutcomes]:
     """Match all detections as COCO does, at its ten thresholds, class by class.
 
     Args:
-        detections: by number of the image, from 1.
-        annotations: COCO annotations under the same numbers.
-        category_ids: category id of each class index.
+        pairs: detections beside objects, in groups of image number (from 1) x classes + class index.
+        scores: of all detections.
+        objects: ground truth, in such groups.
         images: how many there are.
-        max_detections: how many count an image and class.
+        classes: likewise.
     """
-    objects: dict[tuple[int, int], list[Mapping[str, object]]] = {}
-    for annotation in annotations:
-        objects.setdefault((annotation["category_id"], annotation["image_id"]), []).append(
-            annotation
-        )
-    return [
-        _class_outcomes(
-            label,
-            {image: found for (own, image), found in objects.items() if own == category},
-            detections,
-            images,
-            max_detections,
-        )
-        for label, category in enumerate(category_ids)
-    ]
-
-
-def _class_outcomes(
-    label: int,
-    objects: Mapping[int, Annotations],
-    detections: Mapping[int, ImageDetections],
-    images: int,
-    max_detections: int,
-) -> ClassOutcomes:
-    scores, image, outcome = (
-        [np.zeros(0)],
-        [np.zeros(0, np.int64)],
-        [np.zeros((len(THRESHOLDS), 0))],
-    )
-    for number in sorted(detections):
-        boxes, image_scores, labels = detections[number]
-        chosen = np.flatnonzero(labels == label)[:max_detections]
-        if not chosen.size:
-            continue
-        truth = objects.get(number, [])
-        scores.append(image_scores[chosen])
-        image.append(np.full(chosen.size, number - 1))
-        outcome.append(np.stack([match_class(boxes[chosen], truth, iou) for iou in THRESHOLDS]))
-    order = np.argsort(-np.concatenate(scores), kind="stable")
-    result = np.concatenate(outcome, axis=1)[:, order]
-    count = np.zeros(images, np.int64)
-    for number, truth in objects.items():
-        count[number - 1] = sum(not annotation["iscrowd"] for annotation in truth)
-    return ClassOutcomes(np.concatenate(image)[order], result > 0, result >= 0, count)
+    result = np.stack([match(pairs, objects.is_crowd, iou) for iou in THRESHOLDS])
+    numbers, labels = np.divmod(pairs.groups, classes)
+    places = objects.groups[~objects.is_crowd] - classes
+    count = np.bincount(places, minlength=images * classes).reshape(images, classes)
+    outcomes = []
+    for label in range(classes):
+        own = np.flatnonzero(labels == label)
+        own = own[np.argsort(-scores[pairs.detections[own]], kind="stable")]
+        outcome = result[:, own]
+        outcomes.append(ClassOutcomes(numbers[own] - 1, outcome > 0, outcome >= 0, count[:, label]))
+    return outcomes
 
 
 def average_precisions(outcomes: Sequence[ClassOutcomes], weights: Array) -> Array:

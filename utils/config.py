@@ -35,7 +35,7 @@ HYP_RANGES = {
     **dict.fromkeys(("augment_from", "dense_until", "augment_until", "flat_until"), (0.0, 1.0)),
     "mosaic_scale": (0.1, 1.0), "warmup_power": (1.0, 10.0),
     **dict.fromkeys(("box_alpha", "shape_theta", "qfl_beta", "wiou_alpha", "wiou_steps"), (1.0, math.inf)),
-    **dict.fromkeys(("nwd_constant", "wiou_delta"), (0.001, math.inf)), "inner_ratio": (0.1, 10.0),
+    **dict.fromkeys(("nwd_constant", "wiou_delta"), (0.001, math.inf)), "inner_ratio": (0.1, 10.0), "norm_share": (0.001, 1.0),
     "scale": (0.0, 0.99), "degrees": (0.0, 180.0), "shear": (0.0, 89.0), "perspective": (0.0, 0.01),
 }  # fmt: skip
 """Smallest and largest value of a recipe's number; of those that are not here, 0 and what is plainly too much."""

@@ -8,9 +8,10 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from utils.charts import LETTER, LINE, RIGHT, WIDTH
+from utils.charts import LINE, RIGHT, WIDTH
 
-LARGEST_CELL = 90.0
+LARGEST_CELL = 110.0
+LETTER = 11.5  # room of a letter in the larger type of a phone
 MOST_NUMBERED = 12
 CELL = Markup(
     '<rect x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}" fill="var(--c0)" '

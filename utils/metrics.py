@@ -5,25 +5,24 @@ Letters: C classes, K detections, G objects.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from utils.bootstrap import ClassOutcomes, outcomes_of
-from utils.curves import Curves, ImageDetections, confidence_curves, match_detections, overlaps
+from utils.coco import Json, Rows, normalised, results_of, run_coco
+from utils.curves import Curves, ImageDetections, Outcomes, confidence_curves, overlaps
+from utils.matching import Objects, Pairs, match, pair_up
 from utils.structures import Detections
 from utils.tide import Errors, judge
 
-if TYPE_CHECKING:
-    from faster_coco_eval import COCOeval_faster
-
 Array = NDArray[np.float64]
 UNDEFINED = -1.0  # COCO's mark for an average over nothing
-Json = dict[str, Any]
+
+
 State = Mapping[int, ImageDetections]
 
 
@@ -123,7 +122,8 @@ class CocoEvaluator:
         self.max_detections = max_detections
         self._image_ids = sorted({int(image["id"]) for image in ground_truth["images"]})
         self._numbers = {image_id: n for n, image_id in enumerate(self._image_ids, start=1)}
-        self._ground_truth = _normalised(ground_truth, self.category_ids, self.names, self._numbers)
+        self._ground_truth = normalised(ground_truth, self.category_ids, self.names, self._numbers)
+        self._objects = self._objects_by_group()
         self._detections: dict[int, ImageDetections] = {}
 
     def reset(self) -> None:
@@ -163,36 +163,32 @@ class CocoEvaluator:
 
     def predictions(self) -> list[Json]:
         """All detections in COCO's results format (xywh), by image id, unrounded."""
-        return [
-            {**row, "image_id": self._image_ids[row["image_id"] - 1]} for row in self._results()
-        ]
+        rows = self._rows()
+        ids = [self._image_ids[number - 1] for number in rows.numbers]
+        return results_of(rows, ids, self.category_ids)
 
-    def _results(self) -> list[Json]:
-        """The same under the numbers of the images."""
-        results: list[Json] = []
-        for number in sorted(self._detections):
-            boxes, scores, labels = self._detections[number]
-            xywh = np.concatenate((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]), axis=1).tolist()
-            results += [
-                {
-                    "image_id": number,
-                    "category_id": self.category_ids[label],
-                    "bbox": box,
-                    "score": score,
-                }
-                for box, score, label in zip(xywh, scores.tolist(), labels.tolist())
-            ]
-        return results
+    def _rows(self) -> Rows:
+        numbers = sorted(self._detections)
+        nothing = ImageDetections(np.zeros((0, 4)), np.zeros(0), np.zeros(0, np.int64))
+        found = [nothing, *(self._detections[number] for number in numbers)]
+        boxes, scores, labels = (np.concatenate(parts) for parts in zip(*found))
+        boxes[:, 2:] -= boxes[:, :2]
+        counts = [len(one.scores) for one in found[1:]]
+        return Rows(np.repeat(np.array(numbers, np.int64), counts), labels, boxes, scores)
 
     def evaluate(self) -> Metrics:
         """Compute everything from what was processed; images not seen have no detections."""
-        coco = self._run_coco()
+        rows = self._rows()
+        pairs = self._pairs(rows)
+        coco = run_coco(self._ground_truth, rows, self.category_ids, pairs, self.max_detections)
         precision, stats = coco.eval["precision"][:, :, :, 0, -1], tuple(map(float, coco.stats))
-        rows = {category: row for row, category in enumerate(coco.params.catIds)}
-        precision = precision[:, :, [rows[category] for category in self.category_ids]]
+        columns = {category: column for column, category in enumerate(coco.params.catIds)}
+        precision = precision[:, :, [columns[category] for category in self.category_ids]]
         images, instances = self._count_objects()
         present = np.flatnonzero(instances)
-        curves = self._curves(present, instances[present], precision[0].T[present])
+        curves = self._curves(
+            self._outcomes(rows, pairs), present, instances[present], precision[0].T[present]
+        )
         best = int(curves.f1.mean(0).argmax()) if present.size else 0
         points = {
             int(c): (float(curves.precision[i, best]), float(curves.recall[i, best]))
@@ -225,13 +221,9 @@ class CocoEvaluator:
 
     def outcomes(self) -> list[ClassOutcomes]:
         """What became of every detection, by class: what `utils.bootstrap` draws from."""
-        return outcomes_of(
-            self._detections,
-            self._ground_truth["annotations"],
-            self.category_ids,
-            len(self._image_ids),
-            self.max_detections,
-        )
+        rows = self._rows()
+        sizes = (len(self._image_ids), len(self.names))
+        return outcomes_of(self._pairs(rows), rows.scores, self._objects, *sizes)
 
     def errors(self) -> Errors:
         """Every detection and object judged, see `utils.tide`."""
@@ -252,19 +244,24 @@ class CocoEvaluator:
         """What was found in it, best score first."""
         return self._detections[number]
 
-    def _run_coco(self) -> COCOeval_faster:
-        from faster_coco_eval import COCO, COCOeval_faster
+    def _objects_by_group(self) -> Objects:
+        index = {category: c for c, category in enumerate(self.category_ids)}
+        known = [a for a in self._ground_truth["annotations"] if a["category_id"] in index]
+        groups = [a["image_id"] * len(index) + index[a["category_id"]] for a in known]
+        order = np.argsort(np.array(groups, np.int64), kind="stable")
+        boxes = np.array([a["bbox"] for a in known], np.float64).reshape(-1, 4)
+        is_crowd = np.array([a["iscrowd"] for a in known], bool)
+        return Objects(np.array(groups, np.int64)[order], boxes[order], is_crowd[order])
 
-        def silent(*_: object) -> None:
-            pass
+    def _pairs(self, rows: Rows) -> Pairs:
+        groups = rows.numbers * len(self.names) + rows.labels
+        return pair_up(groups, rows.boxes, self._objects, max(10, self.max_detections))
 
-        truth = COCO(copy.deepcopy(self._ground_truth), print_function=silent)
-        coco = COCOeval_faster(truth, truth.loadRes(self._results()), "bbox", print_function=silent)
-        coco.params.maxDets = sorted({1, 10, self.max_detections})
-        coco.evaluate()
-        coco.accumulate()
-        coco.summarize()
-        return coco
+    def _outcomes(self, rows: Rows, pairs: Pairs) -> Outcomes:
+        """What became of the detections; those that hit a crowd are left out."""
+        outcome = match(pairs, self._objects.is_crowd)
+        counted = pairs.detections[outcome >= 0]
+        return Outcomes(rows.scores[counted], rows.labels[counted], outcome[outcome >= 0] > 0)
 
     def _count_objects(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Images with the class and objects of the class, (C,) each, crowds left out."""
@@ -281,13 +278,13 @@ class CocoEvaluator:
         return images, instances
 
     def _curves(
-        self, present: NDArray[np.int64], instances: NDArray[np.int64], precision_at_recall: Array
+        self,
+        outcomes: Outcomes,
+        present: NDArray[np.int64],
+        instances: NDArray[np.int64],
+        precision_at_recall: Array,
     ) -> Curves:
         """The curves of the classes that have objects."""
-        annotations = self._ground_truth["annotations"]
-        outcomes = match_detections(
-            self._detections, annotations, self.category_ids, self.max_detections
-        )
         names = tuple(self.names[c] for c in present)
         recall_axis = np.linspace(0, 1, precision_at_recall.shape[1])
         by_confidence = confidence_curves(outcomes, present.tolist(), instances.tolist())
@@ -329,42 +326,6 @@ class ConfusionMatrix:
         np.add.at(self.matrix, (np.concatenate(rows), np.concatenate(columns)), 1)
 
 
-def _normalised(
-    ground_truth: Mapping[str, Any],
-    category_ids: Sequence[int],
-    names: Sequence[str],
-    numbers: Mapping[int, int],
-) -> Json:
-    """A copy that holds what the evaluation reads and nothing else, `numbers` in place of ids."""
-    categories = {
-        int(c["id"]): str(c.get("name", c["id"])) for c in ground_truth.get("categories", [])
-    }
-    for category, name in zip(category_ids, names, strict=True):
-        categories.setdefault(category, name)
-    annotations: list[Json] = []
-    for annotation in ground_truth.get("annotations", []):
-        if int(annotation["image_id"]) not in numbers:
-            continue
-        box, area = [float(value) for value in annotation["bbox"]], annotation.get("area")
-        annotations.append(
-            {
-                "id": len(annotations) + 1,
-                "image_id": numbers[int(annotation["image_id"])],
-                "category_id": int(annotation["category_id"]),
-                "bbox": box,
-                "area": box[2] * box[3] if area is None else float(area),
-                "iscrowd": int(annotation.get("iscrowd") or 0),
-            }
-        )
-    images = [{"id": number} for number in numbers.values()]
-    return {
-        "info": {},
-        "images": images,
-        "annotations": annotations,
-        "categories": [{"id": i, "name": n} for i, n in categories.items()],
-    }
-
-
 def _best_pairs(overlap: Array, threshold: float) -> tuple[list[int], list[int]]:
     """One-to-one pairs (detection, object) above `threshold`, largest overlap first."""
     pairs: dict[int, int] = {}
@@ -376,6 +337,5 @@ def _best_pairs(overlap: Array, threshold: float) -> tuple[list[int], list[int]]
 
 
 def _mean(values: Array) -> float:
-    """Mean of the values that are defined; -1 if none is."""
-    defined = values[values > UNDEFINED]
-    return float(defined.mean()) if defined.size else UNDEFINED
+    """The mean, -1 of no values; those of a class without objects are -1 all."""
+    return float(values.mean()) if values.size else UNDEFINED

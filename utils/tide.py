@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from utils.curves import Annotations, ImageDetections, overlaps
+from utils.curves import ImageDetections, overlaps
 
 Array = NDArray[np.float64]
 Labels = NDArray[np.int64]
@@ -96,7 +96,7 @@ class Errors(NamedTuple):
 
 def judge(
     detections: Mapping[int, ImageDetections],
-    annotations: Annotations,
+    annotations: Sequence[Mapping[str, Any]],
     category_ids: Sequence[int],
     max_detections: int = 100,
 ) -> Errors:
@@ -198,7 +198,8 @@ def costs(errors: Errors, num_classes: int) -> dict[str, float]:
     """mAP at IoU 0.5 as it is (`mAP`), and what is gained without the errors of each kind, from 0 to 1.
 
     Besides the kinds: `false positives`, all of them gone; `false negatives`, nothing asked for that was not found.
-    Classes without objects count as 0 if something was detected as one of them.
+    Classes without objects count as 0 if something was detected as one of them. Once something is
+    mended, errors come first among equal scores, as in the authors' code.
     """
     found, objects = errors.detections, errors.objects
     right, wrong = found.kind == RIGHT, found.kind != RIGHT
@@ -206,21 +207,22 @@ def costs(errors: Errors, num_classes: int) -> dict[str, float]:
     scored = found.counts
     base = _mean_ap(found.labels[scored], found.scores[scored], right[scored], wanted)
     result = {"mAP": base}
+    meant = np.append(objects.labels, -1)[found.object]
     for number, name in enumerate(KINDS):
-        mended = wrong & (found.kind == number)
-        kept, gained = wrong & ~mended & scored, mended & found.mends
-        meant = objects.labels[found.object[gained]] if gained.any() else found.labels[:0]
-        labels = np.concatenate([found.labels[kept], meant, found.labels[right]])
-        scores = np.concatenate([found.scores[mask] for mask in (kept, gained, right)])
-        is_right = np.arange(len(labels)) >= kept.sum()
+        gained = wrong & (found.kind == number) & found.mends
+        kept = wrong & (found.kind != number) & scored | gained
+        labels = np.concatenate([np.where(gained, meant, found.labels)[kept], found.labels[right]])
+        scores = np.concatenate([found.scores[kept], found.scores[right]])
+        is_right = np.concatenate([gained[kept], right[right]])
         left = wanted
         if name == "missed":
             left = wanted - np.bincount(objects.labels[objects.is_missed], minlength=num_classes)
         result[name] = max(_mean_ap(labels, scores, is_right, left) - base, 0.0)
-    alone = right[scored].astype(np.float64)
+    order = np.concatenate([np.flatnonzero(wrong & scored), np.flatnonzero(right)])
+    labels, is_right = found.labels[order], right[order]
     asked = np.bincount(objects.labels[objects.is_found], minlength=num_classes)
-    clean = _mean_ap(found.labels[scored], alone, right[scored], wanted)
-    whole = _mean_ap(found.labels[scored], found.scores[scored], right[scored], asked)
+    clean = _mean_ap(labels, is_right.astype(np.float64), is_right, wanted)
+    whole = _mean_ap(labels, found.scores[order], is_right, asked)
     return {**result, "false positives": clean - base, "false negatives": whole - base}
 
 

@@ -3,7 +3,7 @@
 Two pictures are nearly the same where their coarse edges agree: each is shrunk to 17 x 17 grey
 values, whose 2 x 16 x 16 slopes to the right and downwards, scaled to length 1, are its fingerprint.
 The product of two fingerprints is their correlation. Other exposure, size, compression and a
-shift of a few percent leave it near 1; unrelated pictures of one subject stay below 0.6.
+shift of a few percent leave it near 1; unrelated pictures of one subject stay below 0.7.
 
 Letters: n images.
 """

@@ -226,6 +226,7 @@ def beside_candidates(rows: Tensor, decoded: Decoded) -> tuple[list[Tensor], lis
     Nearly equal scores may rank either way, so that a row is held against the candidate that it is nearest to; that none
     was left out shows in the scores by rank, which no rounding moves further than itself.
     """
+    rows = rows.to(decoded.boxes.dtype)
     best = best_rows(decoded, rows.shape[1])
     boxes, scores = rows[..., :4].clone(), rows[..., 4].clone()
     most = decoded.scores.shape[-1] - 1

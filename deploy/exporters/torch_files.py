@@ -12,6 +12,7 @@ import torch
 from deploy.exporters.network import ExportOptions, beside, build_network, example, metadata
 from deploy.exporters.onnx_file import dynamic_example, dynamic_shapes
 from deploy.runtimes.artifact import METADATA_FILE
+from deploy.runtimes.program_file import READS_PROGRAMS
 from models.yolo import DetectionModel
 from utils.checkpoint import save_checkpoint
 from utils.errors import ConfigError
@@ -37,7 +38,16 @@ def export_torchscript(model: DetectionModel, options: ExportOptions, weights: P
 
 
 def export_pt2(model: DetectionModel, options: ExportOptions, weights: Path) -> Path:
-    """Write `<stem>.pt2`, a program of torch.export."""
+    """Write `<stem>.pt2`, a program of torch.export.
+
+    Raises:
+        ConfigError: this torch packs programs in another form.
+    """
+    if not READS_PROGRAMS:
+        raise ConfigError(
+            f"--include pt2: torch {torch.__version__} packs programs in an earlier form - expected a newer one, such as 2.14. "
+            "Install it, or export torchscript."
+        )
     path = beside(weights, options, ".pt2")
     network = build_network(model, options, half=options.half)
     with torch.no_grad(), warnings.catch_warnings():

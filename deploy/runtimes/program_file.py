@@ -24,6 +24,12 @@ from torch.export import ExportedProgram
 from deploy.runtimes.artifact import loading
 from utils.errors import CheckpointError
 
+try:
+    from torch.export.pt2_archive import constants as _packing
+except ImportError:  # torch 2.4
+    _packing = None  # type: ignore[assignment]
+READS_PROGRAMS = hasattr(_packing, "WEIGHTS_CONFIG_FILENAME_FORMAT")  # not yet in torch 2.8
+"""Whether this torch packs programs as they are read here."""
 MEMBERS = {
     "": {"archive_format", "archive_version", "byteorder"},
     "models": {"model.json"},

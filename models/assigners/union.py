@@ -1,6 +1,6 @@
 """One matching for the boxes of all stages: the union of what each of them was matched to.
 
-Source: D-FINE (arXiv 2410.13842, section 4.2, "matching-aware").
+Source: D-FINE (arXiv 2410.13842).
 
 Letters: P pairs.
 """

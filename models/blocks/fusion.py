@@ -1,7 +1,7 @@
 """Fusion blocks of the encoders behind RT-DETR's.
 
-Sources: D-FINE (arXiv 2410.13842, appendix), YOLOv9 (arXiv 2402.13616) for layer aggregation, RT-DETR (arXiv 2304.08069)
-for the path of re-parameterizable convolutions.
+Sources: D-FINE (arXiv 2410.13842), YOLOv9 (arXiv 2402.13616) for layer aggregation, RT-DETR (arXiv 2304.08069)
+for the path of re-parameterizable convolutions, DEIMv2 (arXiv 2509.20787) for the small encoder.
 Letters: B batch, C channels, H height, W width.
 """
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models.blocks.rep import RepC3
 from models.common import Conv, aggregate, short_names
-from models.registry import LayerError, register, stacked
+from models.registry import LayerError, convolution, register, stacked
 
 
 @register(stacked)
@@ -40,6 +40,19 @@ class RepELAN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return aggregate(x, self.cv1, (self.cv2, self.cv3), self.cv4)
+
+
+@register(convolution)
+@short_names
+class MeanConv(nn.Module):
+    """A 1x1 convolution of a map to which its mean over all places was added: what DEIMv2's small encoder has for attention."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.cv1 = Conv(in_channels, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.cv1(x + x.mean((2, 3), keepdim=True))
 
 
 def _stage(in_channels: int, out_channels: int, repeats: int) -> nn.Sequential:

@@ -18,7 +18,7 @@ from models.registry import LayerError, Plan, Scaling, convolution, register, si
 
 
 def _stem_rule(in_channels: Sequence[Any], args: Sequence[Any], scaling: Scaling) -> Plan:
-    """`[mid, out]` becomes `(in, mid, out)`, unscaled: HGNetv2 brings its own widths."""
+    """`[mid, out, ...]` becomes `(in, mid, out, ...)`, unscaled: HGNetv2 brings its own widths."""
     if len(args) < 2:
         raise LayerError(f"got {list(args)}, expected [middle channels, output channels]")
     return Plan([single(in_channels), *args], args[1])
@@ -34,6 +34,21 @@ def _block_rule(in_channels: Sequence[Any], args: Sequence[Any], scaling: Scalin
     return Plan(ready, args[1], repeats_inside=True)
 
 
+class AffineReLU(nn.Module):
+    """ReLU, then a learnt scale and shift, each one number (PaddleClas, with PP-HGNetv2's small sizes)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.bias = nn.Parameter(torch.ones(1)), nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * functional.relu(x) + self.bias
+
+
+def _relu(affine: bool) -> nn.Module:
+    return AffineReLU() if affine else nn.ReLU()
+
+
 @register(_stem_rule)
 @short_names
 class HGStem(nn.Module):
@@ -44,14 +59,16 @@ class HGStem(nn.Module):
     Input (B, C, H, W), output (B, out, H / 4, W / 4).
     """
 
-    def __init__(self, in_channels: int, mid_channels: int, out_channels: int) -> None:
+    def __init__(
+        self, in_channels: int, mid_channels: int, out_channels: int, affine: bool = False
+    ) -> None:
         super().__init__()
         half = mid_channels // 2
-        self.stem1 = Conv(in_channels, mid_channels, 3, 2, activation=nn.ReLU())
-        self.stem2a = Conv(mid_channels, half, 2, 1, 0, activation=nn.ReLU())
-        self.stem2b = Conv(half, mid_channels, 2, 1, 0, activation=nn.ReLU())
-        self.stem3 = Conv(mid_channels * 2, mid_channels, 3, 2, activation=nn.ReLU())
-        self.stem4 = Conv(mid_channels, out_channels, 1, 1, activation=nn.ReLU())
+        self.stem1 = Conv(in_channels, mid_channels, 3, 2, activation=_relu(affine))
+        self.stem2a = Conv(mid_channels, half, 2, 1, 0, activation=_relu(affine))
+        self.stem2b = Conv(half, mid_channels, 2, 1, 0, activation=_relu(affine))
+        self.stem3 = Conv(mid_channels * 2, mid_channels, 3, 2, activation=_relu(affine))
+        self.stem4 = Conv(mid_channels, out_channels, 1, 1, activation=_relu(affine))
         self.pool = nn.MaxPool2d(kernel_size=2, stride=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,10 +82,12 @@ class HGStem(nn.Module):
 class LightConv(nn.Module):
     """Pointwise convolution without activation, then a depthwise one with ReLU."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int = 3, affine: bool = False
+    ) -> None:
         super().__init__()
         self.conv1 = Conv(in_channels, out_channels, 1, activation=False)
-        self.conv2 = DWConv(out_channels, out_channels, kernel_size, activation=nn.ReLU())
+        self.conv2 = DWConv(out_channels, out_channels, kernel_size, activation=_relu(affine))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv2(self.conv1(x))
@@ -87,6 +106,7 @@ class HGBlock(nn.Module):
         repeats: length of the chain.
         light: the chain is made of `LightConv`, not of plain convolutions.
         shortcut: add the input where its channels equal the output's.
+        affine: `AffineReLU` for ReLU.
     """
 
     def __init__(
@@ -98,18 +118,19 @@ class HGBlock(nn.Module):
         repeats: int = 6,
         light: bool = False,
         shortcut: bool = False,
+        affine: bool = False,
     ) -> None:
         super().__init__()
         widths = [in_channels, *[mid_channels] * (repeats - 1)]
         self.m = nn.ModuleList(
-            LightConv(width, mid_channels, kernel_size)
+            LightConv(width, mid_channels, kernel_size, affine)
             if light
-            else Conv(width, mid_channels, kernel_size, activation=nn.ReLU())
+            else Conv(width, mid_channels, kernel_size, activation=_relu(affine))
             for width in widths
         )
         kept = in_channels + repeats * mid_channels
-        self.sc = Conv(kept, out_channels // 2, 1, activation=nn.ReLU())
-        self.ec = Conv(out_channels // 2, out_channels, 1, activation=nn.ReLU())
+        self.sc = Conv(kept, out_channels // 2, 1, activation=_relu(affine))
+        self.ec = Conv(out_channels // 2, out_channels, 1, activation=_relu(affine))
         self.has_residual = shortcut and in_channels == out_channels
 
     def forward(self, x: Tensor) -> Tensor:

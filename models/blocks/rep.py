@@ -15,10 +15,13 @@ from torch.nn import functional
 from models.common import Conv, batch_norm, short_names
 from models.fusing.folding import fold_norm
 from models.registry import LayerError, convolution, register, stacked
+from utils.device import AutocastState
 
 
 class _ConvNorm(Protocol):
     """A convolution and the norm behind it, or what `fuse` has left of that."""
+
+    def __call__(self, x: Tensor, /) -> Tensor: ...
 
     @property
     def conv(self) -> nn.Conv2d: ...
@@ -59,6 +62,81 @@ def fold_branches(branches: Sequence[_ConvNorm], identity: nn.Module | None = No
     folded.weight.copy_(weight)
     folded.bias.copy_(bias)
     return folded.requires_grad_(first.weight.requires_grad).train(first.training)
+
+
+def sum_branches(
+    x: Tensor, branches: Sequence[_ConvNorm], identity: nn.Module | None = None
+) -> Tensor:
+    """The sum of `branches` on one input, and of the norm `identity`, before their activation.
+
+    Where several dense 1x1 branches train with BatchNorm, one convolution computes them all.
+    """
+    if len(branches) > 1 and all(map(_is_pointwise, branches)):
+        norms = [*(branch.bn for branch in branches), *([] if identity is None else [identity])]
+        if _count(x) > 2 * x.shape[1] and all(_takes_statistics(norm) for norm in norms):
+            return _sum_of_pointwise(x, branches, identity)
+    total = branches[0](x)
+    for branch in branches[1:]:
+        total = total + branch(x)
+    return total if identity is None else total + identity(x)
+
+
+def _is_pointwise(branch: _ConvNorm) -> bool:
+    conv = branch.conv
+    return conv.kernel_size == conv.stride == (1, 1) and conv.groups == 1 and conv.bias is None
+
+
+def _takes_statistics(norm: nn.Module) -> bool:
+    """Whether it is a BatchNorm of one process that takes its statistics from this batch."""
+    return isinstance(norm, nn.BatchNorm2d) and norm.training and norm.momentum is not None
+
+
+def _count(x: Tensor) -> int:
+    """Values of a channel."""
+    return x.numel() // x.shape[1]
+
+
+def _sum_of_pointwise(
+    x: Tensor, branches: Sequence[_ConvNorm], identity: nn.Module | None
+) -> Tensor:
+    """`sum_branches` as one convolution.
+
+    With mean m and covariance S of the input's channels, the outputs `W x` of a branch have mean `W m` and variance
+    diag(`W S W'`), which is all that BatchNorm asks of them.
+    """
+    with AutocastState.now(x.device.type)._replace(enabled=False).again():
+        pixels = x.permute(0, 2, 3, 1).flatten(0, 2)  # (BHW, C)
+        pixels = pixels.to(torch.promote_types(x.dtype, torch.float32))
+        mean = pixels.mean(0)
+        centred = pixels - mean
+        # Both factors would get the same gradient; it is taken once and doubled.
+        product = centred.T @ centred.detach()
+        covariance = (2 * product - product.detach()) / len(pixels)
+        weight = bias = mean.new_zeros(())
+        for branch in branches:
+            kernel = branch.conv.weight.flatten(1)
+            variance = ((kernel @ covariance) * kernel).sum(1)
+            scale, shift = _batch_affine(branch.bn, kernel @ mean, variance, len(pixels))
+            weight, bias = weight + kernel * scale[:, None], bias + shift
+        if identity is not None:
+            scale, shift = _batch_affine(identity, mean, covariance.diagonal(), len(pixels))
+            weight, bias = weight + scale.diag(), bias + shift
+        bias = bias - weight @ mean
+    return functional.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
+
+
+def _batch_affine(
+    norm: nn.Module, mean: Tensor, variance: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
+    """What BatchNorm makes of centred values of this (biased) variance: factor and shift; its running statistics follow."""
+    assert isinstance(norm, nn.BatchNorm2d) and norm.momentum is not None
+    assert norm.running_mean is not None and norm.running_var is not None
+    assert norm.num_batches_tracked is not None
+    with torch.no_grad():
+        norm.running_mean.lerp_(mean, norm.momentum)
+        norm.running_var.lerp_(variance * (count / (count - 1)), norm.momentum)
+        norm.num_batches_tracked.add_(1)
+    return norm.weight * (variance.clamp(min=0) + norm.eps).rsqrt(), norm.bias
 
 
 @register(convolution)
@@ -109,8 +187,7 @@ class RepConv(nn.Module):
         if self.conv is not None:
             return self.act(self.conv(x))
         assert self.conv1 is not None and self.conv2 is not None
-        total = self.conv1(x) + self.conv2(x)
-        return self.act(total if self.bn is None else total + self.bn(x))
+        return self.act(sum_branches(x, (self.conv1, self.conv2), self.bn))
 
     def reparameterize(self) -> None:
         """Replace the branches by the one convolution that equals them in eval mode."""

@@ -1,7 +1,7 @@
 """D-FINE's head: queries as in RT-DETR, boxes as four distributions that every layer refines.
 
-Sources: D-FINE (arXiv 2410.13842): fine-grained distribution refinement (section 4.1), gated fusion and points by level
-(appendix); DEIMv2 (arXiv 2509.20787) for the leaner layers that `deimv2` builds.
+Sources: D-FINE (arXiv 2410.13842): fine-grained distribution refinement, gated fusion, points by level; DEIMv2
+(arXiv 2509.20787) for the leaner layers that `deimv2` and `small` build.
 
 Letters: B batch, C classes, D width, N bins of an edge less one, Q queries, K denoising queries, L decoder layers,
 S stages: before the first layer's refinement, and the layers.
@@ -136,6 +136,7 @@ class DFINEDecoder(Head[DFINERaw]):
         num_denoising, label_noise, box_noise: as in `RTDETRDecoder`.
         deimv2: DEIMv2's form: layers as `GatedDecoderLayer` says, one positional embedding of the first boxes for all of
             them, SiLU between linear layers, tokens ranked as they are.
+        small: as in DEIMv2's smallest sizes: no gates, one box head for all layers.
     """
 
     family = "dfine"
@@ -159,6 +160,7 @@ class DFINEDecoder(Head[DFINERaw]):
         label_noise: float = 0.5,
         box_noise: float = 1.0,
         deimv2: bool = False,
+        small: bool = False,
     ) -> None:
         super().__init__(num_classes, len(channels))
         if reg_max < 4 or reg_max % 2:
@@ -178,15 +180,15 @@ class DFINEDecoder(Head[DFINERaw]):
                 f"got num_points {points}, expected one for each of {len(channels)} maps"
             )
         self.decoder = Decoder(
-            GatedDecoderLayer(hidden, num_heads, feedforward, points, deimv2)
+            GatedDecoderLayer(hidden, num_heads, feedforward, points, deimv2, not small)
             for _ in range(num_layers)
         )
         # Constants that come with the weights.
         self.up = nn.Parameter(torch.tensor([HALF_RANGE]), requires_grad=False)
         self.reg_scale = nn.Parameter(torch.tensor([float(reg_scale)]), requires_grad=False)
-        self._add_predictors(hidden, num_layers)
+        self._add_predictors(hidden, num_layers, 1 if small else num_layers)
 
-    def _add_predictors(self, hidden: int, num_layers: int) -> None:
+    def _add_predictors(self, hidden: int, num_layers: int, box_heads: int) -> None:
         """What makes queries of tokens, and classes and boxes of queries."""
         count = self.num_classes
         self.denoising_class_embed = (
@@ -204,7 +206,7 @@ class DFINEDecoder(Head[DFINERaw]):
         self.pre_bbox_head = MLP(hidden, hidden, 4, 3, act)
         self.dec_score_head = nn.ModuleList(nn.Linear(hidden, count) for _ in range(num_layers))
         self.dec_bbox_head = nn.ModuleList(
-            MLP(hidden, hidden, 4 * (self.reg_max + 1), 3, act) for _ in range(num_layers)
+            MLP(hidden, hidden, 4 * (self.reg_max + 1), 3, act) for _ in range(box_heads)
         )
         self.quality = nn.ModuleList(EdgeQuality() for _ in range(num_layers))
         initialize_weights(
@@ -283,7 +285,8 @@ class DFINEDecoder(Head[DFINERaw]):
                 if self.training:
                     logits.append(self.dec_score_head[0](content))
                     all_boxes.append(start)
-            added = widen(self.dec_bbox_head[number](content + known))
+            box_head = self.dec_bbox_head[number % len(self.dec_bbox_head)]
+            added = widen(box_head(content + known))
             edges = added.unflatten(-1, (4, self.reg_max + 1)) + edges
             refined = boxes_from_distances(reference, mean_distances(edges, distances), scale)
             if self.training or number == len(self.decoder.layers) - 1:

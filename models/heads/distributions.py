@@ -1,6 +1,6 @@
 """Box edges as distributions: each edge is the mean of a few fixed distances under a softmax.
 
-Source: D-FINE (arXiv 2410.13842, section 4.1).
+Source: D-FINE (arXiv 2410.13842).
 
 Letters: B batch, Q queries, N bins less one (`reg_max`), a half range, c scale, W(n) distance of bin n.
 Boxes are cxcywh, normalised to [0, 1]; edges are left, top, right, bottom. The unit of a distance is the side of the

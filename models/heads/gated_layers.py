@@ -1,6 +1,6 @@
 """Decoder layers of D-FINE and DEIMv2: a gate in place of a residual, points by level, values as they are.
 
-Sources: D-FINE (arXiv 2410.13842, appendix), DEIMv2 (arXiv 2509.20787).
+Sources: D-FINE (arXiv 2410.13842), DEIMv2 (arXiv 2509.20787).
 
 Letters: B batch, Q queries, D width.
 """
@@ -33,6 +33,18 @@ class Gate(nn.Module):
         """(B, Q, D) twice to the same."""
         of_known, of_seen = self.gate(torch.cat((known, seen), -1)).sigmoid().chunk(2, -1)
         return self.norm(of_known * known + of_seen * seen)
+
+
+class Residual(nn.Module):
+    """What a query knew and what it has seen, added; stands for `Gate` in the smallest models."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, known: Tensor, seen: Tensor) -> Tensor:
+        """(B, Q, D) twice to the same."""
+        return self.norm(known + seen)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -80,6 +92,7 @@ class GatedDecoderLayer(nn.Module):
         feedforward: width of the feed-forward part.
         num_points: sampling points per head, one number a level.
         deimv2: `RMSNorm` for LayerNorm, `SwiGLU` for `FeedForward`.
+        is_gated: `Gate` rather than `Residual`.
     """
 
     def __init__(
@@ -89,6 +102,7 @@ class GatedDecoderLayer(nn.Module):
         feedforward: int,
         num_points: Sequence[int],
         deimv2: bool = False,
+        is_gated: bool = True,
     ) -> None:
         super().__init__()
         norm: Callable[[int], nn.Module] = RMSNorm if deimv2 else LayerNorm
@@ -97,7 +111,7 @@ class GatedDecoderLayer(nn.Module):
         self.cross_attn = DeformableAttention(
             width, num_heads, len(num_points), num_points, is_projected=False
         )
-        self.gateway = Gate(width, norm(width))
+        self.gateway = Gate(width, norm(width)) if is_gated else Residual(norm(width))
         self.ffn = (SwiGLU if deimv2 else FeedForward)(width, feedforward)
         self.norm3 = norm(width)
 

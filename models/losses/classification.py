@@ -84,7 +84,7 @@ def varifocal(logits: Tensor, targets: ClassTargets, numbers: Numbers) -> Tensor
 
 
 def matchability(logits: Tensor, targets: ClassTargets, numbers: Numbers) -> Tensor:
-    """Matchability-aware loss (Huang et al., DEIM, arXiv 2412.04234, eq. 3): a match of a bad box is pushed down in full.
+    """Matchability-aware loss (Huang et al., DEIM, arXiv 2412.04234): a match of a bad box is pushed down in full.
 
     Positives aim at quality^gamma and weigh 1, negatives weigh p^gamma, without gradient of the weight.
     """

@@ -1,7 +1,7 @@
 """D-FINE's loss: the set losses of RT-DETR, and two on the distributions of edges.
 
-Source: D-FINE (arXiv 2410.13842): fine-grained localisation (section 4.1, eq. 4), self-distillation from the last layer
-(section 4.2, eq. 5-6), one matching for the boxes of all stages.
+Source: D-FINE (arXiv 2410.13842): fine-grained localisation, self-distillation from the last layer, one matching for the
+boxes of all stages.
 
 Letters: S stages, L decoder layers, B batch, Q queries, K denoising queries, C classes, N bins of an edge less one,
 P matched pairs.
@@ -67,8 +67,8 @@ class DFINELoss(SameEveryEpoch):
 
     Args:
         head: the head whose raw predictions come in.
-        hyp: weights `cls`, `l1`, `giou`, `fgl`, `ddf`; `ddf_temperature`; `box_loss`, `cls_loss` and the numbers that these
-            read; matching costs `cost_class`, `cost_l1`, `cost_giou`, `cost_alpha`, `cost_gamma`.
+        hyp: weights `cls`, `l1`, `giou`, `fgl`, `ddf`; `ddf_temperature`; `union`; `box_loss`, `cls_loss` and the numbers
+            that these read; matching costs `cost_class`, `cost_l1`, `cost_giou`, `cost_alpha`, `cost_gamma`.
         allow_code: whether `box_loss` may be a user's file.
     """
 
@@ -79,7 +79,7 @@ class DFINELoss(SameEveryEpoch):
     ) -> None:
         self.head, self.hyp = head, hyp
         self.weights = {name: hyp[name] for name in StageLosses._fields}
-        self.temperature = float(hyp["ddf_temperature"])
+        self.temperature, self.is_joined = float(hyp["ddf_temperature"]), hyp["union"]
         self.box_loss = BoxLoss(hyp["box_loss"], hyp, allow_code=allow_code)
         self.class_loss = choose_class_loss(hyp["cls_loss"], hyp)
         self.assigner = HungarianAssigner(
@@ -112,7 +112,7 @@ class DFINELoss(SameEveryEpoch):
         """Losses of the encoder, of what comes before the first refinement (in training), and of each layer.
 
         Classes go by each stage's own matching and are divided by the objects, boxes by the union of all matchings and
-        are divided by its pairs.
+        are divided by its pairs, or without `union` as classes are.
 
         Args:
             raw: of the head.
@@ -128,12 +128,13 @@ class DFINELoss(SameEveryEpoch):
         )  # fmt: skip
         union = union_of_stages(match)
         shares = shares_of(union, refined.boxes.shape[1:3])
-        pairs = mean_count(union.query)
-        giou, l1 = box_sums(self.box_loss, boxes, targets, for_each_stage(union, len(boxes)), frame)
+        objects, pairs = mean_count(targets.labels), mean_count(union.query)
+        of_boxes = for_each_stage(union, len(boxes)) if self.is_joined else match
+        giou, l1 = box_sums(self.box_loss, boxes, targets, of_boxes, frame)
         cls = class_sums(self.class_loss, self.hyp, logits, boxes, targets, match)
         fgl, ddf = self._edge_losses(refined, targets, union, shares)
-        objects = mean_count(targets.labels)
-        found = StageLosses(giou / pairs, cls / objects, l1 / pairs, fgl / pairs, ddf)
+        count = pairs if self.is_joined else objects
+        found = StageLosses(giou / count, cls / objects, l1 / count, fgl / pairs, ddf)
         return self._weighted(found), shares
 
     def _denoising_losses(

@@ -15,8 +15,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.blocks.rep import fold_branches
+from models.blocks.rep import fold_branches, sum_branches
 from models.registry import LayerError, Plan, Scaling, convolution, register
+from utils.layers import PointwiseConv
 
 
 def conv_norm(
@@ -24,8 +25,12 @@ def conv_norm(
 ) -> nn.Sequential:
     """Convolution without bias and BatchNorm; the size is kept at stride 1."""
     padding = dilation * (kernel_size - 1) // 2
-    conv = nn.Conv2d(
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias=False
+    conv: nn.Conv2d = (
+        PointwiseConv(in_channels, out_channels, stride, groups)
+        if kernel_size == 1
+        else nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias=False
+        )
     )
     return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(out_channels)))
 
@@ -81,23 +86,18 @@ class MobileOneBlock(nn.Module):
         self.se: nn.Module = SqueezeExcite(out_channels) if use_se else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.se(self._sum_branches(x) if self.conv is None else self.conv(x)))
+        y = sum_branches(x, self._branches(), self.skip) if self.conv is None else self.conv(x)
+        return F.relu(self.se(y))
 
-    def _sum_branches(self, x: Tensor) -> Tensor:
+    def _branches(self) -> list[Any]:
         assert self.branches is not None
-        y = self.branches[0](x)
-        for branch in self.branches[1:]:
-            y = y + branch(x)
-        if self.scale is not None:
-            y = y + self.scale(x)
-        return y if self.skip is None else y + self.skip(x)
+        return [*self.branches, *([] if self.scale is None else [self.scale])]
 
     def reparameterize(self) -> None:
         """Fold all branches into one convolution with bias (section 3.2 of the paper); in place, idempotent."""
         if self.branches is None:
             return
-        branches = [b for b in (*self.branches, self.scale) if b is not None]
-        self.conv = fold_branches(branches, self.skip)  # type: ignore[arg-type]
+        self.conv = fold_branches(self._branches(), self.skip)
         self.branches = self.scale = self.skip = None
 
 

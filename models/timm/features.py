@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from models.registry import LayerError
+from models.timm.mobileone import with_fast_branches
 from utils.errors import ForeignError, foreign_code
 
 Options = Mapping[str, Any]
@@ -123,7 +124,8 @@ def create(name: str, options: Options) -> nn.Module:
     """`timm.create_model` with `features_only`: a module with a `feature_info`."""
     import timm
 
-    return timm.create_model(bare_name(name), features_only=True, **options)
+    net: nn.Module = timm.create_model(bare_name(name), features_only=True, **options)
+    return with_fast_branches(net)
 
 
 def info_of(net: nn.Module) -> FeatureInfo:

@@ -11,6 +11,7 @@ import pytest
 from conftest import coco_document, voc_text, write_image
 from planted import SIDE, Planter, picture
 
+import train
 from data.check import Report, examine, main
 from data.config import load_data_config
 from data.doctor.pictures import look_at, mirrored
@@ -156,6 +157,19 @@ def test_the_command_line_leaves_json_and_pictures_and_ends_with_0_1_or_2(tmp_pa
     leak = next(finding for finding in told["findings"] if finding["kind"] == "leak")
     assert leak["places"][0]["beside"].endswith("train00.png")
     assert cv2.imread(str(tmp_path / "r/exp2/val-leak.jpg")) is not None
+
+
+def test_a_training_with_the_flag_checks_at_its_own_size_and_ends(tmp_path, tiny_cfg):
+    planter = Planter(tmp_path / "data")
+    planter.add("train", "z", "0 .5 .5 1 1\n")
+    words = ["--data", str(planter.yaml()), "--cfg", str(tiny_cfg), "--imgsz", "96", "--check"]
+    with pytest.raises(SystemExit) as end:
+        train.main([*words, "--project", str(tmp_path), "--name", "r", "--device", "cpu"])
+    assert end.value.code == 1
+    told = json.loads((tmp_path / "r/check.json").read_text())
+    assert told["imgsz"] == [96, 96]
+    assert [finding["kind"] for finding in told["findings"]] == ["whole"]
+    assert {path.name for path in (tmp_path / "r").iterdir()} == {"check.json", "train-whole.jpg"}
 
 
 def test_likeness_outlives_exposure_compression_and_mirroring_and_tells_pictures_apart():

@@ -100,14 +100,19 @@ def test_mosaic_and_mixup_end_where_they_are_closed(config_of, monkeypatch):
     dataset = build_dataset(
         config_of("yolo"),
         "train",
-        LoadOptions(imgsz=(64, 64), augment=True, hyp=HYP, close_mosaic_epoch=5),
+        LoadOptions(
+            imgsz=(64, 64),
+            augment=True,
+            hyp={**HYP, "mosaic": 1.0, "mixup": 1.0},
+            close_mosaic_epoch=5,
+        ),
     )
     made = []
     original = type(dataset)._mosaic
     monkeypatch.setattr(
         type(dataset), "_mosaic", lambda self, *args: made.append(1) or original(self, *args)
     )
-    assert dataset[4, 0] and made
+    assert dataset[4, 0] and len(made) == 2
     made.clear()
     assert dataset[5, 0] and dataset[9, 1] and not made
 

@@ -117,6 +117,15 @@ def test_a_centred_matrix_without_strength_only_recentres():
     np.testing.assert_allclose(matrix, [[1, 0, -15], [0, 1, -10], [0, 0, 1]])
 
 
+def test_shifts_are_parts_of_the_side_that_they_go_along():
+    shifts = [
+        random_matrix((40, 60), (20, 30), {"translate": 0.5}, np.random.default_rng(seed))[:2, 2]
+        for seed in range(40)
+    ]
+    x, y = np.abs(np.array(shifts) - (-15, -10)).max(0)
+    assert 10 < x <= 15 and 5 < y <= 10
+
+
 @pytest.mark.parametrize(
     "hyp",
     [
@@ -198,9 +207,10 @@ def test_colours_change_only_what_their_strength_allows():
 
 def test_hue_is_turned_on_its_circle():
     red = np.full((2, 2, 3), (200, 0, 0), dtype=np.uint8)
-    seen = set()
+    seen, is_beyond_yellow = set(), False
     for seed in range(40):
         turned = random_colours(red, {"hsv_h": 0.5}, np.random.default_rng(seed))
         seen.add(int(np.argmax(turned[0, 0])))
+        is_beyond_yellow |= turned[0, 0, 0] == 0  # a third of the circle away at least
         assert turned.max() == 200 and turned.min() == 0
-    assert seen == {0, 1, 2}
+    assert seen == {0, 1, 2} and is_beyond_yellow

@@ -9,8 +9,9 @@ import pytest
 import torch
 from tiny_models import HEADS, tiny_model
 from torch import Tensor
+from torch_versions import needs_programs
 
-from deploy.backends import load_backend, model_backend
+from deploy.backends import load_backend, model_backend, quicken
 from deploy.exporters.network import ExportOptions, blobs, metadata
 from deploy.exporters.torch_files import (
     export_pt,
@@ -22,6 +23,7 @@ from deploy.runtimes.artifact import PAD_VALUE, ArtifactInfo, Backend
 from deploy.runtimes.layouts import read_detections, read_layout
 from deploy.runtimes.metadata import parse_metadata
 from deploy.runtimes.script_file import move_constants
+from models.common import Conv
 from utils.errors import CheckpointError, ConfigError
 from utils.structures import Decoded
 
@@ -131,6 +133,20 @@ def test_a_network_in_memory_is_fused_unless_told_otherwise():
     torch.testing.assert_close(found.scores, expected.scores, rtol=1e-4, atol=1e-6)
 
 
+def test_the_form_for_a_cpu_computes_the_same_and_spares_activations_that_others_read():
+    own, model = torch.nn.SiLU(), tiny_model("channels")
+    model.own = own  # of a user's block, whose input something else may read
+    images = blobs(1, (64, 96), 1)
+    with torch.no_grad():
+        expected = model.decode(model(images))
+        quicken(model)
+        found = model.decode(model(images))
+    torch.testing.assert_close(found.boxes, expected.boxes, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(found.scores, expected.scores, rtol=1e-4, atol=1e-6)
+    inside = [m.act.inplace for m in model.modules() if isinstance(m, Conv) and m.act is not own]
+    assert inside and all(inside) and not own.inplace
+
+
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
@@ -174,6 +190,7 @@ def device_constants(network: torch.jit.ScriptModule) -> set[str]:
     return {node.s("value") for node in nodes if str(node.output().type()) == "Device"}
 
 
+@needs_programs
 def test_a_program_runs_on_another_device_than_it_was_exported_on(tmp_path: Path):
     path = export_pt2(tiny_model("channels"), ExportOptions(imgsz=(64, 96)), tmp_path / "a.pt")
     backend = load_backend(path, "meta")

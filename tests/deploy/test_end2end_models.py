@@ -133,6 +133,8 @@ def test_rows_that_are_not_the_networks_are_refused():
         return max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True))
 
     assert gap(right) == 0
+    exact = Decoded(boxes.double(), scores.double())
+    assert all(map(torch.allclose, *beside_candidates(right, exact)))
     assert gap(right[:, [1, 0, 2, 3]]) == pytest.approx(0.2)  # out of order
     for place, value in (((0, 1, 4), 0.5), ((0, 0, 2), 9.0), ((0, 1, 5), 0.0), ((0, 2, 4), 0.0)):
         wrong = right.clone()

@@ -13,8 +13,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from onnx_exports import needs_both
 from tiny_models import HEADS, tiny_model
+from torch_versions import needs_both, needs_programs
 
 import export
 from data.images import read_image
@@ -98,7 +98,9 @@ def test_metadata_has_what_runners_look_for(tmp_path: Path):
     assert len(backend(blobs(3, IMGSZ, 1)).boxes) == 3
 
 
-@pytest.mark.parametrize("form", ["torchscript", "pt2", "openvino"])
+@pytest.mark.parametrize(
+    "form", ["torchscript", pytest.param("pt2", marks=needs_programs), "openvino"]
+)
 def test_other_forms_give_the_same_at_another_batch_and_size(form: str, tmp_path: Path):
     pytest.importorskip("openvino") if form == "openvino" else None
     path = write("channels", form, DYNAMIC, tmp_path)

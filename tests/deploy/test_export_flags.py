@@ -32,6 +32,7 @@ def options_of(model, *words: str):
         (SET, ["--imgsz", "32"], "maps have 20 cells"),
         (DENSE, ["--sampling", "gather"], "--sampling: got gather"),
         (DENSE, ["--include", "onnx", "onnx_end2end"], "which are one file"),
+        (DENSE, ["--include", "pt", "--one-to-many"], "--include pt, which keeps both branches"),
     ],
 )
 def test_what_does_not_fit_is_told(config: dict, words: list[str], told: str):

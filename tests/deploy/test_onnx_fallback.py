@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from onnx_exports import needs_both
 from small_configs import build
 from small_configs import with_maps as with_maps
 from tiny_models import HEADS, tiny_model
 from torch import Tensor, nn
+from torch_versions import needs_both
 
 from deploy.exporters import onnx_file
 from deploy.exporters.network import ExportOptions, build_network

@@ -12,10 +12,19 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import tiny_model
 from torch import Tensor, nn
+from torch_versions import NO_PROGRAMS
 
-from deploy.runtimes.program_file import is_arithmetic, program_fault, read_program
-from utils.errors import CheckpointError
+from deploy.exporters import torch_files
+from deploy.exporters.network import ExportOptions
+from deploy.runtimes.program_file import (
+    READS_PROGRAMS,
+    is_arithmetic,
+    program_fault,
+    read_program,
+)
+from utils.errors import CheckpointError, ConfigError
 
 
 class Doubling(nn.Module):
@@ -25,6 +34,8 @@ class Doubling(nn.Module):
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not READS_PROGRAMS:
+        pytest.skip(NO_PROGRAMS)
     path = tmp_path_factory.mktemp("program") / "doubling.pt2"
     exported = torch.export.export(
         Doubling(), (torch.ones(2, 3),), dynamic_shapes=({0: torch.export.Dim("batch")},)
@@ -189,3 +200,10 @@ def test_compressed_parts_are_refused(tmp_path):
         archive.writestr("bomb/data/weights/weight_0", bytes(1_000_000))
     with pytest.raises(CheckpointError, match="compressed parts"):
         read_program(path, "metadata.txt")
+
+
+def test_a_torch_that_packs_programs_otherwise_is_told(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(torch_files, "READS_PROGRAMS", False)
+    with pytest.raises(ConfigError, match=r"--include pt2: torch \S+ packs programs in an earlier"):
+        torch_files.export_pt2(tiny_model("channels"), ExportOptions(), tmp_path / "a.pt")
+    assert not list(tmp_path.iterdir())

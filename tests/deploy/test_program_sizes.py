@@ -9,6 +9,7 @@ import torch
 from small_configs import build
 from small_configs import with_maps as with_maps
 from torch import Tensor, nn
+from torch_versions import needs_programs
 
 from benchmarks.settling import settle
 from deploy.backends import load_backend
@@ -44,6 +45,7 @@ def model() -> DetectionModel:
     return model
 
 
+@needs_programs
 @pytest.mark.parametrize("imgsz", [(32, 32), (160, 160)])
 def test_any_number_of_windows(model: DetectionModel, imgsz: tuple[int, int], tmp_path: Path):
     path = export_pt2(model, ExportOptions(imgsz=imgsz, dynamic="all"), tmp_path / "best.pt")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.evolve import evolve, read_rows, search_space
+from engine.evolve import evolve, idle_gains, read_rows, search_space
 from engine.options import TrainOptions
 from utils.config import load_yaml, save_yaml
 from utils.errors import ConfigError, UserError
@@ -41,6 +41,8 @@ def train_on(ideal: float):
         folder = Path(options.project) / options.name
         folder.mkdir(parents=True)
         save_yaml(folder / "hyp.yaml", recipe)
+        save_yaml(folder / "model.yaml", {"head": [[-1, 1, "Detect", ["nc"]]]})
+        (folder / "results.csv").write_text("epoch,train/box_loss,train/cls_loss,train/dfl_loss\n")
         return metrics(1 / (1 + 100 * abs(recipe["lr0"] - ideal)))
 
     return train
@@ -52,6 +54,25 @@ def test_the_space_holds_the_recipe() -> None:
     assert (space["box"].low, space["box"].high, space["box"].log) == (0.0125, 0.2, True)
     assert space["degrees"].high == 60.0
     assert not space["degrees"].log
+
+
+@pytest.mark.parametrize(
+    ("head", "terms", "idle"),
+    [
+        ("Detect", "box cls dfl", {"l1", "aux_weight"}),
+        ("DDetect", "box cls l1", {"dfl", "aux_weight"}),
+        ("DualDDetect", "box cls dfl", {"l1"}),
+    ],
+)
+def test_gains_of_terms_that_the_model_has_not_are_left_out(
+    head: str, terms: str, idle: set[str], tmp_path: Path
+) -> None:
+    save_yaml(tmp_path / "model.yaml", {"head": [[-1, 1, head, ["nc"]]]})
+    columns = ",".join(f"train/{term}_loss" for term in terms.split())
+    (tmp_path / "results.csv").write_text(f"epoch,{columns}\n0,1,1,1\n")
+    assert idle_gains(tmp_path) == idle
+    gains = dict.fromkeys(("box", "dfl", "l1", "aux_weight"), 1.0)
+    assert set(search_space(gains, idle)) == gains.keys() - idle
 
 
 def test_a_search_finds_a_better_recipe_and_goes_on(tmp_path: Path) -> None:

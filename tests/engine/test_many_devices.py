@@ -20,7 +20,7 @@ from engine.step import use_batch
 from models.yolo import build_model
 from utils.distributed import World
 from utils.errors import ConfigError
-from utils.layers import BATCH_NORMS, memory_format_for, with_shared_norms
+from utils.layers import BATCH_NORMS, PointwiseConv, memory_format_for, with_shared_norms
 
 CPU = torch.device("cpu")
 
@@ -123,6 +123,7 @@ def test_a_model_of_which_few_images_fit_gets_a_batch_of_one(monkeypatch: pytest
         (nn.Conv2d(15, 16, 1, 2), "cpu", torch.contiguous_format),
         (nn.Conv2d(16, 16, 1, 2), "cpu", torch.channels_last),
         (nn.Conv2d(16, 16, 1, 2, groups=16), "cpu", torch.channels_last),
+        (PointwiseConv(3, 16, 2), "cpu", torch.channels_last),
     ],
 )
 def test_a_format_that_the_cpu_computes_wrongly_is_not_chosen(convolution, device, expected):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from torch import nn
 
-from engine.pace import Length, accumulated, plan_of, settle_pace, tell_plan
+from engine.pace import Length, accumulated, plan_of, quicken_norms, settle_pace, tell_plan
 from models.family import RECIPES
 from utils.config import load_hyp
 
@@ -106,3 +107,15 @@ def test_deims_numbers_are_for_the_detr_families(capsys):
 def test_batches_of_a_step():
     assert accumulated(PUBLISHED, Length(1, 1, 16)) == 4
     assert accumulated(PUBLISHED, Length(1, 1, 100)) == 1
+
+
+@pytest.mark.parametrize(
+    ("ema_decay", "expected"),
+    [(0.9999, [0.03, 0.1]), (0.995, [0.05, 0.1]), (0.95, [0.5, 0.5]), (0.0, [1.0, 1.0])],
+)
+def test_statistics_of_norms_follow_the_average_where_they_are_slower(ema_decay, expected):
+    model = nn.Sequential(nn.BatchNorm2d(4, momentum=0.03), nn.BatchNorm2d(4))
+    model.append(nn.BatchNorm2d(4, momentum=None))
+    quicken_norms(model, {"ema_decay": ema_decay, "norm_share": 0.1})
+    assert [norm.momentum for norm in model[:2]] == pytest.approx(expected)
+    assert model[2].momentum is None, "a mean over all batches stays one"

@@ -282,19 +282,20 @@ def test_measuring_the_memory_leaves_the_model_as_it_was(monkeypatch: pytest.Mon
     ("fixed", "share", "expected"),
     [
         (0, 0.7, 32),
-        (16, 0.7, 16),
+        (16, None, 16),  # 0.7
         (16, 1.0, 32),
         (0, 0.2, 8),
     ],  # (64 x share - fixed) MiB for 1 MiB an image
 )
 def test_an_automatic_batch_fits_into_its_share_beside_what_is_there_anyway(
-    fixed: int, share: float, expected: int, monkeypatch: pytest.MonkeyPatch
+    fixed: int, share: float | None, expected: int, monkeypatch: pytest.MonkeyPatch
 ):
     steps = [(batch, (fixed + batch) * 2**20) for batch in (1, 2, 4, 8)]
     monkeypatch.setattr(batch_size, "_memory_of_steps", lambda *_: steps)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (64 * 2**20, 0))
     device: Any = SimpleNamespace(type="cuda")
-    assert automatic_batch_size(small(), (64, 64), device, share) == expected
+    given = () if share is None else (share,)
+    assert automatic_batch_size(small(), (64, 64), device, *given) == expected
 
 
 def test_anchors_are_measured_on_objects_at_the_training_size(capsys: pytest.CaptureFixture[str]):

@@ -10,6 +10,7 @@ from small_configs import ALL, CONV, SIZE, build, config, error_of, maps_row
 from small_configs import with_maps as with_maps
 from torch import nn
 
+from models.meta import run_without_images
 from models.parser.build import Row, build_rows
 from models.parser.rows import parse_spec, read_model_config
 from models.yolo import build_model
@@ -246,3 +247,25 @@ def test_a_slot_is_forgotten_after_its_last_reader():
         [[[-1, 0], 1, "Concat", [1]], [[-1], 1, "Detect", ["nc"]]],
     ).rows
     assert [set(row.release) for row in rows] == [{-1}, set(), {1}, {2, 0}, {3}]
+
+
+@pytest.mark.parametrize("name", ["yolov5n", "yolo11n", "yolov9-t"])
+def test_what_is_known_to_fit_is_built_alike_without_the_meta_device(
+    name: str, monkeypatch: pytest.MonkeyPatch
+):
+    expected = build_model(name, imgsz=(64, 96))
+    monkeypatch.setattr("models.parser.build.outputs_of", None)  # nothing falls back
+    found = build_model(name, imgsz=(64, 96), fresh=True)
+    assert found.rows == expected.rows and found.strides == expected.strides
+
+
+def test_outputs_of_no_images_stand_for_those_of_one():
+    class Swapped(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.transpose(0, 1)
+
+    inputs = torch.empty(1, 4, 8, 6, device="meta")
+    found = run_without_images(nn.Sequential(nn.Conv2d(4, 5, 3, 2, 1), nn.BatchNorm2d(5)), inputs)
+    assert found.shape == (1, 5, 4, 3) and found.is_meta
+    with pytest.raises(ValueError, match="expected the batch in the first place"):
+        run_without_images(Swapped(), inputs)

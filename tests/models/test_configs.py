@@ -52,6 +52,9 @@ PARAMETERS = {
     "dfine-s": 10_321_877,
     "dfine-m": 19_590_064,
     "deimv2-n": 3_600_421,
+    "deimv2-atto": 508_985,
+    "deimv2-femto": 983_945,
+    "deimv2-pico": 1_539_539,
     "yolo11-mobilenetv4": 2_206_648,
 }
 # The couplings as their write-ups print them: file, classes, parameters. In the first file a
@@ -66,7 +69,10 @@ COUPLINGS = [
 # Number of entries of the state dict at 80 classes, and checksum of its keys and shapes: those of the
 # published weights where there are any. A change here means that saved weights no longer load.
 LAYOUTS = {
+    "deimv2-atto": (498, 1096733696),
+    "deimv2-femto": (498, 3258724723),
     "deimv2-n": (656, 2611477922),
+    "deimv2-pico": (556, 3286917179),
     "dfine-l": (1243, 1351537293),
     "dfine-m": (1045, 4178220449),
     "dfine-n": (667, 1949377609),
@@ -125,7 +131,7 @@ CONFIGS = [
 
 def size_for(name: str) -> tuple[int, int]:
     """Not square; RT-DETR and D-FINE rank 300 candidates, so they need as many cells."""
-    if name in ("dfine-n", "deimv2-n"):  # without a map at stride 8
+    if name == "dfine-n" or name.startswith("deimv2"):  # without a map at stride 8
         return (256, 320)
     return (128, 160) if name.startswith(("rtdetr", "dfine")) else (64, 96)
 
@@ -204,17 +210,14 @@ def leaves(value: Any) -> list[Tensor]:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_predictions_have_their_shapes_in_training_and_in_use(name: str, model: DetectionModel):
-    assert model.strides == ((16, 32) if name in ("dfine-n", "deimv2-n") else (8, 16, 32))
+    is_coarse = name == "dfine-n" or name.startswith("deimv2")
+    assert model.strides == ((16, 32) if is_coarse else (8, 16, 32))
     for height, width in (size_for(name), size_for(name)[::-1]):
         model.eval()
         with torch.no_grad():
             raw = model(torch.rand(1, 3, height, width))
             boxes, scores = model.decode(raw)
-        count = (
-            300
-            if name.startswith(("rtdetr", "dfine", "deimv2"))
-            else anchor_points(model, (height, width))
-        )
+        count = model.head.num_queries or anchor_points(model, (height, width))
         assert boxes.shape == (1, count, 4) and scores.shape == (1, count, CLASSES)
         assert boxes.isfinite().all() and scores.min() >= 0 and scores.max() <= 1
     with torch.no_grad():

@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from onnx_exports import needs_both, onnx_by_tracing
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from torch_versions import needs_both, onnx_by_tracing
 
+from models.blocks.fusion import MeanConv
 from models.family import build_criterion, recipe_file
 from models.heads.dfine import DFINEDecoder
 from models.heads.distributions import boxes_from_distances, mean_distances
-from models.heads.gated_layers import RMSNorm, SwiGLU
+from models.heads.gated_layers import Residual, RMSNorm, SwiGLU
 from models.meta import run_on_meta
 from models.reparam import fuse
 from models.transformer import set_sampling
@@ -47,9 +48,10 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 
 
-def small_model(deimv2: bool = False) -> DetectionModel:
+def small_model(deimv2: bool = False, small: bool = False) -> DetectionModel:
     torch.manual_seed(0)
-    head = [[2, 8, 5], 1, "DFINEDecoder", ["nc", {**HEAD, "deimv2": deimv2}]]
+    form = {"deimv2": deimv2, "small": small}
+    head = [[2, 8, 5], 1, "DFINEDecoder", ["nc", {**HEAD, **form}]]
     model = build_model({**SMALL, "head": [*SMALL["head"][:-1], head]}, imgsz=(64, 64))
     for name, value in model.state_dict().items():  # no zero weight hides a mistake
         if value.is_floating_point() and "running" not in name and value.numel() > 1:
@@ -184,11 +186,11 @@ def test_refinement_of_the_last_layer_trains_those_before_but_what_they_attend_a
 
 
 @pytest.mark.parametrize("counts", [(2, 3), (0, 1), (0, 0)])
-@pytest.mark.parametrize("deimv2", [False, True])
+@pytest.mark.parametrize("form", [(), (True,), (True, True)], ids=["dfine", "deimv2", "small"])
 def test_every_parameter_has_a_gradient_whatever_the_batch_holds(
-    counts: tuple[int, int], deimv2: bool
+    counts: tuple[int, int], form: tuple[bool, ...]
 ):
-    model, targets = small_model(deimv2).train(), targets_of(*counts)
+    model, targets = small_model(*form).train(), targets_of(*counts)
     sum(losses_of(model, torch.rand(2, 3, 64, 64), targets).values()).backward()
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert [n for n, p in trained.items() if p.grad is None or not p.grad.isfinite().all()] == []
@@ -297,6 +299,26 @@ def test_deimv2_embeds_the_first_boxes_alone():
     assert len(calls) == 1 and isinstance(model.head.enc_output, nn.Identity)
 
 
+def test_the_smallest_forms_layers_share_a_box_head_and_add_what_they_see():
+    model = small_model(deimv2=True, small=True).eval()
+    (box_head,) = model.head.dec_bbox_head
+    calls: list[int] = []
+    box_head.register_forward_hook(lambda *_: calls.append(1))
+    model(torch.rand(1, 3, 64, 64))
+    assert len(calls) == 3
+    added = Residual(RMSNorm(2))(torch.tensor([[1.0, 4.0]]), torch.tensor([[2.0, 0.0]]))[0]
+    assert added.tolist() == pytest.approx([3 / math.sqrt(12.5), 4 / math.sqrt(12.5)], rel=1e-5)
+
+
+def test_the_mean_of_a_map_reaches_every_place():
+    """One channel (1, 3), weight 2, folded away statistics: silu(2 (1 + 2)), silu(2 (3 + 2))."""
+    layer = MeanConv(1, 1).eval()
+    nn.init.constant_(layer.cv1.conv.weight, 2.0)
+    found = layer(torch.tensor([[[[1.0, 3.0]]]])).flatten()
+    expected = torch.tensor([6.0, 10.0])
+    torch.testing.assert_close(found, expected * expected.sigmoid(), rtol=1e-3, atol=0)
+
+
 # --- deployment -----------------------------------------------------------------------------------
 
 
@@ -325,9 +347,9 @@ class _Deployed(nn.Module):
         return self.model.head.export_layout(self.model(images))
 
 
-@pytest.mark.parametrize("deimv2", [False, True])
-def test_traced_model_takes_any_batch_and_size(deimv2: bool):
-    model = _Deployed(small_model(deimv2)).eval()
+@pytest.mark.parametrize("form", [(), (True,), (True, True)], ids=["dfine", "deimv2", "small"])
+def test_traced_model_takes_any_batch_and_size(form: tuple[bool, ...]):
+    model = _Deployed(small_model(*form)).eval()
     with torch.no_grad():
         traced = torch.jit.trace(model, (torch.rand(2, 3, 96, 128),), check_trace=False)
         images = torch.rand(3, 3, 128, 64)
@@ -345,7 +367,8 @@ def test_onnx_file_takes_any_batch_and_size(tmp_path, sampling: str, dynamo: boo
     pytest.importorskip("onnxscript")
     model, path = _Deployed(small_model()).eval(), str(tmp_path / "model.onnx")
     set_sampling(model, sampling)
-    sizes = {0: torch.export.Dim("b"), 2: 32 * torch.export.Dim("h"), 3: 32 * torch.export.Dim("w")}
+    batch, height, width = (torch.export.Dim(name, max=1024) for name in "bhw")
+    sizes = {0: batch, 2: 32 * height, 3: 32 * width}
     how = {"input_names": ["images"], "output_names": ["predictions"], "opset_version": 18}
     images = torch.rand(2, 3, 96, 128)
     if dynamo:

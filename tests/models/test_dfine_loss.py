@@ -140,6 +140,18 @@ def test_the_union_is_that_of_the_reference():
     ]  # fmt: skip
 
 
+def test_without_the_union_every_stage_learns_by_its_own_matching():
+    """The last layer's pairs, written down, divided by the three objects; the edges go on by the union."""
+    targets, frame = in_shares(reference_targets(), SIZE)
+    raw = reference_raw()
+    found = criterion_of(union=False).stage_losses(raw, targets, frame)[0]
+    pairs = [(0, 2, 1), (0, 3, 0), (1, 2, 2)]  # image, query, object
+    off = sum((raw.refined.boxes[-1][b, q] - targets.boxes[o]).abs().sum() for b, q, o in pairs)
+    assert found.l1[-1].item() == pytest.approx(5 * off.item() / 3, rel=1e-5)
+    assert found.giou[-1].item() != pytest.approx(REFERENCE["giou"][-1], rel=1e-2)
+    assert found.fgl.tolist() == pytest.approx(REFERENCE["fgl"], rel=1e-5)
+
+
 OUTWARDS = {
     4: [0.07599, 0.157754, 0.245731, 0.340393, 0.442249, 0.551845, 0.66977, 0.796655, 0.933182, 1.080083, 1.238148,
         1.408224, 1.591224, 1.78813, 2, 4],

@@ -6,9 +6,15 @@ import pytest
 import torch
 
 from models import registry
-from models.blocks.hg import HGBlock, HGStem
+from models.blocks.hg import AffineReLU, HGBlock, HGStem
 from models.blocks.rep import RepC3, RepConv
-from models.modules.hgnet import HGNetv2_L, HGNetv2_X
+from models.modules.hgnet import (
+    HGNetv2_Atto,
+    HGNetv2_Femto,
+    HGNetv2_L,
+    HGNetv2_Pico,
+    HGNetv2_X,
+)
 
 
 def _unsettle(module: torch.nn.Module) -> None:
@@ -38,6 +44,29 @@ def test_backbone_has_the_parameters_of_the_rows_that_rtdetr_lists() -> None:
     with torch.device("meta"):
         counts = [sum(p.numel() for p in build().parameters()) for build in (HGNetv2_L, HGNetv2_X)]
     assert counts == [13_553_376, 33_325_760]
+
+
+@pytest.mark.parametrize(
+    ("build", "channels", "parameters"),
+    [(HGNetv2_Atto, 256, 230_344), (HGNetv2_Femto, 512, 389_832), (HGNetv2_Pico, 512, 749_202)],
+)
+def test_small_backbones_end_at_stride_16_and_have_their_published_parameters(
+    build, channels: int, parameters: int
+) -> None:
+    with torch.device("meta"):
+        net = build().eval()
+        maps = net(torch.empty(1, 3, 64, 96))
+    assert [tuple(m.shape[1:]) for m in maps] == [(64, 16, 24), (256, 8, 12), (channels, 4, 6)]
+    assert net.channels == [64, 256, channels] and net.strides == [4, 8, 16]
+    assert sum(p.numel() for p in net.parameters()) == parameters
+
+
+def test_an_affine_activation_by_hand() -> None:
+    layer = AffineReLU()
+    with torch.no_grad():
+        layer.scale.fill_(2)
+        layer.bias.fill_(-1)
+    assert layer(torch.tensor([-3.0, 0.0, 2.0])).tolist() == [-1, -1, 3]
 
 
 def test_backbone_is_registered_under_the_published_names() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from models.modules.mobileone import MobileOne, MobileOneBlock, SqueezeExcite
 from models.registry import LayerError, Scaling, find
+from models.timm.mobileone import with_fast_branches
 
 # in, [out, blocks, branches, use_se, num_se], parameters while training, parameters after folding
 STAGES = [
@@ -184,3 +185,83 @@ def test_s0_from_our_blocks_equals_timm_given_its_weights():
             assert mine.shape == other.shape
             assert other.std() > 1e-2
             assert (mine - other).abs().max() < 1e-4
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def stats_and_gradients(block: nn.Module, forward, x: Tensor) -> dict[str, Tensor]:
+    """What a training step of `forward` leaves: output, buffers, and gradients, those of parameters in one tensor."""
+    x = x.clone().requires_grad_()
+    y = forward(x)
+    y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y))
+    grads = torch.cat([p.grad.flatten() for p in block.parameters() if p.grad is not None])
+    buffers = copy.deepcopy(dict(block.named_buffers()))
+    return {"y": y.detach(), "grad x": x.grad, "grads": grads, **buffers}
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], limit: float) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        largest = value.abs().max().clamp(min=1e-30)
+        assert (found[name] - value).abs().max() <= limit * largest, name
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(
+    "shape", [(6, 6, 1, 1, 1), (6, 9, 1, 1, 1), (6, 6, 3, 1, 6), (6, 6, 3, 2, 6), (3, 8, 3, 2, 1)]
+)
+def test_a_training_step_is_that_of_one_branch_after_the_other(shape, dtype, limit):
+    in_channels, out_channels, kernel_size, stride, groups = shape
+    block = MobileOneBlock(in_channels, out_channels, kernel_size, stride, 1, groups, 3)
+    block = randomise(block).to(dtype).train()
+    plain = copy.deepcopy(block)
+
+    def one_by_one(x: Tensor) -> Tensor:
+        paths = [*plain.branches, *filter(None, [plain.scale, plain.skip])]
+        for path in plain.modules():
+            if isinstance(path, nn.Conv2d):
+                path.__class__ = nn.Conv2d
+        return sum(path(x) for path in paths).relu()
+
+    x = (
+        torch.rand(3, in_channels, 10, 8, dtype=dtype, generator=torch.Generator().manual_seed(1))
+        + 1
+    )
+    assert_same(
+        stats_and_gradients(block, block, x), stats_and_gradients(plain, one_by_one, x), limit
+    )
+
+
+def test_shapes_are_found_without_numbers_while_training():
+    with torch.device("meta"):
+        y = MobileOneBlock(4, 8, 1).train()(torch.empty(2, 4, 6, 6))
+    assert y.shape == (2, 8, 6, 6)
+
+
+def test_branches_that_do_not_take_statistics_are_summed_as_they_are():
+    block = randomise(MobileOneBlock(4, 4, 1)).train()
+    block.branches[1].bn.eval()
+    kept = block.branches[1].bn.running_mean.clone()
+    x = torch.rand(4, 4, 6, 6)
+    expected = sum(path(x) for path in (*copy.deepcopy(block).branches, copy.deepcopy(block).skip))
+    assert torch.equal(block(x), expected.relu())
+    assert torch.equal(block.branches[1].bn.running_mean, kept)
+
+
+def test_timms_mobileone_trains_as_timm_has_it():
+    timm = pytest.importorskip("timm")
+    theirs = timm.create_model("mobileone_s0", features_only=True, out_indices=(0, 1))
+    theirs = theirs.double().train()
+    ours = with_fast_branches(copy.deepcopy(theirs))
+    assert [*ours.state_dict()] == [*theirs.state_dict()]
+    x = torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    found, expected = (
+        stats_and_gradients(net, lambda x, net=net: net(x)[-1], x) for net in (ours, theirs)
+    )
+    assert_same(found, expected, 1e-9)
+    reparameterize_model = pytest.importorskip("timm.utils").reparameterize_model
+    ours.eval(), theirs.eval()
+    reparameterize_model(ours, inplace=True)
+    assert (ours(x)[-1] - theirs(x)[-1]).abs().max() < 1e-9
+    assert [name for name, _ in ours.named_parameters() if "kxk" in name or "scale" in name] == []

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch_versions import needs_programs
 
 from benchmarks import pasted_blocks
 from benchmarks.coupling_matrix import train_step
@@ -130,6 +131,7 @@ def test_a_checkpoint_of_a_model_with_pasted_blocks_is_rebuilt_from_its_own_conf
     assert torch.equal(again.decode(again(image)).boxes, model.decode(model(image)).boxes)
 
 
+@needs_programs
 def test_a_form_that_cannot_be_written_is_one_line_with_the_reason(tmp_path: Path):
     model = build("NAM", [], "tiny")  # `.data` in forward, which torch.export does not follow
     with pytest.raises(ConfigError) as caught:

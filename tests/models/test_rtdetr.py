@@ -11,9 +11,9 @@ import published
 import pytest
 import torch
 import yaml
-from onnx_exports import needs_both, onnx_by_tracing
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from torch_versions import needs_both, onnx_by_tracing
 
 from models.heads import denoising
 from models.heads.denoising import noisy_queries
@@ -337,7 +337,8 @@ class _Deployed(nn.Module):
 def test_exported_program_takes_any_batch_and_size(sampling: str) -> None:
     model = _Deployed(small_model()).eval()
     set_sampling(model, sampling)
-    sizes = {0: torch.export.Dim("b"), 2: 32 * torch.export.Dim("h"), 3: 32 * torch.export.Dim("w")}
+    batch, height, width = (torch.export.Dim(name, max=1024) for name in "bhw")
+    sizes = {0: batch, 2: 32 * height, 3: 32 * width}
     with torch.no_grad():
         program = torch.export.export(
             model, (torch.rand(2, 3, 96, 128),), dynamic_shapes={"images": sizes}, strict=False
@@ -365,7 +366,8 @@ def test_onnx_file_takes_any_batch_and_size(tmp_path, sampling: str, dynamo: boo
     pytest.importorskip("onnxscript")
     model, path = _Deployed(small_model()).eval(), str(tmp_path / "model.onnx")
     set_sampling(model, sampling)
-    sizes = {0: torch.export.Dim("b"), 2: 32 * torch.export.Dim("h"), 3: 32 * torch.export.Dim("w")}
+    batch, height, width = (torch.export.Dim(name, max=1024) for name in "bhw")
+    sizes = {0: batch, 2: 32 * height, 3: 32 * width}
     how = {"input_names": ["images"], "output_names": ["predictions", "boxes"], "opset_version": 18}
     images = torch.rand(2, 3, 96, 128)
     if dynamo:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils.curves import match_class
+from utils.matching import Objects, match, matrices_of, pair_up
 from utils.metrics import CocoEvaluator, ConfusionMatrix
 from utils.structures import Detections
 
@@ -257,30 +257,49 @@ def test_an_image_outside_the_ground_truth_is_an_error() -> None:
 
 
 def test_matching_prefers_objects_to_crowds_and_takes_each_object_once() -> None:
-    objects = [
-        annotation(1, 1, [0, 0, 10, 10], iscrowd=1),
-        annotation(1, 1, [0, 0, 10, 10]),
-        annotation(1, 1, [20, 0, 10, 10]),
-    ]
+    truth = np.array([[0, 0, 10, 10], [0, 0, 10, 10], [20, 0, 10, 10.0]])
     boxes = np.array(
-        [[0, 0, 10, 10], [0, 0, 10, 10], [20, 0, 30, 10], [20, 0, 30, 10], [0, 0, 4, 4.0]]
+        [[0, 0, 10, 10], [0, 0, 10, 10], [20, 0, 10, 10], [20, 0, 10, 10], [0, 0, 4, 4.0]]
     )
+    objects = Objects(np.array([7, 7, 7]), truth, np.array([True, False, False]))
+    pairs = pair_up(np.full(5, 7), boxes, objects, limit=5)
     # the last lies wholly inside the crowd: its own area is the divisor
-    assert match_class(boxes, objects).tolist() == [1, -1, 1, 0, -1]
+    assert match(pairs, objects.is_crowd).tolist() == [1, -1, 1, 0, -1]
+
+
+def test_detections_stand_beside_the_objects_of_their_group_and_only_the_best_count() -> None:
+    """By hand: groups 3, 5, 3, 4 of detections, 3 and 5 with 2 and 1 objects; 12 of 20 are shared with the moved one."""
+    box = [0, 0, 4, 4.0]
+    truth = np.array([box, [1, 0, 4, 4], box])
+    objects = Objects(np.array([3, 3, 5]), truth, np.zeros(3, bool))
+    groups = np.array([3, 5, 3, 4])
+    pairs = pair_up(groups, np.array([box] * 4), objects, limit=1)
+    assert pairs.detections.tolist() == [0, 3, 1] and pairs.counts.tolist() == [2, 0, 1]
+    found = matrices_of(pairs)
+    assert {group: matrix.tolist() for group, matrix in found.items()} == {3: [[1, 0.6]], 5: [[1]]}
+
+
+def test_of_two_objects_that_overlap_alike_the_later_one_is_found() -> None:
+    """So the second box, which overlaps the earlier object alone, finds that one."""
+    truth = np.array([[0, 0, 10, 10], [2, 0, 10, 10.0]])
+    objects = Objects(np.array([7, 7]), truth, np.zeros(2, bool))
+    boxes = np.array([[1, 0, 10, 10], [-3, 0, 10, 10.0]])
+    pairs = pair_up(np.array([7, 7]), boxes, objects, limit=2)
+    assert match(pairs, objects.is_crowd).tolist() == [1, 1]
 
 
 def test_confusion_matrix_by_hand() -> None:
-    matrix = ConfusionMatrix(2, conf=0.25, iou=0.45)
+    matrix = ConfusionMatrix(2)
     detections = found(
         ([0, 0, 10, 10], 0.9, 0),  # right
         ([20, 0, 30, 10], 0.8, 1),  # the place is right, the class is not
-        ([0, 0, 10, 9], 0.7, 0),  # a second one on the first object
+        ([0, 0, 10, 9], 0.95, 1),  # surer, but it overlaps the first object less
         ([70, 70, 80, 80], 0.2, 1),  # too unsure to count
     )
     labels = torch.tensor([0, 0, 1])
     boxes = torch.tensor([[0.0, 0, 10, 10], [20, 0, 30, 10], [50, 50, 60, 60]])
     matrix.update(detections, labels, boxes)
-    assert matrix.matrix.tolist() == [[1, 0, 1], [1, 0, 0], [0, 1, 0]]
+    assert matrix.matrix.tolist() == [[1, 0, 0], [1, 0, 1], [0, 1, 0]]
     matrix.update(found(), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4))
     matrix.update(found(([0, 0, 5, 5], 0.9, 1)), labels[:0], boxes[:0])
-    assert matrix.matrix[1, 2] == 1
+    assert matrix.matrix[1, 2] == 2
