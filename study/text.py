@@ -18,6 +18,7 @@ from study.results import Row, best_of, choice_of, front_of, load_of, main_rows
 from utils.device import describe_device, select_device
 
 MISSING = "–"
+LEAST = 0.01  # mAP50-95 of a detector that finds anything at all
 
 
 def number(value: float | None, layout: str) -> str:
@@ -44,6 +45,8 @@ def verdict(rows: Sequence[Row]) -> str:
     best, choice = best_of(rows), choice_of(rows)
     if best is None or choice is None:
         return "Nothing was measured, so there is nothing to choose from."
+    if (best.map50_95 or 0.0) < LEAST:
+        return f"Nothing to choose by: the best mAP50-95 is {number(best.map50_95, '.4f')}. Train longer, or from weights."
     told = (
         f"{choice.name}: mAP50-95 {spread(choice.map50_95, choice.map_low, choice.map_high, '.3f')}, "
         f"{number(choice.latency, '.1f')} ms an image."

@@ -106,6 +106,10 @@ def test_a_study_of_failures_has_a_page_too(tmp_path: Path):
     assert "Nothing was measured" in study_page(study, rows_of(study), "t")
 
 
+def test_detectors_that_find_nothing_are_no_choice():
+    assert verdict([row("a", 10, 0.004), row("b", 9, 0.0)]).startswith("Nothing to choose by: the best mAP50-95 is 0.0040")  # fmt: skip
+
+
 def test_the_clock_of_a_resumed_training_begins_anew():
     rows = [EpochRow(n + 1, 0.0, time) for n, time in enumerate([10.0, 19.0, 8.0, 16.0])]
     assert seconds_per_epoch(rows) == 8.5  # 10, 9, 8, 8
