@@ -95,11 +95,9 @@ def train(
         folder = Path(str(options.resume)).parent.parent
     folder = Path(broadcast_object(str(folder)))
     log.info(f"device: {describe_device(device)}, torch {torch.__version__}")
-    if checkpoint is None:
-        run = prepare(options, folder, device, world)
-    else:
-        kept = {"hyp": checkpoint["hyp"], "config": checkpoint["config"]}
-        run = prepare(options, folder, device, world, **kept)
+    kept = {name: checkpoint[name] for name in ("hyp", "config")} if checkpoint else {}
+    run = prepare(options, folder, device, world, **kept)
+    if checkpoint:
         restore(run, checkpoint)
     if world.is_main:
         for place in (folder, folder / "weights"):
@@ -168,8 +166,7 @@ def train_one_epoch(run: Run, epoch: int, recorder: RunRecorder) -> dict[str, fl
                 optimizer_step(run)
                 place.last_step = iteration
         place.within = place.within.after(losses, is_used, len(targets.labels))
-        size = (images.shape[2], images.shape[3])
-        memory = memory_used(run.device)
+        size, memory = (images.shape[2], images.shape[3]), memory_used(run.device)
         bar.status(train_status(place.within.means, len(targets.labels), size, memory))
         if is_to_stop(run):
             raise leave(run)

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deploy.runtimes.program_file import READS_PROGRAMS
+from deploy.runtimes.program_file import reads_programs
 
 HAS_BOTH = "dynamo" in inspect.signature(torch.onnx.export).parameters
 needs_both = pytest.mark.skipif(
     not HAS_BOTH, reason=f"torch {torch.__version__} writes no ONNX of programs, 2.5 does"
 )
 NO_PROGRAMS = f"torch {torch.__version__} packs .pt2 in an earlier form, 2.14 in the one read here"
-needs_programs = pytest.mark.skipif(not READS_PROGRAMS, reason=NO_PROGRAMS)
+needs_programs = pytest.mark.skipif(not reads_programs(), reason=NO_PROGRAMS)
 
 
 def onnx_by_tracing(model: nn.Module, images: Tensor, path: str, **how: object) -> None:

@@ -12,7 +12,7 @@ import torch
 from deploy.exporters.network import ExportOptions, beside, build_network, example, metadata
 from deploy.exporters.onnx_file import dynamic_example, dynamic_shapes
 from deploy.runtimes.artifact import METADATA_FILE
-from deploy.runtimes.program_file import READS_PROGRAMS
+from deploy.runtimes.program_file import reads_programs
 from models.yolo import DetectionModel
 from utils.checkpoint import save_checkpoint
 from utils.errors import ConfigError
@@ -43,7 +43,7 @@ def export_pt2(model: DetectionModel, options: ExportOptions, weights: Path) -> 
     Raises:
         ConfigError: this torch packs programs in another form.
     """
-    if not READS_PROGRAMS:
+    if not reads_programs():
         raise ConfigError(
             f"--include pt2: torch {torch.__version__} packs programs in an earlier form - expected a newer one, such as 2.14. "
             "Install it, or export torchscript."

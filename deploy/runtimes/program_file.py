@@ -24,12 +24,6 @@ from torch.export import ExportedProgram
 from deploy.runtimes.artifact import loading
 from utils.errors import CheckpointError
 
-try:
-    from torch.export.pt2_archive import constants as _packing
-except ImportError:  # torch 2.4
-    _packing = None  # type: ignore[assignment]
-READS_PROGRAMS = hasattr(_packing, "WEIGHTS_CONFIG_FILENAME_FORMAT")  # not yet in torch 2.8
-"""Whether this torch packs programs as they are read here."""
 MEMBERS = {
     "": {"archive_format", "archive_version", "byteorder"},
     "models": {"model.json"},
@@ -55,6 +49,18 @@ SILENT = {"metadata", "torch_version", "as_string"}  # told to people, or an ope
 WEIGHT_NAMES = {"parameter_name", "buffer_name", "tensor_constant_name", "fqn"}
 """Keys of names that a user's modules may have any characters in; they are written into quotes."""
 CONTAINERS = {None, "builtins.tuple", "builtins.list", "builtins.dict"}
+
+
+def reads_programs() -> bool:
+    """Whether this torch packs programs as they are read here; not yet in torch 2.8.
+
+    The import, of torch's compiler, takes a second, so only who has such a file asks.
+    """
+    try:
+        from torch.export.pt2_archive import constants
+    except ImportError:  # torch 2.4
+        return False
+    return hasattr(constants, "WEIGHTS_CONFIG_FILENAME_FORMAT")
 
 
 def read_program(path: Path, extra: str) -> tuple[ExportedProgram, str]:

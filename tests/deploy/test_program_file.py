@@ -19,10 +19,10 @@ from torch_versions import NO_PROGRAMS
 from deploy.exporters import torch_files
 from deploy.exporters.network import ExportOptions
 from deploy.runtimes.program_file import (
-    READS_PROGRAMS,
     is_arithmetic,
     program_fault,
     read_program,
+    reads_programs,
 )
 from utils.errors import CheckpointError, ConfigError
 
@@ -34,7 +34,7 @@ class Doubling(nn.Module):
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if not READS_PROGRAMS:
+    if not reads_programs():
         pytest.skip(NO_PROGRAMS)
     path = tmp_path_factory.mktemp("program") / "doubling.pt2"
     exported = torch.export.export(
@@ -203,7 +203,7 @@ def test_compressed_parts_are_refused(tmp_path):
 
 
 def test_a_torch_that_packs_programs_otherwise_is_told(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(torch_files, "READS_PROGRAMS", False)
+    monkeypatch.setattr(torch_files, "reads_programs", lambda: False)
     with pytest.raises(ConfigError, match=r"--include pt2: torch \S+ packs programs in an earlier"):
         torch_files.export_pt2(tiny_model("channels"), ExportOptions(), tmp_path / "a.pt")
     assert not list(tmp_path.iterdir())

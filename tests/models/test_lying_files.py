@@ -36,7 +36,7 @@ def described() -> dict[str, str]:
         ("channels", ("0", "three", "1000000000"), "1 to 64"),
         ("layout", ("cube", "", "0"), "one of anchors, channels, queries, end2end, raw, weights"),
         ("family", ("", "YOLO 99", "y" * 40), "the name of a family"),
-        ("postprocess", ("none",), "nms or topk"),
+        ("postprocess", ("none",), "nms, topk or best"),
         ("dynamic", ("yes",), "nothing, batch or all"),
         ("half", ("1",), "True or False"),
         ("names", ("", "{}", "[]", "{0: 'a', 2: 'b'}", "{0: []}", "{'a': 1}", "f()", "{" * 9000), "class names by index"),

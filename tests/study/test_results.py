@@ -107,7 +107,8 @@ def test_a_study_of_failures_has_a_page_too(tmp_path: Path):
 
 
 def test_detectors_that_find_nothing_are_no_choice():
-    assert verdict([row("a", 10, 0.004), row("b", 9, 0.0)]).startswith("Nothing to choose by: the best mAP50-95 is 0.0040")  # fmt: skip
+    said = verdict([row("a", 10, 0.004), row("b", 9, 0.0)])
+    assert said.startswith("Nothing to choose by: the best mAP50-95 is 0.0040")
 
 
 def test_the_clock_of_a_resumed_training_begins_anew():
