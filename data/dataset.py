@@ -24,7 +24,13 @@ from data.account import account_of, objects_of
 from data.formats.description import DataConfig
 from data.formats.faults import SCORED_OTHERWISE, Fault
 from data.formats.table import Table, merged
-from data.image_cache import ImageCache, cache_in_memory, cache_on_disk
+from data.image_cache import (
+    CACHES,
+    ImageCache,
+    cache_if_small,
+    cache_in_memory,
+    cache_on_disk,
+)
 from data.images import Image, ImageError, read_image
 from data.label_cache import load_table
 from data.mosaic import mixup, mosaic4, mosaic9
@@ -82,7 +88,7 @@ class LoadOptions:
             is no mosaic then.
         batch_size: images of a `rect` batch.
         stride: the sides of a `rect` batch are multiples of it.
-        cache: `ram` or `disk`: keep the resized images.
+        cache: `ram` or `disk`: keep the resized images; `auto`: in memory if they are few; `off` or None: do not.
         single_cls: take all classes for one.
         image_weights: draw images with rare classes more often.
         seed: of all chance.
@@ -111,8 +117,8 @@ class LoadOptions:
             raise DatasetError("--image-weights: cannot be used with --rect. Drop one of them.")
         if self.seed < 0:
             raise DatasetError(f"--seed: got {self.seed}, expected 0 or more.")
-        if self.cache not in (None, "", "ram", "disk"):
-            raise DatasetError(f"--cache: got {self.cache!r}, expected ram or disk.")
+        if self.cache not in (None, *CACHES):
+            raise DatasetError(f"--cache: got {self.cache!r}, expected {', '.join(CACHES)}.")
 
 
 class DetectionDataset(Dataset[Sample]):
@@ -192,7 +198,9 @@ class DetectionDataset(Dataset[Sample]):
             except ImageError:
                 return None
 
-        if self.options.cache == "ram":
+        if self.options.cache == "auto":
+            self.cache = cache_if_small(sizes, read)
+        elif self.options.cache == "ram":
             self.cache = cache_in_memory(sizes, read)
         elif self.options.cache == "disk":
             height, width = self.options.imgsz

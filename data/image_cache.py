@@ -23,8 +23,12 @@ from data.storage import write_cache
 from utils.distributed import local_processes
 from utils.logger import get_logger
 
+CACHES = ("auto", "ram", "disk", "off")
 MEMORY_SHARE = 0.8
 """Part of the free memory or disk that a cache may take."""
+SMALL = 2**30
+"""Bytes that a cache may take on this machine unasked, and no more than `SMALL_SHARE` of the free memory."""
+SMALL_SHARE = 0.1
 AT_ONCE = 256
 """Images that are read ahead."""
 
@@ -70,6 +74,11 @@ def byte_offsets(sizes: NDArray[np.int32]) -> NDArray[np.int64]:
     return np.concatenate([[0], np.cumsum(sizes.astype(np.int64).prod(axis=1) * 3)])
 
 
+def cache_bytes(sizes: NDArray[np.int32]) -> int:
+    """Bytes of a cache."""
+    return int(byte_offsets(sizes)[-1]) + len(sizes)
+
+
 def cache_in_memory(
     sizes: NDArray[np.int32], load: Callable[[int], Image | None]
 ) -> ImageCache | None:
@@ -78,9 +87,27 @@ def cache_in_memory(
     Returns:
         None, after one line in the log, if they would take too much of it.
     """
-    total = int(byte_offsets(sizes)[-1]) + len(sizes)
-    if not _has_room("ram", total, available_memory(), "of free memory"):
+    if not _has_room("ram", cache_bytes(sizes), available_memory(), "of free memory"):
         return None
+    return _in_memory(sizes, load)
+
+
+def cache_if_small(
+    sizes: NDArray[np.int32], load: Callable[[int], Image | None]
+) -> ImageCache | None:
+    """Read all images into memory, where they take so little of it that nobody needs to be asked.
+
+    Workers must begin as copies of this process: memory that is handed over is often small, as in containers.
+    """
+    total, free = cache_bytes(sizes) * local_processes(1), available_memory()
+    most = SMALL if free is None else min(SMALL, free * SMALL_SHARE)
+    if total > most or multiprocessing.get_start_method() != "fork":
+        return None
+    return _in_memory(sizes, load)
+
+
+def _in_memory(sizes: NDArray[np.int32], load: Callable[[int], Image | None]) -> ImageCache:
+    total = cache_bytes(sizes)
     data = torch.empty(total, dtype=torch.uint8)
     if multiprocessing.get_start_method() != "fork":
         # Workers that do not begin as a copy of this process get a handle, not the bytes.
@@ -107,7 +134,7 @@ def cache_on_disk(
         None, after one line in the log, if there is no room or no permission.
     """
     target = file.with_name(f"{file.name}.{key[:16]}.images")
-    total = int(byte_offsets(sizes)[-1]) + len(sizes)
+    total = cache_bytes(sizes)
     if target.is_file() and target.stat().st_size == total:
         return ImageCache(sizes, file=target)
     folder = next(parent for parent in target.parents if parent.is_dir())

@@ -66,7 +66,10 @@ class DetectionLoader(DataLoader["Sample | DatasetError"]):
                     batches = super().__iter__()
                 for batch in batches:
                     if isinstance(batch, DatasetError):
-                        raise batch
+                        try:
+                            raise batch
+                        finally:
+                            del batch  # an error that holds its own frame would keep the workers, who end late then
                     yield batch  # type: ignore[misc]
             except (ConnectionError, EOFError):
                 time.sleep(NEWS_OF_A_DEATH)  # torch's own error, which says whose, is on its way

@@ -8,6 +8,7 @@ from dataclasses import Field, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
+from data.image_cache import CACHES
 from engine.flags import flag, read_given, spelling, without_effect
 from models.losses.box import name_problem
 from models.losses.classification import CLASS_LOSSES
@@ -22,7 +23,7 @@ PATIENCE = 100
 SCHEDULES = {"cos_lr": "cosine", "flat_cos_lr": "flat_cosine", "fixed_lr": "fixed"}
 TRIALS = 300
 HIGHEST_SEED = 2**31 - 1  # every library takes it, also with an epoch or a trial added
-SPLITS, CACHES = ("train", "val", "test"), ("ram", "disk")
+SPLITS = ("train", "val", "test")
 RUNTIMES = ("torch", "onnx", "openvino", "torchscript")
 FROM_ZERO, FROM_ONE, SHARE = integer(0), integer(1), number(0, 1)
 BATCH = integer(1, allowed=(-1,))
@@ -281,7 +282,13 @@ class TrainOptions(RunFlags, DataFlags, ModelFlags):
     single_cls: bool = flag(False, "treat all classes as one")
     image_weights: bool = flag(False, "draw images with rare classes more often")
     close_mosaic: int | None = flag(None, "last epochs without mosaic and mixup", type=FROM_ZERO)
-    cache: str | None = flag(None, "keep images: ram, disk", nargs="?", const="ram", choices=CACHES)
+    cache: str = flag(
+        "auto",
+        "keep images: ram, disk, off; auto is ram for few",
+        nargs="?",
+        const="ram",
+        choices=CACHES,
+    )
     workers: int = flag(8, "processes that load images, at most one a core", type=FROM_ZERO)
     check: bool = flag(False, "look the data set over, as data/check.py does, and end")
     # optimisation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("square", "disc")
 SIDE = 96
+LEFT = {"datasets", "runs", "__pycache__", "build", "dist"}
 # A detector of 12 thousand parameters: two levels of a narrow trunk under YOLOv5's head.
 TINY_MODEL = """
 nc: 2
@@ -31,6 +33,16 @@ head:
   - [-1, 1, Conv, [16, 1], out3]
   - [[out3, p4], 1, Detect, [nc, anchors]]
 """
+
+
+@functools.cache
+def own_files() -> frozenset[Path]:
+    """Paths of the project's files from its root, without what tools and runs left there."""
+    found = []
+    for folder, inner, names in os.walk(ROOT):
+        inner[:] = [name for name in inner if name not in LEFT and not name.startswith(".")]
+        found += [Path(folder, name).relative_to(ROOT) for name in names]
+    return frozenset(found)
 
 
 def draw_picture(rng: np.random.Generator, count: int) -> tuple[np.ndarray, list[str]]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from shell import own_files
 
 ROOT = Path(__file__).resolve().parents[1]
-SKIPPED = {"datasets", "runs", "__pycache__", "build", "dist"}
 ROOMS = ("study", "engine", "deploy", "models", "data", "utils")
 LOWER = {"utils": 0, "data": 1, "models": 1, "engine": 2, "deploy": 2, "study": 3}
 SCRIPT_LEVEL = 4
@@ -30,10 +31,7 @@ LICENCE_TRAPS = ("ultralytics", "albumentationsx", "yolov5", "thop")
 
 def python_files(*folders: str) -> list[Path]:
     """Our Python files, under `folders` or everywhere."""
-    every = (p.relative_to(ROOT) for p in ROOT.rglob("*.py"))
-    ours = [
-        p for p in every if not any(part in SKIPPED or part.startswith(".") for part in p.parts)
-    ]
+    ours = (p for p in own_files() if p.suffix == ".py")
     return sorted(p for p in ours if not folders or p.parts[0] in folders)
 
 
@@ -41,6 +39,7 @@ def product_files() -> list[Path]:
     return [p for p in python_files() if p.parts[0] not in ("tests", "benchmarks", "examples")]
 
 
+@functools.cache
 def parse(path: Path) -> ast.Module:
     return ast.parse((ROOT / path).read_text(encoding="utf-8"))
 

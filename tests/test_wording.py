@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 import tokenize
 from pathlib import Path
 
 import pytest
+from shell import own_files
 
 ROOT = Path(__file__).resolve().parents[1]
-SKIPPED = {"datasets", "runs", "__pycache__", "build", "dist"}
 KINDS = ("*.py", "*.md", "*.yaml", "*.sh", "*.toml", "*.txt", "Makefile")
 # Where files of other projects are read, and where this is explained.
 NAMES_ANOTHER_PROJECT = {
@@ -23,6 +24,7 @@ NAMES_ANOTHER_PROJECT = {
 }
 
 
+@functools.cache
 def prose(path: Path) -> str:
     """Comments and strings of a Python file, other files as they stand."""
     text = (ROOT / path).read_text(encoding="utf-8")
@@ -33,14 +35,11 @@ def prose(path: Path) -> str:
     return "\n".join(token.string for token in tokens if token.type in kinds)
 
 
+@functools.cache
 def text_files() -> list[Path]:
     """Our files of text, this one left out."""
-    found = {p.relative_to(ROOT) for kind in KINDS for p in ROOT.rglob(kind)} - {
-        Path("tests/test_wording.py")
-    }
-    return sorted(
-        p for p in found if not any(part in SKIPPED or part.startswith(".") for part in p.parts)
-    )
+    found = {p for p in own_files() if any(p.match(kind) for kind in KINDS)}
+    return sorted(found - {Path("tests/test_wording.py")})
 
 
 @pytest.mark.parametrize(

@@ -228,7 +228,7 @@ def test_statistics_for_anchors(config_of):
     assert image_sizes[:3].tolist() == [[40, 60], [40, 60], [64, 48]]
 
 
-@pytest.mark.parametrize("kind", ["ram", "disk"])
+@pytest.mark.parametrize("kind", ["ram", "disk", "auto"])
 @pytest.mark.parametrize("augment", [False, True])
 def test_cached_images_give_the_same_samples(config_of, kind, augment):
     config = config_of("yolo")
@@ -264,6 +264,25 @@ def test_too_large_a_cache_is_refused_in_one_line(config_of, monkeypatch, caplog
     dataset = build_dataset(config_of("yolo"), "train", LoadOptions(imgsz=(64, 64), cache="ram"))
     assert dataset.cache is None and "--cache ram: not done" in caplog.text
     assert caplog.text.count("WARNING") == 1 and dataset[0].image.shape == (3, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("free", "start", "kept"),
+    [(10**6, "fork", True), (10**5, "fork", False), (None, "fork", True), (10**6, "spawn", False)],
+)
+def test_few_images_are_kept_unasked(config_of, monkeypatch, caplog, free, start, kept):
+    monkeypatch.setattr(image_cache, "available_memory", lambda: free)
+    monkeypatch.setattr(image_cache.multiprocessing, "get_start_method", lambda: start)
+    dataset = build_dataset(config_of("yolo"), "train", LoadOptions(imgsz=(64, 64), cache="auto"))
+    assert (dataset.cache is not None) == kept and "--cache" not in caplog.text
+
+
+def test_images_of_a_gibibyte_are_not_kept_unasked():
+    few = np.full((2, 2), 2**10, np.int32)
+    many = np.full((400, 2), 2**10, np.int32)
+    picture = np.zeros((2**10, 2**10, 3), np.uint8)
+    assert image_cache.cache_if_small(few, lambda index: picture) is not None
+    assert image_cache.cache_if_small(many, lambda index: picture) is None
 
 
 def test_a_disk_cache_that_cannot_be_written_is_done_without(config_of, monkeypatch, caplog, tiny):
