@@ -8,20 +8,21 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 
 import torch
 
-from data.sources import open_source
+from data.sources import Frame, open_source
 from deploy.backends import Backend, network_of
 from deploy.ensemble import load_as_one
 from engine.detections import DetectionWriter
 from engine.flags import read_flags
-from engine.frames import detect, fit, in_batches
+from engine.frames import Fitted, detect, fit, in_batches
 from engine.levels import Levels
 from engine.options import DetectOptions
+from engine.slices import AT_ONCE, detect_slices, fit_slices
 from utils.device import select_device
 from utils.errors import ConfigError, nearest, run_cli
 from utils.logger import get_logger
@@ -57,30 +58,56 @@ def main(arguments: Sequence[str] | None = None) -> None:
     first = next(frames, None)  # a source that cannot be read leaves no folder
     if first is None:
         raise ConfigError(f"--source: {options.source} has no readable image.")
+    if options.visualize and options.slice:
+        raise ConfigError("--visualize: cannot be used with --slice. Drop one of them.")
     levels = levels_of(backend, name) if options.visualize else None
     stride = backend.stride if backend.dynamic and not options.square else None
-    fitted = (fit(frame, imgsz, stride) for frame in chain([first], frames))
-    # A camera's next picture is taken when it is wanted; those of files are prepared ahead.
-    batches = in_batches(fitted, 1 if source.is_live else options.batch_size)
-    batches = batches if source.is_live else ahead(batches)
+    batches = batches_of(chain([first], frames), imgsz, stride, options, source.is_live)
     folder = options.make_folder()
     count, objects, seconds = 0, 0, 0.0
     with DetectionWriter(folder, names, options) as writer, InOrder() as writing:
         write = writer.write if options.view_img else partial(writing.call, writer.write)
         for batch in batches:
             start = time.perf_counter()
-            detections = detect(backend, batch, thresholds, classes)
+            if options.slice:
+                at_once = max(options.batch_size, AT_ONCE)
+                pairs = [(batch[0], detect_slices(backend, batch, thresholds, classes, at_once))]
+            else:
+                pairs = list(zip(batch, detect(backend, batch, thresholds, classes), strict=True))
             elapsed = time.perf_counter() - start
             seconds += elapsed
-            for place, ((frame, _, box), found) in enumerate(zip(batch, detections, strict=True)):
+            for place, (fitted, found) in enumerate(pairs):
+                frame = fitted.frame
                 count, objects = count + 1, objects + len(found.labels)
                 number = f" frame {frame.index + 1}" if frame.video else ""
-                took = f"{1000 * elapsed / len(batch):.0f} ms"
+                took = f"{1000 * elapsed / len(pairs):.0f} ms"
                 log.info(f"{frame.path}{number}: {summary(found, names)}, {took}")
-                write(frame, found, levels.pictures(place, frame.image, box) if levels else ())
+                seen = levels.pictures(place, frame.image, fitted.box) if levels else ()
+                write(frame, found, seen)
     print(
         f"{objects} objects in {count} images, {1000 * seconds / count:.1f} ms an image; results in {folder}"
     )
+
+
+def batches_of(
+    frames: Iterable[Frame],
+    imgsz: tuple[int, int],
+    stride: int | None,
+    options: DetectOptions,
+    is_live: bool,
+) -> Iterator[list[Fitted]]:
+    """Frames as the network gets them: as many as `--batch-size` says, or with `--slice` the parts of one.
+
+    A live source's next picture is taken when it is wanted; those of files are prepared ahead.
+    """
+    batches: Iterator[list[Fitted]]
+    if options.slice:
+        size, overlap = options.slice, options.overlap
+        batches = (fit_slices(frame, imgsz, stride, size, overlap) for frame in frames)
+    else:
+        fitted = (fit(frame, imgsz, stride) for frame in frames)
+        batches = in_batches(fitted, 1 if is_live else options.batch_size)
+    return batches if is_live else ahead(batches)
 
 
 def levels_of(backend: Backend, name: str) -> Levels:

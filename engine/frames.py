@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from data.images import Image
 from data.sources import Frame
@@ -20,11 +21,20 @@ from utils.structures import Detections, Letterbox, as_float
 
 
 class Fitted(NamedTuple):
-    """A frame, the picture (h, w, 3) that the network sees of it, and the way back."""
+    """A frame, the picture (h, w, 3) that the network sees of it or of a slice, and the way back.
+
+    `corner` is the top and left of the slice in the frame.
+    """
 
     frame: Frame
     image: Image
     box: Letterbox
+    corner: tuple[int, int] = (0, 0)
+
+    def restore(self, boxes: Tensor) -> Tensor:
+        """Bring boxes (K, 4) of the picture to the frame."""
+        top, left = self.corner
+        return self.box.restore(boxes) + boxes.new_tensor([left, top, left, top])
 
 
 def fit(frame: Frame, imgsz: tuple[int, int], stride: int | None = None) -> Fitted:
@@ -64,6 +74,6 @@ def detect(
     detections = detections_of(output, model.postprocess_kind, thresholds, classes=classes)
     on_cpu = [found.to("cpu") for found in detections]
     return [
-        found._replace(boxes=fitted.box.restore(found.boxes))
+        found._replace(boxes=fitted.restore(found.boxes))
         for found, fitted in zip(on_cpu, batch, strict=True)
     ]
