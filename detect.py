@@ -21,8 +21,9 @@ from engine.detections import DetectionWriter
 from engine.flags import read_flags
 from engine.frames import Fitted, detect, fit, in_batches
 from engine.levels import Levels
-from engine.options import DetectOptions
+from engine.options import DetectOptions, Thresholds
 from engine.slices import AT_ONCE, detect_slices, fit_slices
+from engine.tracking import Tracker
 from utils.device import select_device
 from utils.errors import ConfigError, nearest, run_cli
 from utils.logger import get_logger
@@ -36,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     log, device = get_logger(), select_device(options.device)
     if options.view_img:
         _check_display()
+    if options.visualize and options.slice:
+        raise ConfigError("--visualize: cannot be used with --slice. Drop one of them.")
     backend = load_as_one(
         options.weights,
         device,
@@ -53,13 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "--conf-thres and --max-det only cut further"
         )
     thresholds = options.thresholds_for(backend.info.class_conf, name)
+    tracker = Tracker(thresholds, options.vid_stride) if options.track else None
+    thresholds = tracker.thresholds if tracker else thresholds
     source = open_source(options.source, vid_stride=options.vid_stride, white=backend.info.white)
     frames = iter(source)
     first = next(frames, None)  # a source that cannot be read leaves no folder
     if first is None:
         raise ConfigError(f"--source: {options.source} has no readable image.")
-    if options.visualize and options.slice:
-        raise ConfigError("--visualize: cannot be used with --slice. Drop one of them.")
     levels = levels_of(backend, name) if options.visualize else None
     stride = backend.stride if backend.dynamic and not options.square else None
     batches = batches_of(chain([first], frames), imgsz, stride, options, source.is_live)
@@ -69,24 +72,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write = writer.write if options.view_img else partial(writing.call, writer.write)
         for batch in batches:
             start = time.perf_counter()
-            if options.slice:
-                at_once = max(options.batch_size, AT_ONCE)
-                pairs = [(batch[0], detect_slices(backend, batch, thresholds, classes, at_once))]
-            else:
-                pairs = list(zip(batch, detect(backend, batch, thresholds, classes), strict=True))
+            pairs = find(backend, batch, thresholds, classes, options)
             elapsed = time.perf_counter() - start
             seconds += elapsed
             for place, (fitted, found) in enumerate(pairs):
                 frame = fitted.frame
+                found, tracks = tracker(frame, found) if tracker else (found, [])
                 count, objects = count + 1, objects + len(found.labels)
                 number = f" frame {frame.index + 1}" if frame.video else ""
                 took = f"{1000 * elapsed / len(pairs):.0f} ms"
                 log.info(f"{frame.path}{number}: {summary(found, names)}, {took}")
                 seen = levels.pictures(place, frame.image, fitted.box) if levels else ()
-                write(frame, found, seen)
+                write(frame, found, tracks, seen)
     print(
         f"{objects} objects in {count} images, {1000 * seconds / count:.1f} ms an image; results in {folder}"
     )
+
+
+def find(
+    backend: Backend,
+    batch: Sequence[Fitted],
+    thresholds: Thresholds,
+    classes: Sequence[int] | None,
+    options: DetectOptions,
+) -> list[tuple[Fitted, Detections]]:
+    """The frames of a batch, as `batches_of` makes them, and what is found in each."""
+    if options.slice:
+        at_once = max(options.batch_size, AT_ONCE)
+        return [(batch[0], detect_slices(backend, batch, thresholds, classes, at_once))]
+    return list(zip(batch, detect(backend, batch, thresholds, classes), strict=True))
 
 
 def batches_of(

@@ -28,12 +28,13 @@ NOT_XML = re.compile("[^\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 class Row(NamedTuple):
-    """One detection: its box (xyxy, pixels), score and class."""
+    """One detection: its box (xyxy, pixels), score, class, and the number of its track, if it has one."""
 
     box: list[float]
     score: float
     label: int
     name: str
+    track: int | None = None
 
 
 class DetectionWriter:
@@ -42,7 +43,8 @@ class DetectionWriter:
     def __init__(self, folder: Path, names: Sequence[str], options: DetectOptions) -> None:
         self.folder, self.names, self.options = folder, tuple(names), options
         wanted = {"predictions.csv": options.save_csv, "predictions.json": options.save_json}
-        self.tables = [Table(folder / name) for name, is_on in wanted.items() if is_on]
+        chosen = [folder / name for name, is_on in wanted.items() if is_on]
+        self.tables = [Table(path, options.track) for path in chosen]
         self.video: cv2.VideoWriter | None = None
         self.video_of = ""
         self.free_names = FreeNames()
@@ -58,18 +60,31 @@ class DetectionWriter:
             cv2.destroyAllWindows()
 
     def write(
-        self, frame: Frame, found: Detections, levels: Sequence[tuple[int, Image]] = ()
+        self,
+        frame: Frame,
+        found: Detections,
+        tracks: Sequence[int] = (),
+        levels: Sequence[tuple[int, Image]] = (),
     ) -> None:
-        """Everything the flags ask for, of one frame; `levels` are strides and pictures of a pyramid."""
+        """Everything the flags ask for, of one frame.
+
+        Args:
+            frame: where it was found.
+            found: what was found.
+            tracks: the number of each detection, of `--track`.
+            levels: strides and pictures of a pyramid.
+        """
         options, folder, stem = self.options, self.folder, self._stem(frame)
         columns = (found.boxes.tolist(), found.scores.tolist(), found.labels.tolist())
-        rows = [Row(*values, self.names[values[2]]) for values in zip(*columns)]
+        names = [self.names[label] for label in columns[2]]
+        numbers: Sequence[int | None] = tracks or [None] * len(names)
+        rows = [Row(*values) for values in zip(*columns, names, numbers)]
         for table in self.tables:
             table.write(frame, rows)
         labels = folder / "labels" / f"{stem}.txt"
         if options.save_txt and options.save_format == 0:
             size = (frame.image.shape[0], frame.image.shape[1])
-            write_yolo_labels(labels, found, size, options.save_conf)
+            write_yolo_labels(labels, found, size, options.save_conf, tracks)
         elif options.save_txt:
             write_corners(labels, rows, options.save_conf)
         if options.save_voc:
@@ -90,6 +105,7 @@ class DetectionWriter:
             line_thickness=options.line_thickness,
             hide_labels=options.hide_labels,
             hide_conf=options.hide_conf,
+            tracks=tracks,
         )
         if not options.nosave and frame.video:
             self._write_video(frame, picture, frame.video.fps)
@@ -137,7 +153,8 @@ def _show(title: str, picture: Image) -> None:
 class Table:
     """`predictions.csv` or `predictions.json`, written row by row: a stream has no end, and its end may be a signal."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, has_tracks: bool = False) -> None:
+        self.has_tracks = has_tracks
         self.path, self.is_json = path, path.suffix == ".json"
         # File names that are no UTF-8 stand in the CSV byte for byte, in the JSON as ASCII escapes.
         encoding = "ascii" if self.is_json else "utf-8"
@@ -145,7 +162,8 @@ class Table:
         self.lead = "[\n "
         self.csv = csv.writer(self.file, lineterminator="\n")
         if not self.is_json:
-            self.csv.writerow("image frame class label confidence x1 y1 x2 y2".split())
+            columns = "image frame class label confidence x1 y1 x2 y2".split()
+            self.csv.writerow([*columns, *["track"] * has_tracks])
 
     def write(self, frame: Frame, rows: Sequence[Row]) -> None:
         """Add the rows of a frame, each in a line of its own."""
@@ -153,11 +171,12 @@ class Table:
         for row in rows:
             score, box = round(row.score, 5), [round(value, 2) for value in row.box]
             values = (frame.path, number, row.name, row.label, score)
+            track = [row.track] * self.has_tracks
             if not self.is_json:
-                self.csv.writerow((*values, *box))
+                self.csv.writerow((*values, *box, *track))
                 continue
-            names = ("image", "frame", "class", "label", "confidence", "box")
-            self.file.write(self.lead + json.dumps(dict(zip(names, (*values, box)))))
+            names = ("image", "frame", "class", "label", "confidence", "box", "track")
+            self.file.write(self.lead + json.dumps(dict(zip(names, (*values, box, *track)))))
             self.lead = ",\n "
 
     def close(self) -> None:
@@ -171,11 +190,12 @@ class Table:
 
 
 def write_corners(path: Path, rows: Sequence[Row], with_score: bool) -> None:
-    """`class x1 y1 x2 y2 [score]` lines in pixels."""
+    """`class x1 y1 x2 y2 [score] [track]` lines in pixels."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = []
     for row in rows:
         numbers = [f"{value:.2f}" for value in row.box] + [f"{row.score:.5f}"] * with_score
+        numbers += [str(row.track)] * (row.track is not None)
         lines.append(" ".join([str(row.label), *numbers]) + "\n")
     path.write_text("".join(lines), encoding="utf-8")
 
@@ -198,6 +218,8 @@ def write_voc(path: Path, frame: Frame, rows: Sequence[Row], with_score: bool) -
         add(item, name=_in_xml(row.name))
         if with_score:
             add(item, confidence=f"{row.score:.5f}")
+        if row.track is not None:
+            add(item, track=str(row.track))
         corners = zip(("xmin", "ymin", "xmax", "ymax"), row.box, strict=True)
         bounds = ElementTree.SubElement(item, "bndbox")
         add(bounds, **{tag: f"{value:.2f}" for tag, value in corners})

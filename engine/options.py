@@ -206,6 +206,7 @@ class DetectOptions(RunFlags, WeightsFlags):
     overlap: float = flag(
         0.2, "share that a slice has in common with the next", type=number(0, 0.9)
     )
+    track: bool = flag(False, "number objects from frame to frame (pip install trackers)")
     vid_stride: int = flag(1, "take every so many frames of a video", type=FROM_ONE)
     project: str = flag("runs/detect", PROJECT_HELP)
     view_img: bool = flag(False, "show each picture in a window")

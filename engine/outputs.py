@@ -81,16 +81,22 @@ class LabelWriter:
 
 
 def write_yolo_labels(
-    path: Path, found: Detections, size: tuple[int, int], with_score: bool
+    path: Path,
+    found: Detections,
+    size: tuple[int, int],
+    with_score: bool,
+    tracks: Sequence[int] = (),
 ) -> None:
-    """`class x y w h [score]` lines, parts of an image of `size` (height, width)."""
+    """`class x y w h [score] [track]` lines, parts of an image of `size` (height, width)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scale = found.boxes.new_tensor([size[1], size[0], size[1], size[0]])
     boxes = (xyxy_to_cxcywh(found.boxes) / scale).tolist()
     lines = []
-    for label, box, score in zip(found.labels.tolist(), boxes, found.scores.tolist()):
+    columns = found.labels.tolist(), boxes, found.scores.tolist()
+    for place, (label, box, score) in enumerate(zip(*columns)):
         numbers = [*box, score] if with_score else box
-        lines.append(" ".join([str(label), *(f"{value:.6g}" for value in numbers)]))
+        track = [str(number) for number in tracks[place : place + 1]]
+        lines.append(" ".join([str(label), *(f"{value:.6g}" for value in numbers), *track]))
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
 

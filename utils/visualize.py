@@ -56,6 +56,7 @@ def draw_boxes(
     hide_labels: bool = False,
     hide_conf: bool = False,
     colours: Sequence[Colour] = (),
+    tracks: Sequence[int] = (),
 ) -> Image:
     """Draw boxes with their class names on a copy of `image`; the best score ends on top.
 
@@ -69,6 +70,7 @@ def draw_boxes(
         hide_labels: boxes only.
         hide_conf: names without scores.
         colours: one a box, instead of those of the classes.
+        tracks: numbers shown before the names, one a box, which choose the colours.
 
     Returns:
         A new image of the same size.
@@ -86,12 +88,13 @@ def draw_boxes(
     order = range(len(boxes)) if values is None else np.argsort(values, kind="stable")
     texts = []
     for k in order:
-        colour = colours[k] if colours else class_colour(int(labels[k]))
+        colour = colours[k] if colours else class_colour(int(tracks[k] if tracks else labels[k]))
         x1, y1, x2, y2 = _inside(boxes[k], width, height)
         draw.rectangle((x1, y1, x2, y2), outline=colour, width=line)
         if not hide_labels:
             score = None if values is None or hide_conf else float(values[k])
-            texts.append((_caption(int(labels[k]), names, score), colour, (x1, y1)))
+            number = f"{tracks[k]} " if tracks else ""
+            texts.append((number + _caption(int(labels[k]), names, score), colour, (x1, y1)))
     for text, colour, corner in texts:
         _draw_caption(draw, text, colour, corner, (width, height), font_size, line)
     return np.asarray(canvas).copy()
