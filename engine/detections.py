@@ -170,7 +170,9 @@ class Table:
         number = frame.index + 1 if frame.video else 0
         for row in rows:
             score, box = round(row.score, 5), [round(value, 2) for value in row.box]
-            values = (frame.path, number, row.name, row.label, score)
+            # Python 3.10 writes no NUL into a CSV.
+            name = row.name if self.is_json else row.name.replace("\0", "\\x00")
+            values = (frame.path, number, name, row.label, score)
             track = [row.track] * self.has_tracks
             if not self.is_json:
                 self.csv.writerow((*values, *box, *track))

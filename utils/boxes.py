@@ -39,7 +39,7 @@ def clip_boxes(boxes: Tensor, size: tuple[int, int]) -> Tensor:
 
 def box_area(boxes: Tensor) -> Tensor:
     """Area of xyxy boxes, (..., 4) to (...); a box turned inside out has area 0."""
-    width, height = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).unbind(-1)
+    width, height = (boxes[..., 2:] - boxes[..., :2]).relu().unbind(-1)
     return width * height
 
 
@@ -105,7 +105,7 @@ class BoxPair:
         """Area that both cover, (...)."""
         low = torch.maximum(self.first[..., :2], self.second[..., :2])
         high = torch.minimum(self.first[..., 2:], self.second[..., 2:])
-        width, height = (high - low).clamp(min=0).unbind(-1)
+        width, height = (high - low).relu().unbind(-1)
         return width * height
 
     @cached_property

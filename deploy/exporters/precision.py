@@ -77,6 +77,10 @@ def _drop_round_trips(graph: onnx.GraphProto, own: set[str]) -> None:
         for place, name in enumerate(node.input):
             node.input[place] = shorter.get(name, name)
     outputs = {value.name for value in graph.output}
+    for node in graph.node:
+        if node.output[0] in outputs & shorter.keys():  # the name of an output has to stay
+            same = onnx.helper.make_node("Identity", [shorter[node.output[0]]], node.output, node.name)
+            node.CopyFrom(same)
     kept = [n for n in graph.node if n.output[0] not in shorter or n.output[0] in outputs]
     read = {name for node in kept for name in node.input} | outputs
     kept = [n for n in kept if n.op_type != "Cast" or n.output[0] in read]

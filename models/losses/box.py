@@ -135,7 +135,7 @@ class BoxLoss:
 
 def _power(value: Tensor, exponent: float | None) -> Tensor:
     """`value`^`exponent`; rounding may have taken a value below 0, which has no power."""
-    return value if exponent is None else value.clamp(min=0) ** exponent
+    return value if exponent is None else value.relu() ** exponent
 
 
 def _resized(pair: BoxPair, ratio: float) -> BoxPair:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch_versions import needs_programs
 
 import export
 from deploy.backends import load_backend
@@ -73,7 +74,7 @@ def test_the_file_does_what_the_branch_says(head: str, reg_max: int, nms: bool, 
             torch.testing.assert_close(best[place], kept[1], rtol=0, atol=1e-4)
 
 
-FORMS = ["onnx", "torchscript", "pt2", "openvino"]
+FORMS = ["onnx", "torchscript", pytest.param("pt2", marks=needs_programs), "openvino"]
 
 
 @pytest.mark.parametrize("form", FORMS)
