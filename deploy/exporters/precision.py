@@ -79,7 +79,9 @@ def _drop_round_trips(graph: onnx.GraphProto, own: set[str]) -> None:
     outputs = {value.name for value in graph.output}
     for node in graph.node:
         if node.output[0] in outputs & shorter.keys():  # the name of an output has to stay
-            same = onnx.helper.make_node("Identity", [shorter[node.output[0]]], node.output, node.name)
+            same = onnx.helper.make_node(
+                "Identity", [shorter[node.output[0]]], node.output, node.name
+            )
             node.CopyFrom(same)
     kept = [n for n in graph.node if n.output[0] not in shorter or n.output[0] in outputs]
     read = {name for node in kept for name in node.input} | outputs
