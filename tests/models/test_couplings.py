@@ -27,7 +27,12 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("head", SMALL)
+LONG = {"rtdetr-r18", "dfine-s"}  # test_rtdetr.py and test_dfine.py export these
+
+
+@pytest.mark.parametrize(
+    "head", [pytest.param(head, marks=[pytest.mark.slow] * (head in LONG)) for head in SMALL]
+)
 def test_a_small_backbone_works_under_every_family_of_heads(head: str, tmp_path: Path):
     result = check_cell(SMALL[head], head, tmp_path, (128, 160))
     assert result["status"] == "works", result

@@ -116,8 +116,8 @@ def test_a_row_that_reads_an_odd_stride_is_named():
 FAMILIES = [
     ("yolov5n", "yolov5n-emo", "yolov5n-revcol"),
     ("yolo11n", "yolo11-mobilenetv4"),
-    ("yolov9-c", "yolov9-c-mobileone"),
-    ("rtdetr-l", "rtdetr-l-emo"),
+    pytest.param(("yolov9-c", "yolov9-c-mobileone"), marks=pytest.mark.slow),
+    pytest.param(("rtdetr-l", "rtdetr-l-emo"), marks=pytest.mark.slow),
 ]
 
 

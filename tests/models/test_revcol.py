@@ -369,6 +369,7 @@ def distributed_worker(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 def test_two_gloo_ranks_average_to_the_plain_gradients(tmp_path: Path) -> None:
     context = torch.multiprocessing.get_context("spawn")
