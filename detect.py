@@ -22,7 +22,7 @@ from engine.flags import read_flags
 from engine.frames import Fitted, detect, fit, in_batches
 from engine.levels import Levels
 from engine.options import DetectOptions, Thresholds
-from engine.slices import AT_ONCE, detect_slices, fit_slices
+from engine.slices import AT_ONCE, OVERLAP, detect_slices, fit_slices
 from engine.tracking import Tracker
 from utils.device import select_device
 from utils.errors import ConfigError, nearest, run_cli
@@ -39,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _check_display()
     if options.visualize and options.slice:
         raise ConfigError("--visualize: cannot be used with --slice. Drop one of them.")
+    if options.overlap is not None and not options.slice:
+        log.info("--overlap: without effect without --slice")
     backend = load_as_one(
         options.weights,
         device,
@@ -116,7 +118,7 @@ def batches_of(
     """
     batches: Iterator[list[Fitted]]
     if options.slice:
-        size, overlap = options.slice, options.overlap
+        size, overlap = options.slice, OVERLAP if options.overlap is None else options.overlap
         batches = (fit_slices(frame, imgsz, stride, size, overlap) for frame in frames)
     else:
         fitted = (fit(frame, imgsz, stride) for frame in frames)

@@ -203,9 +203,7 @@ class DetectOptions(RunFlags, WeightsFlags):
     batch_size: int = flag(1, "images of one shape at a time, of files", type=FROM_ONE)
     square: bool = flag(False, "pad images to --imgsz, as a fixed size needs it and val.py does")
     slice: int | None = flag(None, "look at slices of so many pixels too", type=integer(32))
-    overlap: float = flag(
-        0.2, "share that a slice has in common with the next", type=number(0, 0.9)
-    )
+    overlap: float | None = flag(None, "share of a slice in the next (0.2)", type=number(0, 0.9))
     track: bool = flag(False, "number objects from frame to frame (pip install trackers)")
     vid_stride: int = flag(1, "take every so many frames of a video", type=FROM_ONE)
     project: str = flag("runs/detect", PROJECT_HELP)

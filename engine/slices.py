@@ -21,6 +21,8 @@ from utils.structures import Detections
 
 AT_ONCE = 8
 """Slices in a batch, where `--batch-size` asks for no more."""
+OVERLAP = 0.2
+"""Share that a slice has in common with the next, where `--overlap` does not say; SAHI's."""
 COVERED = 0.5
 """Share of the smaller of two boxes that the other one must cover for both to be one object; SAHI's."""
 
@@ -67,12 +69,15 @@ def detect_slices(
         found += detect(model, batch, thresholds, classes)
     if len(found) == 1:
         return found[0]
-    merged = merge_covered(Detections(*(torch.cat(tensors) for tensors in zip(*found))))
+    every = Detections(*(torch.cat(tensors) for tensors in zip(*found)))
+    merged = merge_covered(every, agnostic=thresholds.agnostic)
     return Detections(*(tensor[: thresholds.max_det] for tensor in merged))
 
 
-def merge_covered(found: Detections, covered: float = COVERED) -> Detections:
-    """Join boxes of one class of which one covers at least `covered` of the smaller.
+def merge_covered(
+    found: Detections, covered: float = COVERED, *, agnostic: bool = False
+) -> Detections:
+    """Join boxes of one class, or of any if `agnostic`, of which one covers at least `covered` of the smaller.
 
     From the best score down each box takes those that it covers, or that cover it, and grows to hold them; the rest
     goes on. One that no longer fits to what has grown is dropped.
@@ -86,7 +91,7 @@ def merge_covered(found: Detections, covered: float = COVERED) -> Detections:
             continue
         kept.append(number)
         is_free[number] = False
-        is_same = is_free & (labels == labels[number])
+        is_same = is_free & (agnostic | (labels == labels[number]))
         is_same[is_same.clone()] = _covered_share(boxes[number], boxes[is_same]) >= covered
         is_free &= ~is_same
         for other in boxes[is_same]:

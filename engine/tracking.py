@@ -24,7 +24,7 @@ class Tracker:
     """Gives the objects of a video numbers that stay; pictures count as the frames of one.
 
     Args:
-        thresholds: `conf` is the lowest score that a track begins with.
+        thresholds: `conf`, or `by_class` for each class, is the lowest score that a track begins with.
         stride: only every so many frames of a video come.
 
     Attributes:
@@ -44,6 +44,7 @@ class Tracker:
             ) from error
         self._make, self._wrap = ByteTrackTracker, supervision.Detections
         self._begin, self._stride = thresholds.conf, stride
+        self._by_class = torch.tensor(thresholds.by_class)
         self._tracker: Any = None
         self._clip: str | None = None
         self._first = self._highest = 0
@@ -57,14 +58,18 @@ class Tracker:
             found: its detections, on the CPU.
         """
         clip = frame.path if frame.video else ""
-        if self._tracker is None or clip != self._clip:
+        if clip != self._clip:
             self._start(clip, frame.video.fps if frame.video else 30.0)
-        rows = torch.arange(len(found.labels)).numpy()
+        scores = found.scores.float()
+        if len(
+            self._by_class
+        ):  # ByteTrack knows one threshold: scores are told in parts of the class's own
+            scores = (scores * self._begin / self._by_class[found.labels]).clamp(max=1)
         given = self._wrap(
             xyxy=found.boxes.float().numpy().reshape(-1, 4),
-            confidence=found.scores.float().numpy(),
+            confidence=scores.numpy(),
             class_id=found.labels.numpy(),
-            data={"row": rows},
+            data={"row": torch.arange(len(scores)).numpy()},
         )
         made = self._tracker.update(given)
         pairs = sorted(

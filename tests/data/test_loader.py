@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
 import sys
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -204,6 +206,26 @@ def test_an_error_in_a_worker_stays_one_line(tiny, dataset, several_cores, worke
         list(build_loader(dataset, 4, workers=workers))
     assert "\n" not in str(caught.value)
     assert str(caught.value).split(".png")[0].startswith(str(tiny))
+
+
+def test_an_error_keeps_no_worker(dataset, several_cores, monkeypatch):
+    """A loader that only the collector of cycles could free has workers that nobody can tell any more to end."""
+
+    def fail(self, key):
+        raise DatasetError("no")
+
+    monkeypatch.setattr(type(dataset), "__getitem__", fail)
+    loader = build_loader(dataset, 2, workers=1)
+    gc.disable()
+    try:
+        try:
+            list(loader)
+        except DatasetError:
+            seen = weakref.ref(loader)
+        del loader
+        assert seen() is None
+    finally:
+        gc.enable()
 
 
 def test_workers_use_one_thread(dataset, several_cores, monkeypatch):

@@ -24,7 +24,7 @@ from deploy.backends import load_backend
 from deploy.exporters.end2end import append_postprocess, selection_fault
 from deploy.exporters.network import ExportOptions, blobs
 from deploy.exporters.onnx_file import export_onnx
-from deploy.exporters.precision import is_decoding
+from deploy.exporters.precision import _drop_round_trips, is_decoding
 from deploy.exporters.torch_files import export_pt
 from deploy.exporters.verify import ExportMismatchError, verify
 from engine.frames import detect, fit
@@ -131,6 +131,23 @@ def test_half_keeps_input_output_and_decoding_in_float32(tmp_path: Path):
     inferred = onnx.shape_inference.infer_shapes(proto).graph.value_info
     types = {v.type.tensor_type.elem_type for v in inferred if v.name in decoding}
     assert onnx.TensorProto.FLOAT in types and onnx.TensorProto.FLOAT16 not in types
+
+
+def test_an_output_does_not_go_through_float16():
+    """As older converters write it: a float32 node, a cast to float16, a cast back that has the output's name."""
+    half, whole = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
+    make, value = onnx.helper.make_node, onnx.helper.make_tensor_value_info
+    nodes = [
+        make("Neg", ["images"], ["made"], "own"),
+        make("Cast", ["made"], ["halved"], "a", to=half),
+        make("Cast", ["halved"], ["output0"], "b", to=whole),
+    ]
+    ends = [[value(name, whole, [1])] for name in ("images", "output0")]
+    graph = onnx.helper.make_graph(nodes, "g", *ends)
+    _drop_round_trips(graph, {"own"})
+    onnx.checker.check_graph(graph)
+    told = [(n.op_type, list(n.input), list(n.output)) for n in graph.node]
+    assert told == [("Neg", ["images"], ["made"]), ("Identity", ["made"], ["output0"])]
 
 
 def test_raw_outputs_are_those_of_the_head_and_no_detector(tmp_path: Path):

@@ -17,6 +17,7 @@ from engine.slices import detect_slices, fit_slices, merge_covered, starts
 from models.yolo import build_model
 from utils.checkpoint import save_checkpoint
 from utils.config import parse_yaml
+from utils.errors import UserError
 from utils.structures import Decoded, Detections
 
 
@@ -51,6 +52,13 @@ def test_boxes_that_cover_half_of_each_other_become_one_by_class():
     assert merged.boxes.tolist() == [[0, 0, 15, 10], [6, 0, 16, 10], [14, 0, 24, 10]]
     assert merged.scores.tolist() == pytest.approx([0.9, 0.5, 0.4])
     assert merged.labels.tolist() == [0, 1, 0]
+
+
+def test_classes_do_not_matter_where_they_are_not_to():
+    one, other = (0.0, 0, 10, 10, 0.6, 0), (5.0, 0, 15, 10, 0.9, 1)
+    assert len(merge_covered(found(one, other)).boxes) == 2
+    merged = merge_covered(found(one, other), agnostic=True)
+    assert merged.boxes.tolist() == [[0, 0, 15, 10]] and merged.labels.tolist() == [1]
 
 
 def test_nothing_merged_is_nothing():
@@ -109,6 +117,13 @@ def test_the_script_slices_large_pictures_alone(tmp_path: Path, capsys):
     assert len(labels[4]["large"].splitlines()) == 7
     rows = np.loadtxt(labels[4]["large"].splitlines())
     assert (rows[:, 1:5] >= 0).all() and (rows[:, 1:5] <= 1).all()
+
+
+def test_an_overlap_of_no_slices_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    words = ["--overlap", "0.3", "--weights", str(tmp_path / "no.pt"), "--source", "x"]
+    with pytest.raises(UserError):
+        detect.main(words)
+    assert "--overlap: without effect without --slice" in caplog.text
 
 
 @pytest.mark.parametrize(

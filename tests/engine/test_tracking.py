@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import json
 import sys
+import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from pathlib import Path
 
@@ -94,6 +96,18 @@ def test_no_track_begins_with_a_low_score_and_another_clip_has_other_numbers():
     assert tracker(other, nothing)[1] == [] and tracker(frame, nothing)[1] == []
 
 
+def test_a_track_begins_with_the_threshold_of_its_class():
+    pytest.importorskip("trackers")
+    tracker = Tracker(THRESHOLDS._replace(conf=0.3, by_class=(0.3, 0.8)))
+    assert tracker.thresholds.by_class == ()
+    frame, _, found = next(clip())
+    found = found._replace(scores=torch.full((4,), 0.5))  # classes 0, 0, 1, 1
+    tracker(frame, found)
+    kept, numbers = tracker(frame, found)
+    assert kept.labels.tolist() == [0, 0] and numbers == [1, 2]
+    assert kept.scores.tolist() == [0.5, 0.5]
+
+
 def test_files_have_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     class Counting(Tracker):
         def __init__(self, thresholds: Thresholds, stride: int = 1) -> None:
@@ -110,12 +124,17 @@ def test_files_have_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         cv2.imwrite(str(tmp_path / name), np.full((64, 64, 3), 90, np.uint8))
     words = ["--weights", tmp_path / "two.pt", "--source", tmp_path, "--project", tmp_path / "out"]
     words += ["--conf-thres", 0.0001, "--max-det", 2, "--save-txt", "--save-csv", "--track"]
+    words += ["--save-json", "--save-voc"]
     detect.main([str(word) for word in [*words, "--device", "cpu"]])
     out = tmp_path / "out/exp"
     lines = [(out / f"labels/{n}.txt").read_text().splitlines() for n in (1, 2)]
     assert [line.split()[-1] for line in lines[0] + lines[1]] == ["10", "11", "20", "21"]
     with (out / "predictions.csv").open() as file:
         assert [row["track"] for row in csv.DictReader(file)] == ["10", "11", "20", "21"]
+    told = json.loads((out / "predictions.json").read_text())
+    assert [row["track"] for row in told] == [10, 11, 20, 21]
+    voc = ElementTree.parse(out / "voc/2.xml").getroot()
+    assert [item.findtext("track") for item in voc.findall("object")] == ["20", "21"]
 
 
 def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch):
