@@ -23,7 +23,8 @@ from utils.device import select_device, synchronize
 from utils.errors import run_cli
 from utils.files import write_whole
 
-WARM_UP = 2  # rounds that do not count
+BURST = 5  # images a model gets in its turn
+WARM_UP = 2  # before them, that do not count: threads of the model before wait awake for a moment, caches are full of it
 
 
 class Timed(NamedTuple):
@@ -43,17 +44,18 @@ class Latency(NamedTuple):
 
 @torch.inference_mode()
 def latencies(models: Sequence[Timed], device: torch.device, runs: int) -> list[Latency]:
-    """Of each model for one image, network and decoding; they take turns."""
+    """Of each model for one image, network and decoding, `runs` times; they take turns of some images each."""
     images = [torch.rand(1, 3, *model.imgsz, device=device) for model in models]
     times: list[list[float]] = [[] for _ in models]
-    for number in range(runs + WARM_UP):
+    for turn in range(0, runs, BURST):
         for model, image, taken in zip(models, images, times, strict=True):
-            synchronize(device)
-            start = time.perf_counter()
-            model.run(image)
-            synchronize(device)
-            if number >= WARM_UP:
-                taken.append(1000 * (time.perf_counter() - start))
+            for number in range(WARM_UP + min(BURST, runs - turn)):
+                synchronize(device)
+                start = time.perf_counter()
+                model.run(image)
+                synchronize(device)
+                if number >= WARM_UP:
+                    taken.append(1000 * (time.perf_counter() - start))
     return [Latency(*np.quantile(taken, (0.5, 0.25, 0.75)).tolist()) for taken in times]
 
 

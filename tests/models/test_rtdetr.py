@@ -13,7 +13,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from torch_versions import needs_both, onnx_by_tracing
+from torch_versions import needs_both, needs_programs, onnx_by_tracing
 
 from models.heads import denoising
 from models.heads.denoising import noisy_queries
@@ -331,6 +331,7 @@ class _Deployed(nn.Module):
         return self.model.head.export_layout(raw), self.model.decode(raw).boxes
 
 
+@needs_programs
 @pytest.mark.parametrize(
     "sampling", ["grid_sample", pytest.param("gather", marks=pytest.mark.slow)]
 )

@@ -141,11 +141,16 @@ def test_tensors_keep_their_numbers_whatever_their_type_and_layout(
 
 
 def test_eight_bit_floats_are_widened(tmp_path: Path) -> None:
-    state = {"w": torch.arange(8.0).to(torch.float8_e4m3fn), "u": torch.arange(4).to(torch.uint16)}
-    torch.save(state, tmp_path / "w.pt")
-    read = read_weights(tmp_path / "w.pt").state
-    assert read["w"].tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
-    assert read["u"].tolist() == [0, 1, 2, 3]
+    torch.save({"w": torch.arange(8.0).to(torch.float8_e4m3fn)}, tmp_path / "w.pt")
+    assert read_weights(tmp_path / "w.pt").state["w"].tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+
+
+def test_unsigned_sixteen_bits_are_read(tmp_path: Path) -> None:
+    try:
+        torch.save({"u": torch.arange(4).to(torch.uint16)}, tmp_path / "w.pt")
+    except KeyError:
+        pytest.skip(f"torch {torch.__version__} does not save them, 2.14 does")
+    assert read_weights(tmp_path / "w.pt").state["u"].tolist() == [0, 1, 2, 3]
 
 
 def test_numbers_dates_and_paths_beside_the_weights_do_no_harm(tmp_path: Path) -> None:
