@@ -60,7 +60,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     thresholds = options.thresholds_for(backend.info.class_conf, name)
     tracker = Tracker(thresholds, options.vid_stride) if options.track else None
     thresholds = tracker.thresholds if tracker else thresholds
-    source = open_source(options.source, vid_stride=options.vid_stride, white=backend.info.white)
+    source = open_source(
+        options.source,
+        vid_stride=options.vid_stride,
+        white=backend.info.white,
+        reconnect=options.reconnect,
+    )
+    if options.reconnect and not source.is_live:
+        log.info("--reconnect: without effect, %s is no camera or stream", source.name)
     frames = iter(source)
     first = next(frames, None)  # a source that cannot be read leaves no folder
     if first is None:

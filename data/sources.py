@@ -35,6 +35,11 @@ SCHEMES = ("rtsp://", "rtsps://", "rtmp://", "http://", "https://", "tcp://", "u
 WEB_SCHEMES = ("http://", "https://")
 STREAM_PATIENCE = 10.0
 """Seconds without a new frame after which a stream counts as ended."""
+CAMERA_SCHEMES = ("rtsp://", "rtsps://", "rtmp://")
+CAMERA_RECONNECT = 30.0
+"""Seconds that a camera on a network, which has no end of its own, is called again for after it fell silent."""
+LONGEST_PAUSE = 8.0
+"""Seconds between two calls, at most; the first pause is one second."""
 MOST_TOLD = 20
 """Files that cannot be read and are told one by one."""
 LARGEST_CAMERA = 2**31 - 1
@@ -87,6 +92,8 @@ class Source:
             a camera, or address of a stream.
         vid_stride: take every so many frames of videos and streams.
         white: the value that is white in images deeper than 8 bits; None for their full range.
+        reconnect: seconds that a stream which fell silent is called again for; None for CAMERA_RECONNECT where the
+            address is a camera's, and 0 elsewhere.
 
     Attributes:
         files: images, then videos; empty for a camera or stream.
@@ -98,10 +105,19 @@ class Source:
     """
 
     def __init__(
-        self, name: str | Path, *, vid_stride: int = 1, white: float | None = None
+        self,
+        name: str | Path,
+        *,
+        vid_stride: int = 1,
+        white: float | None = None,
+        reconnect: float | None = None,
     ) -> None:
         self.name = str(name)
         self.vid_stride, self.white = vid_stride, white
+        is_camera = self.name.lower().startswith(CAMERA_SCHEMES)
+        self.reconnect = (
+            (CAMERA_RECONNECT if is_camera else 0.0) if reconnect is None else reconnect
+        )
         self.skipped: list[str] = []
         if vid_stride < 1:
             raise DatasetError(f"--vid-stride: got {vid_stride}, expected 1 or more.")
@@ -126,7 +142,7 @@ class Source:
 
     def __iter__(self) -> Iterator[Frame]:
         if self.is_live:
-            yield from _live_frames(self.name, self.vid_stride)
+            yield from _live_frames(self.name, self.vid_stride, self.reconnect)
             return
         for path in self.files:
             try:
@@ -144,9 +160,15 @@ class Source:
             get_logger().warning(told, len(self.skipped), MOST_TOLD)
 
 
-def open_source(source: str | Path, *, vid_stride: int = 1, white: float | None = None) -> Source:
+def open_source(
+    source: str | Path,
+    *,
+    vid_stride: int = 1,
+    white: float | None = None,
+    reconnect: float | None = None,
+) -> Source:
     """The frames of `source`; see `Source`."""
-    return Source(source, vid_stride=vid_stride, white=white)
+    return Source(source, vid_stride=vid_stride, white=white, reconnect=reconnect)
 
 
 def is_video(path: str) -> bool:
@@ -316,32 +338,59 @@ def _video_frames(path: str, capture: cv2.VideoCapture, vid_stride: int) -> Iter
         capture.release()
 
 
-def _live_frames(name: str, vid_stride: int) -> Iterator[Frame]:
+def _live_frames(name: str, vid_stride: int, reconnect: float) -> Iterator[Frame]:
     """The newest frame each time; what came while the caller was busy is dropped.
 
-    A web address that knows its length is read as a file.
+    A web address that knows its length is read as a file. A stream that fell silent is called again for `reconnect`
+    seconds; numbers of its frames go on.
     """
-    capture = _open(name)
+    opened = _open(name)
     is_web = name.lower().startswith(WEB_SCHEMES)
-    if is_web and capture.get(cv2.CAP_PROP_FRAME_COUNT) > 0:
-        yield from _video_frames(name, capture, vid_stride)
+    if is_web and opened.get(cv2.CAP_PROP_FRAME_COUNT) > 0:
+        yield from _video_frames(name, opened, vid_stride)
         return
-    reader = _Reader(capture, vid_stride)
-    info = _describe(capture, is_live=True)
-    try:
-        last = -1
-        while (newest := reader.wait_for_newer(last)) is not None:
-            last, frame = newest
-            yield Frame(name, _rgb(frame), last, info)
-    finally:
-        reader.stop()
+    capture: cv2.VideoCapture | None = opened
+    last, size, deadline = -1, None, 0.0
+    while capture is not None:
+        info = _describe(capture, is_live=True)
+        reader = _Reader(capture, vid_stride, last + 1)
+        try:
+            while (newest := reader.wait_for_newer(last)) is not None:
+                last, frame = newest
+                size, before = frame.shape, size
+                if before not in (None, size):
+                    raise VideoError(
+                        f"--source: {name}: frames have another size since it is back."
+                    )
+                yield Frame(name, _rgb(frame), last, info)
+                deadline = time.monotonic() + reconnect
+        finally:
+            reader.stop()
+        capture = _call_again(name, deadline) if reconnect else None
+
+
+def _call_again(name: str, deadline: float) -> cv2.VideoCapture | None:
+    """A stream that fell silent, once it is back; None where it is not until the deadline (of the monotonic clock)."""
+    get_logger().warning("%s fell silent; it is called again", name)
+    pause = 1.0
+    while (remaining := deadline - time.monotonic()) > 0:
+        time.sleep(min(pause, remaining))
+        pause = min(2 * pause, LONGEST_PAUSE)
+        try:
+            capture = _open(name)
+        except VideoError:
+            continue
+        get_logger().warning("%s is back", name)
+        return capture
+    get_logger().warning("%s did not come back", name)
+    return None
 
 
 class _Reader:
     """Reads a live source in a thread, so that its buffer does not age."""
 
-    def __init__(self, capture: cv2.VideoCapture, vid_stride: int) -> None:
-        self._capture, self._vid_stride = capture, vid_stride
+    def __init__(self, capture: cv2.VideoCapture, vid_stride: int, first: int) -> None:
+        self._capture, self._vid_stride, self._first = capture, vid_stride, first
         self._newest: tuple[int, np.ndarray] | None = None
         self._is_done = False
         self._changed = threading.Condition()
@@ -349,7 +398,7 @@ class _Reader:
         self._thread.start()
 
     def _run(self) -> None:
-        index = 0
+        index = self._first
         while not self._is_done and self._capture.grab():
             if index % self._vid_stride == 0:
                 is_read, frame = self._capture.retrieve()

@@ -132,6 +132,46 @@ def test_a_stream_gives_newest_frames_in_order_until_it_ends(served, monkeypatch
     assert frames[0].path == served
 
 
+def test_a_stream_that_fell_silent_is_called_again_and_its_numbers_go_on(
+    served, monkeypatch, caplog
+):
+    if not cv2.videoio_registry.getStreamBackends():
+        pytest.skip("this OpenCV opens no streams")
+    monkeypatch.setattr(sources, "WEB_SCHEMES", ())
+    really, calls = sources._open, []
+
+    def open_when_there(name: str) -> cv2.VideoCapture:
+        calls.append(name)
+        if len(calls) == 2 or len(calls) > 3:
+            raise sources.VideoError("nobody answers")
+        return really(name)
+
+    monkeypatch.setattr(sources, "_open", open_when_there)
+    monkeypatch.setattr(sources, "LONGEST_PAUSE", 0.01)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    source = open_source(served, reconnect=0.3)
+    try:
+        numbers = [frame.index for frame in source]
+    except DatasetError:
+        pytest.skip("this OpenCV reads no http")
+    assert numbers == sorted(set(numbers)) and numbers[-1] == 19, "ten frames, twice"
+    assert caplog.text.count("fell silent") == 2 and caplog.text.count("is back") == 1
+    assert "did not come back" in caplog.text and set(calls) == {served}
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "expected"),
+    [
+        ("rtsp://camera/1", None, 30.0),
+        ("rtsp://camera/1", 0.0, 0.0),
+        ("http://camera/live", None, 0.0),
+        ("0", 5.0, 5.0),
+    ],
+)
+def test_how_long_a_stream_is_called_again(name, given, expected):
+    assert open_source(name, reconnect=given).reconnect == expected
+
+
 def slowly(source) -> list[int]:
     """Numbers of the frames that come when each takes longer than the next needs to arrive."""
     numbers = []
