@@ -19,6 +19,7 @@ from utils.logger import get_logger
 
 OF_AN_OPTIMIZER = frozenset(("lr0", "momentum", "warmup_bias_lr"))
 """Keys that mean a certain optimiser, where a user's recipe has them without naming one."""
+LONG = 10  # times `least_steps`: a training that may teach a plain transformer from scratch
 CHECKS = {"box_loss": name_problem, "cls_loss": class_loss_problem}
 
 
@@ -88,6 +89,12 @@ def settle(hyp: Recipe, options: TrainOptions, model: DetectionModel, length: Le
     has_weights = bool(model.is_pretrained or options.weights or options.backbone_weights)
     hyp = settle_optimizer(hyp, length, num_classes if has_weights else None)
     hyp = settle_pace(hyp, length, kept)
+    is_short = length.iterations < LONG * hyp["least_steps"]
+    for row in model.needs_weights if is_short and not has_weights else ():
+        get_logger().warning(
+            f"{row}: has no weights, and a plain transformer learns next to nothing from scratch in a training like this one. "
+            "Give it pretrained=true, weights=FILE or --backbone-weights FILE, or take a backbone with convolutions"
+        )
     if has_weights or "backbone_lr" in kept or hyp["backbone_lr"] == 1.0:
         return hyp
     get_logger().info(

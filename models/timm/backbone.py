@@ -97,6 +97,8 @@ class TimmBackbone(nn.Module):
         channels: widths of the maps.
         strides: strides of the maps, each a power of two, rising.
         any_size: other image sizes than `imgsz` work too.
+        needs_weights: it is a plain transformer or the like, of one map, and no weights came in: a short training from
+            scratch teaches it nothing.
         unused: parameters of the timm model that no selected map depends on; they are frozen.
 
     Raises:
@@ -132,6 +134,7 @@ class TimmBackbone(nn.Module):
         self.normalizes = normalize
         self._set_norm(normalize)
         self.net = _create_net(model_name, self.plan, pretrained and not weights)
+        self.needs_weights = len(self.plan.kept) == 1 and not (pretrained or weights)
         self.unused: list[str] = []
         self.channels: list[int] = []
         self.strides: list[int] = []
@@ -167,6 +170,7 @@ class TimmBackbone(nn.Module):
             What becomes of the images, in words.
         """
         assert isinstance(self.normalize, InputNorm)
+        self.needs_weights = False
         if self.normalizes is None:
             return self.normalize.set_as_timm(self.model_name)
         return "" if self.normalize.is_active else "images are not normalised, as its row says"

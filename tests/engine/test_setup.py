@@ -16,7 +16,7 @@ from engine.batch_size import automatic_batch_size
 from engine.freeze import freeze
 from engine.options import TrainOptions
 from engine.pace import Length
-from engine.recipe import recipe, settle_optimizer
+from engine.recipe import recipe, settle, settle_optimizer
 from engine.run import refuse_sizes
 from models.family import RECIPES
 from models.yolo import DetectionModel, build_model
@@ -197,6 +197,24 @@ def test_what_cannot_be_frozen_is_refused(wanted: list[str], message: str):
 def anchors_in_pixels(model: DetectionModel) -> np.ndarray:
     strides = torch.tensor(model.strides).view(-1, 1, 1)
     return (model.head.anchors * strides).numpy()
+
+
+@pytest.mark.parametrize(
+    ("backbone", "weights", "epochs", "expected"),
+    [
+        ("test_vit", None, 30, 1),
+        ("test_vit", "has.pt", 30, 0),
+        ("test_vit", None, 30_000, 0),
+        ("test_resnet", None, 30, 0),
+    ],
+)
+def test_a_plain_transformer_without_weights_is_told(
+    backbone: str, weights: str | None, epochs: int, expected: int, caplog
+):
+    model = build_model("yolo11n", backbone=[backbone], imgsz=(64, 64))
+    options = TrainOptions(cfg="yolo11n", data="d.yaml", weights=weights or "")
+    settle(recipe("yolo11", None, {}), options, model, Length(25, epochs, 16))
+    assert caplog.text.count(f"{backbone}: has no weights") == expected
 
 
 def test_anchors_that_fit_are_kept(capsys: pytest.CaptureFixture[str]):
