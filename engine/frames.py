@@ -69,8 +69,10 @@ def detect(
         thresholds: what counts as a detection.
         classes: only these, by index.
     """
-    images = torch.from_numpy(np.stack([fitted.image for fitted in batch])).permute(0, 3, 1, 2)
-    output = model(as_float(images.contiguous(), model.device))
+    pictures = [fitted.image for fitted in batch]
+    stacked = np.stack(pictures) if len(pictures) > 1 else pictures[0][None]
+    # Seen as (B, 3, H, W) without a copy, in the memory format channels_last.
+    output = model(as_float(torch.from_numpy(stacked).permute(0, 3, 1, 2), model.device))
     detections = detections_of(output, model.postprocess_kind, thresholds, classes=classes)
     on_cpu = [found.to("cpu") for found in detections]
     return [

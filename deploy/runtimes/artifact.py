@@ -137,7 +137,7 @@ class Backend:
             ConfigError: images larger than a fixed-size artifact takes, or not multiples of the
                 stride.
         """
-        images = self._fit(as_channels(images.to(self.device), self.info.channels))
+        images = self._fit(as_channels(images.to(self.device), self.info.channels)).contiguous()
         imgsz = (images.shape[-2], images.shape[-1])
         parts = [self.run(part)[0] for part in self._portions(images)]
         output = (torch.cat(parts) if len(parts) > 1 else parts[0])[: len(images)]
