@@ -14,7 +14,8 @@ from itertools import chain
 
 import torch
 
-from data.sources import Frame, open_source
+from data.sources import open_source
+from data.videos import Frame
 from deploy.backends import Backend, network_of
 from deploy.ensemble import load_as_one
 from engine.detections import DetectionWriter
@@ -35,12 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Detect from the command line."""
     options = read_flags(DetectOptions, arguments)
     log, device = get_logger(), select_device(options.device)
-    if options.view_img:
-        _check_display()
-    if options.visualize and options.slice:
-        raise ConfigError("--visualize: cannot be used with --slice. Drop one of them.")
-    if options.overlap is not None and not options.slice:
-        log.info("--overlap: without effect without --slice")
+    _check_flags(options)
     backend = load_as_one(
         options.weights,
         device,
@@ -169,6 +165,16 @@ def summary(found: Detections, names: Sequence[str]) -> str:
     """`3 RBC, 1 WBC`, or `nothing found`."""
     counts = torch.bincount(found.labels, minlength=len(names)).tolist()
     return ", ".join(f"{n} {name}" for n, name in zip(counts, names) if n) or "nothing found"
+
+
+def _check_flags(options: DetectOptions) -> None:
+    """Refuse what cannot be done together or here, and tell what has no effect."""
+    if options.view_img:
+        _check_display()
+    if options.visualize and options.slice:
+        raise ConfigError("--visualize: cannot be used with --slice. Drop one of them.")
+    if options.overlap is not None and not options.slice:
+        get_logger().info("--overlap: without effect without --slice")
 
 
 def _check_display() -> None:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import cv2
 
 from data.images import Image
-from data.sources import Frame
+from data.videos import Frame
 from engine.options import DetectOptions
 from engine.outputs import write_yolo_labels
 from utils.detection_files import cut_boxes, fitting_stem, safe_name, save_crops

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from data.images import Image
-from data.sources import Frame
 from data.transforms import letterbox
+from data.videos import Frame
 from engine.evaluation import VALIDATION, Measurable, detections_of
 from engine.options import Thresholds
 from utils.structures import Detections, Letterbox, as_float

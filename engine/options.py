@@ -206,12 +206,7 @@ class DetectOptions(RunFlags, WeightsFlags):
     overlap: float | None = flag(None, "share of a slice in the next (0.2)", type=number(0, 0.9))
     track: bool = flag(False, "number objects from frame to frame (pip install trackers)")
     vid_stride: int = flag(1, "take every so many frames of a video", type=FROM_ONE)
-    reconnect: float | None = flag(
-        None,
-        "seconds that a silent stream is called again (rtsp, rtmp: 30)",
-        type=number(0, 1e9),
-        metavar="SECONDS",
-    )
+    reconnect: float | None = flag(None, "seconds to call a silent stream again (rtsp: 30)", type=number(0, 1e9))  # fmt: skip
     project: str = flag("runs/detect", PROJECT_HELP)
     view_img: bool = flag(False, "show each picture in a window")
     save_format: int = flag(

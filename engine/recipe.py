@@ -89,18 +89,25 @@ def settle(hyp: Recipe, options: TrainOptions, model: DetectionModel, length: Le
     has_weights = bool(model.is_pretrained or options.weights or options.backbone_weights)
     hyp = settle_optimizer(hyp, length, num_classes if has_weights else None)
     hyp = settle_pace(hyp, length, kept)
-    is_short = length.iterations < LONG * hyp["least_steps"]
-    for row in model.needs_weights if is_short and not has_weights else ():
-        get_logger().warning(
-            f"{row}: has no weights, and a plain transformer learns next to nothing from scratch in a training like this one. "
-            "Give it pretrained=true, weights=FILE or --backbone-weights FILE, or take a backbone with convolutions"
-        )
+    if not has_weights and length.iterations < LONG * hyp["least_steps"]:
+        _warn_of_plain_transformers(model)
     if has_weights or "backbone_lr" in kept or hyp["backbone_lr"] == 1.0:
         return hyp
     get_logger().info(
         f"backbone_lr: 1, its {hyp['backbone_lr']:g} is for backbones with weights, and this one has none"
     )
     return {**hyp, "backbone_lr": 1.0}
+
+
+def _warn_of_plain_transformers(model: DetectionModel) -> None:
+    """Backbones that need weights say so by an attribute."""
+    for row, module in zip(model.rows, model.model, strict=True):
+        if getattr(module, "needs_weights", False):
+            get_logger().warning(
+                f"{row.place} {row.module}: has no weights, and a plain transformer learns next to nothing from scratch in "
+                "a training like this one. Give it pretrained=true, weights=FILE or --backbone-weights FILE, or take a "
+                "backbone with convolutions"
+            )
 
 
 def settle_optimizer(hyp: Recipe, length: Length, num_classes: int | None) -> Recipe:

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from data.sources import Frame
 from data.transforms import letterbox
+from data.videos import Frame
 from engine.evaluation import Measurable
 from engine.frames import Fitted, detect, fit, in_batches
 from engine.options import Thresholds

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from data.sources import Frame
+from data.videos import Frame
 from engine.options import Thresholds
 from utils.errors import ConfigError
 from utils.structures import Detections

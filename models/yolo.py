@@ -90,15 +90,6 @@ class DetectionModel(nn.Module):
         return all(own) and all(row.any_size for row in self.rows)
 
     @property
-    def needs_weights(self) -> list[str]:
-        """Rows of backbones that a short training from scratch teaches nothing; those say so by an attribute of this name."""
-        return [
-            f"{row.place} {row.module}"
-            for row, module in zip(self.rows, self.model, strict=True)
-            if getattr(module, "needs_weights", False)
-        ]
-
-    @property
     def computes_channels_last(self) -> bool:
         """Whether every module works in that memory format."""
         return all(row.channels_last for row in self.rows)

@@ -18,6 +18,7 @@ from models.common import Conv
 from models.head import Head
 from models.heads.dfl import (
     DFL,
+    DFLHead,
     DFLRaw,
     channels_first_layout,
     check_levels,
@@ -34,48 +35,16 @@ REG_MAX = 16
 GROUPS = 4
 
 
-class DDetect(Head[DFLRaw]):
-    """YOLOv9's head.
-
-    Args:
-        num_classes: C.
-        channels: channels of each feature map.
-        reg_max: R, bins of each distance; 1: the distance itself, in strides.
-    """
+class DDetect(DFLHead):
+    """YOLOv9's head; see `DFLHead`."""
 
     family = "yolov9"
-    postprocess = "nms"
-    layout = "channels"
-    class_outputs = ("cv3.*.2.*",)
 
     def __init__(self, num_classes: int, channels: Sequence[int], reg_max: int = REG_MAX) -> None:
-        super().__init__(num_classes, len(channels))
-        check_levels(channels, reg_max)
-        self.reg_max = reg_max
+        super().__init__(num_classes, channels, reg_max)
         self.cv2 = _box_towers(channels, reg_max)
         self.cv3 = _class_towers(channels, num_classes)
         self.dfl = distance_reader(reg_max)
-
-    def initialize(self, strides: Sequence[int]) -> None:
-        """Set the biases, which depend on the stride of each level."""
-        self.strides = tuple(strides)
-        set_biases(self.cv2, self.cv3, self.strides)
-
-    def forward(self, features: Sequence[Tensor], targets: Targets | None = None) -> DFLRaw:
-        """Raw predictions for one feature map (B, *, H, W) a level."""
-        return predict(features, self.cv2, self.cv3, self.strides)
-
-    def decode(self, raw: DFLRaw) -> Decoded:
-        """Boxes (B, A, 4) in xyxy pixels and class probabilities (B, A, C)."""
-        return decode_raw(raw, self.dfl)
-
-    def export_layout(self, raw: DFLRaw) -> Tensor:
-        """(B, 4 + C, A): cxcywh in pixels, then class probabilities."""
-        return channels_first_layout(self.decode(raw))
-
-    def tell_limits(self, sizes: np.ndarray, per_image: np.ndarray) -> None:
-        """Objects between the anchor points."""
-        tell_thin_objects(sizes, self.strides)
 
 
 class DualRaw(NamedTuple):

@@ -171,29 +171,29 @@ def check_levels(channels: Sequence[int], reg_max: int) -> None:
         raise LayerError(f"got reg_max {reg_max}, expected 1 or more bins of distance")
 
 
-class DFLDetect(Head[DFLRaw]):
-    """YOLO11's decoupled head: plain convolutions for distances, depthwise ones for classes.
+class DFLHead(Head[DFLRaw]):
+    """What heads of distances to four sides have in common; each builds its own towers, of boxes and of classes.
 
     Args:
         num_classes: C.
-        reg_max: R, bins of each distance; 1: the distance itself, in strides.
         channels: channels of each feature map.
+        reg_max: R, bins of each distance; 1: the distance itself, in strides.
+
+    Attributes:
+        cv2, cv3: towers of distances and of classes, one a level.
     """
 
-    family = "yolo11"
     postprocess = "nms"
     layout = "channels"
     class_outputs = ("cv3.*.2.*",)
+    cv2: nn.ModuleList
+    cv3: nn.ModuleList
+    dfl: DFL | Distances
 
-    def __init__(self, num_classes: int, reg_max: int = 16, channels: Sequence[int] = ()) -> None:
+    def __init__(self, num_classes: int, channels: Sequence[int], reg_max: int) -> None:
         super().__init__(num_classes, len(channels))
         check_levels(channels, reg_max)
         self.reg_max = reg_max
-        box_width = max(16, channels[0] // 4, 4 * reg_max)
-        class_width = max(channels[0], min(num_classes, 100))
-        self.cv2 = nn.ModuleList(_box_tower(c, box_width, 4 * reg_max) for c in channels)
-        self.cv3 = nn.ModuleList(_class_tower(c, class_width, num_classes) for c in channels)
-        self.dfl = distance_reader(reg_max)
 
     def initialize(self, strides: Sequence[int]) -> None:
         """Set the biases, which depend on the stride of each level."""
@@ -215,6 +215,20 @@ class DFLDetect(Head[DFLRaw]):
     def tell_limits(self, sizes: np.ndarray, per_image: np.ndarray) -> None:
         """Objects between the anchor points."""
         tell_thin_objects(sizes, self.strides)
+
+
+class DFLDetect(DFLHead):
+    """YOLO11's decoupled head: plain convolutions for distances, depthwise ones for classes; see `DFLHead`."""
+
+    family = "yolo11"
+
+    def __init__(self, num_classes: int, reg_max: int = 16, channels: Sequence[int] = ()) -> None:
+        super().__init__(num_classes, channels, reg_max)
+        box_width = max(16, channels[0] // 4, 4 * reg_max)
+        class_width = max(channels[0], min(num_classes, 100))
+        self.cv2 = nn.ModuleList(_box_tower(c, box_width, 4 * reg_max) for c in channels)
+        self.cv3 = nn.ModuleList(_class_tower(c, class_width, num_classes) for c in channels)
+        self.dfl = distance_reader(reg_max)
 
 
 def _box_tower(in_channels: int, width: int, outputs: int) -> nn.Sequential:

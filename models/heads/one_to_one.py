@@ -19,6 +19,7 @@ from models.head import Head
 from models.heads.ddetect import DDetect
 from models.heads.dfl import (
     DFLDetect,
+    DFLHead,
     DFLRaw,
     channels_first_layout,
     decode_raw,
@@ -56,11 +57,11 @@ class OneToOne(Head[TwoBranches]):
         detached: whether only the one-to-many branch trains the network below.
     """
 
-    branch: ClassVar[type[DFLDetect] | type[DDetect]]
+    branch: ClassVar[type[DFLHead]]
     layout = "channels"
     class_outputs = ("cv3.*.2.*", "one2one_cv3.*.2.*")
 
-    def __init__(self, many: DFLDetect | DDetect) -> None:
+    def __init__(self, many: DFLHead) -> None:
         super().__init__(many.num_classes, len(many.strides))
         self.postprocess = "best"
         self.reg_max, self.detached = many.reg_max, False

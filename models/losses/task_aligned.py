@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from models.assigners.task_aligned import Assignment, Predictions, Small, assign
-from models.heads.ddetect import DDetect, DualDDetect, DualRaw
-from models.heads.dfl import DFLDetect, DFLRaw, distances_to_boxes, expected_distance
+from models.heads.ddetect import DualDDetect, DualRaw
+from models.heads.dfl import DFLHead, DFLRaw, distances_to_boxes, expected_distance
 from models.heads.one_to_one import OneToOne
 from models.losses.box import BoxLoss, Frame
 from models.losses.classification import ClassTargets, choose_class_loss
@@ -27,7 +27,7 @@ from utils.structures import Targets
 LAST_BIN_MARGIN = 0.01
 
 
-DFLHead = DFLDetect | DDetect | DualDDetect | OneToOne
+Measured = DFLHead | DualDDetect | OneToOne
 
 
 class TaskAlignedLoss(SameEveryEpoch):
@@ -46,7 +46,7 @@ class TaskAlignedLoss(SameEveryEpoch):
 
     def __init__(
         self,
-        head: DFLHead,
+        head: Measured,
         hyp: Mapping[str, Any],
         *,
         allow_code: bool = False,
@@ -155,7 +155,7 @@ class DualTaskAlignedLoss(SameEveryEpoch):
 
     times_batch = True
 
-    def __init__(self, head: DFLHead, hyp: Mapping[str, Any], *, allow_code: bool = False) -> None:
+    def __init__(self, head: Measured, hyp: Mapping[str, Any], *, allow_code: bool = False) -> None:
         self.branch = TaskAlignedLoss(head, hyp, allow_code=allow_code)
         self.box_loss = self.branch.box_loss
         self.aux_weight = float(hyp["aux_weight"])

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import pytest
 
-from data import sources
+from data import sources, videos
 from data.sources import open_source
 from utils.errors import DatasetError
 
@@ -119,7 +119,8 @@ def served(video):
 def test_a_stream_gives_newest_frames_in_order_until_it_ends(served, monkeypatch):
     if not cv2.videoio_registry.getStreamBackends():
         pytest.skip("this OpenCV opens no streams")
-    monkeypatch.setattr(sources, "WEB_SCHEMES", ())
+    for module in (sources, videos):
+        monkeypatch.setattr(module, "WEB_SCHEMES", ())
     source = open_source(served)
     assert source.is_live
     try:
@@ -137,17 +138,18 @@ def test_a_stream_that_fell_silent_is_called_again_and_its_numbers_go_on(
 ):
     if not cv2.videoio_registry.getStreamBackends():
         pytest.skip("this OpenCV opens no streams")
-    monkeypatch.setattr(sources, "WEB_SCHEMES", ())
-    really, calls = sources._open, []
+    for module in (sources, videos):
+        monkeypatch.setattr(module, "WEB_SCHEMES", ())
+    really, calls = videos.open_capture, []
 
     def open_when_there(name: str) -> cv2.VideoCapture:
         calls.append(name)
         if len(calls) == 2 or len(calls) > 3:
-            raise sources.VideoError("nobody answers")
+            raise videos.VideoError("nobody answers")
         return really(name)
 
-    monkeypatch.setattr(sources, "_open", open_when_there)
-    monkeypatch.setattr(sources, "LONGEST_PAUSE", 0.01)
+    monkeypatch.setattr(videos, "open_capture", open_when_there)
+    monkeypatch.setattr(videos, "LONGEST_PAUSE", 0.01)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     source = open_source(served, reconnect=0.3)
     try:

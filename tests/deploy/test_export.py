@@ -18,8 +18,8 @@ from torch_versions import needs_both, needs_programs
 
 import export
 from data.images import read_image
-from data.sources import Frame
 from data.transforms import letterbox
+from data.videos import Frame
 from deploy.backends import load_backend
 from deploy.exporters.end2end import append_postprocess, selection_fault
 from deploy.exporters.network import ExportOptions, blobs

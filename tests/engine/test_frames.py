@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from tiny_models import tiny_model
 
-from data.sources import Frame
+from data.videos import Frame
 from deploy.backends import model_backend
 from engine.frames import detect, fit, in_batches
 from engine.options import Thresholds

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import detect
-from data.sources import Frame, VideoInfo
+from data.videos import Frame, VideoInfo
 from engine.detections import DetectionWriter
 from engine.flags import read_flags
 from engine.options import DetectOptions

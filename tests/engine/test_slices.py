@@ -11,7 +11,7 @@ import torch
 from shell import TINY_MODEL
 
 import detect
-from data.sources import Frame
+from data.videos import Frame
 from engine.options import Thresholds
 from engine.slices import detect_slices, fit_slices, merge_covered, starts
 from models.yolo import build_model

@@ -17,7 +17,7 @@ from scipy.optimize import linear_sum_assignment
 from shell import TINY_MODEL
 
 import detect
-from data.sources import Frame, VideoInfo
+from data.videos import Frame, VideoInfo
 from engine.options import Thresholds
 from engine.tracking import LOW, Tracker
 from models.yolo import build_model

@@ -145,11 +145,9 @@ def test_eight_bit_floats_are_widened(tmp_path: Path) -> None:
     assert read_weights(tmp_path / "w.pt").state["w"].tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.4."), reason="torch 2.4 does not save them")
 def test_unsigned_sixteen_bits_are_read(tmp_path: Path) -> None:
-    try:
-        torch.save({"u": torch.arange(4).to(torch.uint16)}, tmp_path / "w.pt")
-    except KeyError:
-        pytest.skip(f"torch {torch.__version__} does not save them, 2.14 does")
+    torch.save({"u": torch.arange(4).to(torch.uint16)}, tmp_path / "w.pt")
     assert read_weights(tmp_path / "w.pt").state["u"].tolist() == [0, 1, 2, 3]
 
 
