@@ -61,7 +61,7 @@ def picture(source: str, imgsz: tuple[int, int]) -> Tensor:
     if not source:
         return blobs(1, imgsz, seed=0)
     image = letterbox(read_image(source), imgsz)[0]
-    return as_float(torch.from_numpy(image).permute(2, 0, 1)[None].contiguous())
+    return as_float(torch.from_numpy(image).permute(2, 0, 1)[None].contiguous(), "cpu")
 
 
 def detect(backend: Backend, image: Tensor, thresholds: Thresholds) -> Detections:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from tiny_models import HEADS, tiny_model
 from torch import nn
 
-from benchmarks import box_losses, export_table, latency, turns
+from benchmarks import box_losses, export_table, latency, nms_free_latency, turns
 from benchmarks.settling import classifiers, settle
 from deploy.exporters.network import blobs
 from models.yolo import build_model
@@ -166,6 +168,13 @@ def test_ratios_of_whole_commands_are_taken_pair_by_pair():
     cells = [[cell.strip() for cell in row] for row in rows]
     assert cells[0] == ["wall", "3.00", "2.00", "1.50", "1.00", "2.00"]
     assert cells[1] == ["cpu", "2.00", "3.00", "0.67", "0.50", "1.00"]
+
+
+def test_the_picture_that_is_timed_is_fitted(tmp_path: Path):
+    cv2.imwrite(str(tmp_path / "a.png"), np.full((40, 80, 3), 255, np.uint8))
+    image = nms_free_latency.picture(str(tmp_path / "a.png"), (64, 64))
+    assert image.shape == (1, 3, 64, 64) and image[0, :, 32, 32].tolist() == [1.0] * 3
+    assert nms_free_latency.picture("", (64, 96)).shape == (1, 3, 64, 96)
 
 
 # --- box losses ------------------------------------------------------------------------------------
