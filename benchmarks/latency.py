@@ -38,7 +38,8 @@ from deploy.backends import load_backend, model_backend
 from deploy.exporters.network import ExportOptions, blobs
 from deploy.exporters.onnx_file import export_onnx
 from deploy.exporters.openvino_folder import export_openvino
-from models.reparam import FuseReport, fuse
+from models.reparam import fuse
+from models.table import Totals, measure
 from models.weights.load import load_weights
 from models.yolo import DetectionModel, build_model
 from utils.config import integer, parse_imgsz
@@ -57,14 +58,16 @@ class Latency(NamedTuple):
 
     Attributes:
         config: its name.
-        report: what fusing did.
+        forms: sizes of the training form and of the deployed one.
+        difference: of their outputs, as `fuse` measured it.
         threads: of one operation.
         before: median milliseconds of the training form.
         after: median milliseconds of the deployed form.
     """
 
     config: str
-    report: FuseReport
+    forms: tuple[Totals, Totals]
+    difference: float
     threads: int
     before: float
     after: float
@@ -99,7 +102,8 @@ def measure_forms(
     """The training form and the deployed form in turn, once for each number of threads."""
     model = settled_model(config, imgsz)
     fused = copy.deepcopy(model)
-    report = fuse(fused)
+    difference = fuse(fused).difference or 0.0
+    forms = measure(model, imgsz), measure(fused, imgsz)
     image = blobs(1, imgsz, seed=0)
     found = []
     for count in threads:
@@ -109,7 +113,7 @@ def measure_forms(
             "after": lambda: fused.decode(fused(image)),
         }
         times = alternate(runs, repeats)
-        found.append(Latency(config, report, count, times["before"], times["after"]))
+        found.append(Latency(config, forms, difference, count, times["before"], times["after"]))
     return found
 
 
@@ -118,10 +122,10 @@ def format_forms(found: Sequence[Latency]) -> str:
     head = ("config", "params", "deployed", "GFLOPs", "deployed", "|difference|", "threads", "ms", "deployed", "ratio")  # fmt: skip
     rows = [head]
     for line in found:
-        before, after = line.report.before, line.report.after
+        before, after = line.forms
         rows.append((
             line.config, f"{before.params:,}", f"{after.params:,}", f"{before.gflops:.2f}", f"{after.gflops:.2f}",
-            f"{line.report.difference:.1e}", str(line.threads), f"{line.before:.1f}", f"{line.after:.1f}",
+            f"{line.difference:.1e}", str(line.threads), f"{line.before:.1f}", f"{line.after:.1f}",
             f"{line.after / line.before:.2f}",
         ))  # fmt: skip
     return "\n".join(aligned(rows))
@@ -233,7 +237,7 @@ def main() -> None:
     lines: list[Latency] = []
     for config in args.configs or [*COUPLINGS, *PLAIN]:
         lines += measure_forms(config, imgsz, args.threads or [1], args.repeats)
-        print(f"{config}: {lines[-1].report}", flush=True)
+        print(f"{config}: {lines[-1].before:.1f} ms, deployed {lines[-1].after:.1f}", flush=True)
     print(format_forms(lines))
 
 

@@ -80,15 +80,16 @@ def measure(
         for conf in confs:
             runs[name, conf] = partial(detect, backend, image, Thresholds(conf, 0.45))
     times = alternate(runs, repeats)
-    rows, first = [], next(iter(backends))
-    for (name, conf), ms in times.items():
+    first = next(iter(backends))
+    rows: list[tuple[str, ...]] = []
+    for (name, lowest), ms in times.items():
         found = (
             "-"
-            if conf is None
-            else str(len(detect(backends[name], image, Thresholds(conf, 0.45)).scores))
+            if lowest is None
+            else str(len(detect(backends[name], image, Thresholds(lowest, 0.45)).scores))
         )
-        what = "file alone" if conf is None else f"above {conf:g}"
-        rows.append((name, what, found, f"{ms:.2f}", f"{ms / times[first, conf]:.2f}"))
+        what = "file alone" if lowest is None else f"above {lowest:g}"
+        rows.append((name, what, found, f"{ms:.2f}", f"{ms / times[first, lowest]:.2f}"))
     return rows
 
 

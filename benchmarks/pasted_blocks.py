@@ -234,7 +234,7 @@ def run_worker(names: Sequence[str]) -> None:
 def format_table(results: dict[str, dict[str, Any]], wanted: Sequence[str]) -> str:
     """One line a block, aligned; below it what failed and why, and what formats cannot."""
     blocks = list(dict.fromkeys(name.split(" x ")[0] for name in wanted))
-    rows = [("block", "row", "read as", *HEADS, *FORMATS)]
+    rows: list[tuple[str, ...]] = [("block", "row", "read as", *HEADS, *FORMATS)]
     for block in blocks:
         found = {head: results.get(f"{block} x {head}") for head in HEADS}
         read = next((r["read"] for r in found.values() if r and "read" in r), "-")
@@ -277,7 +277,8 @@ def unexpected(results: dict[str, dict[str, Any]], wanted: Sequence[str]) -> lis
     faults = [r["name"] for r in found if r["status"] != "works"]
     for result in found:
         for form, why in result.get("formats", {}).items():
-            known = known_reason(*result["name"].split(" x "), form)
+            block, head = result["name"].split(" x ")
+            known = known_reason(block, head, form)
             if _is_reason(why) != bool(known) or (known and known not in why):
                 faults.append(f"{result['name']} {form}")
     return faults

@@ -110,7 +110,9 @@ def timm_runs(name: str) -> bool:
 
     try:
         with foreign_code(), torch.device("meta"):
-            create(name, {}).eval()(torch.rand(1, *timm.get_pretrained_cfg(name).input_size))
+            config = timm.get_pretrained_cfg(name)
+            assert config is not None
+            create(name, {}).eval()(torch.rand(1, *config.input_size))
     except UserError:
         return False
     return True

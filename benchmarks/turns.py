@@ -63,7 +63,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("commands", nargs=2, metavar=("A", "B"), help="as typed into a shell")
+    parser.add_argument(
+        "commands", nargs=2, metavar="COMMAND", help="A and B, each as typed into a shell"
+    )
     parser.add_argument("--runs", type=integer(1), default=5, help="counted runs of each")
     args = parser.parse_args()
     commands = [shlex.split(text) for text in args.commands]

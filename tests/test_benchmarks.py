@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,15 @@ def test_ratios_of_whole_commands_are_taken_pair_by_pair():
     assert cells[1] == ["cpu", "2.00", "3.00", "0.67", "0.50", "1.00"]
 
 
+def test_the_table_of_forms_has_both_sizes_and_the_ratio(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(latency, "alternate", lambda runs, repeats: {"before": 8.0, "after": 6.0})
+    lines = latency.format_forms(latency.measure_forms("yolov9-t", (64, 64), [1], 1)).splitlines()
+    cells = [cell.strip() for cell in lines[2].split("|")[1:-1]]
+    training, deployed = (int(cell.replace(",", "")) for cell in cells[1:3])
+    assert cells[0] == "yolov9-t" and deployed < training and float(cells[4]) < float(cells[3])
+    assert float(cells[5]) < 1e-9 and cells[6:] == ["1", "8.0", "6.0", "0.75"]
+
+
 def test_the_picture_that_is_timed_is_fitted(tmp_path: Path):
     cv2.imwrite(str(tmp_path / "a.png"), np.full((40, 80, 3), 255, np.uint8))
     image = nms_free_latency.picture(str(tmp_path / "a.png"), (64, 64))
@@ -207,3 +217,20 @@ def test_the_table_of_box_losses_has_means_and_spreads_best_first():
         ["yolo11n", "iou", "1", "0.500", "0.200", "-", "9"],
     ]
     assert lines[4:] == ["fails: yolo11n siou 0: took too long"]
+
+
+SCRIPTS = [
+    p.stem for p in sorted(Path(turns.__file__).parent.glob("*.py")) if "__main__" in p.read_text()
+]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_tells_its_flags(name: str, monkeypatch: pytest.MonkeyPatch, capsys):
+    try:
+        script = importlib.import_module(f"benchmarks.{name}")
+    except ModuleNotFoundError as error:
+        pytest.skip(f"needs {error.name}")
+    monkeypatch.setattr("sys.argv", [name, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        script.main()
+    assert ended.value.code == 0 and "usage:" in capsys.readouterr().out
