@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -60,9 +61,8 @@ class DetectionLoader(DataLoader["Sample | DatasetError"]):
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         try:
             try:
-                with (
-                    _signals_blocked()
-                ):  # a new worker opens itself to them when it knows what to do
+                # A new worker opens itself to the signals when it knows what to do.
+                with _signals_blocked(), _deaths_told_later():
                     batches = super().__iter__()
                 for batch in batches:
                     if isinstance(batch, DatasetError):
@@ -210,6 +210,24 @@ def _signals_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _deaths_told_later() -> Iterator[None]:
+    """Let torch raise the death of a worker behind the block: where a process is forked Python prints it and goes on."""
+    is_main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGCHLD) if is_main and sys.platform != "win32" else None
+    if not callable(handler):
+        yield
+        return
+    deaths: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGCHLD, lambda *death: deaths.append(death))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+        if deaths:
+            handler(*deaths[-1])
 
 
 def _begin_worker(_: int) -> None:

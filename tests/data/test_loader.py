@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from data import loader
 from data.dataset import LoadOptions, build_dataset
 from data.loader import EpochSampler, available_cores, bounded_workers, build_loader
 from utils.errors import DatasetError
@@ -310,3 +311,20 @@ def test_a_worker_that_takes_no_signal_does_not_hold_the_end_of_the_program(smal
     script = DEAF.format(root=str(Path(__file__).resolve().parents[2]), data=str(small_data))
     ended = subprocess.run([sys.executable, "-c", script], timeout=120, check=False)
     assert ended.returncode == 3
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGCHLD")
+def test_the_death_of_a_worker_is_raised_behind_the_making_of_others():
+    def die(number: int, frame: object) -> None:
+        raise RuntimeError("a worker is killed")
+
+    before, reached = signal.signal(signal.SIGCHLD, die), []
+    try:
+        with pytest.raises(RuntimeError, match="is killed"), loader._deaths_told_later():
+            os.kill(os.getpid(), signal.SIGCHLD)
+            reached.append(signal.getsignal(signal.SIGCHLD) is not die)
+        assert reached == [True] and signal.getsignal(signal.SIGCHLD) is die
+        with loader._deaths_told_later():
+            pass  # nobody died
+    finally:
+        signal.signal(signal.SIGCHLD, before)
