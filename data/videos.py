@@ -138,7 +138,7 @@ def live_frames(name: str, vid_stride: int, reconnect: float) -> Iterator[Frame]
         yield from video_frames(name, opened, vid_stride)
         return
     capture: cv2.VideoCapture | None = opened
-    last, size, deadline = -1, None, 0.0
+    last, size, deadline = -1, None, time.monotonic() + reconnect
     while capture is not None:
         info = _describe(capture, is_live=True)
         reader = _Reader(capture, vid_stride, last + 1)

@@ -103,16 +103,18 @@ def model_info(model: DetectionModel) -> ArtifactInfo:
 
 
 class _ModelBackend(Backend):
-    """A network in memory: it decodes itself, and takes images in the memory format `layout`."""
+    """A network in memory: it decodes itself, and takes images in its `memory_format`."""
 
     model: DetectionModel
-    layout = torch.contiguous_format
+    memory_format = torch.contiguous_format
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Decoded:
         """Boxes and scores of every anchor point; see `Backend`."""
         dtype = next(self.model.parameters()).dtype
-        images = self._fit(images.to(self.device, dtype)).contiguous(memory_format=self.layout)
+        images = self._fit(images.to(self.device, dtype)).contiguous(
+            memory_format=self.memory_format
+        )
         decoded = self.model.decode(self.model(images))
         return Decoded(decoded.boxes.float(), decoded.scores.float())
 
@@ -141,7 +143,7 @@ def model_backend(
     if half and device.type == "cuda":
         model.half()
     elif device.type == "cpu":
-        backend.layout = quicken(model)
+        backend.memory_format = quicken(model)
     return backend
 
 
@@ -163,13 +165,14 @@ def quicken(model: DetectionModel) -> torch.memory_format:
     Returns:
         The memory format of its weights, and of images that it need not rearrange.
     """
-    layout = torch.channels_last if model.computes_channels_last else torch.contiguous_format
-    model.to(memory_format=layout)
+    last = model.computes_channels_last
+    memory_format = torch.channels_last if last else torch.contiguous_format
+    model.to(memory_format=memory_format)
     for module in model.modules():
         # What a convolution gave has no other reader than its activation, which may write over it.
         if isinstance(module, Conv) and isinstance(module.act, nn.SiLU):
             module.act = nn.SiLU(inplace=True)
-    return layout
+    return memory_format
 
 
 def _read_safetensors(path: Path, allow_code: bool) -> DetectionModel:

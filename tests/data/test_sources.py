@@ -161,6 +161,28 @@ def test_a_stream_that_fell_silent_is_called_again_and_its_numbers_go_on(
     assert "did not come back" in caplog.text and set(calls) == {served}
 
 
+def test_a_stream_that_opens_without_a_frame_is_called_again(monkeypatch):
+    opened = []
+
+    class Dark:
+        def __init__(self, name: str) -> None:
+            opened.append(name)
+
+        def get(self, _: int) -> float:
+            return 0.0
+
+        def grab(self) -> bool:
+            return False
+
+        def release(self) -> None:
+            pass
+
+    monkeypatch.setattr(videos, "open_capture", Dark)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    assert list(open_source("rtsp://camera/1", reconnect=0.2)) == []
+    assert len(opened) > 1
+
+
 @pytest.mark.parametrize(
     ("name", "given", "expected"),
     [

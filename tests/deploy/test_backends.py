@@ -133,6 +133,15 @@ def test_a_network_in_memory_is_fused_unless_told_otherwise():
     torch.testing.assert_close(found.scores, expected.scores, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("given", [torch.channels_last, torch.contiguous_format])
+def test_images_reach_a_network_on_the_cpu_in_its_own_memory_format(given: torch.memory_format):
+    model, seen = tiny_model("channels"), []
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model_backend(model, fuse=False)(blobs(2, (64, 96), 1).to(memory_format=given))
+    assert model.computes_channels_last
+    assert [images.is_contiguous(memory_format=torch.channels_last) for images in seen] == [True]
+
+
 def test_the_form_for_a_cpu_computes_the_same_and_spares_activations_that_others_read():
     own, model = torch.nn.SiLU(), tiny_model("channels")
     model.own = own  # of a user's block, whose input something else may read

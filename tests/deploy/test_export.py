@@ -118,7 +118,13 @@ def test_other_forms_give_the_same_at_another_batch_and_size(form: str, tmp_path
 )
 def test_onnx_options_keep_the_numbers(changes: dict[str, Any], tmp_path: Path):
     pytest.importorskip("onnxslim" if "simplify" in changes else "onnxscript")
-    write("anchors", "onnx", replace(DYNAMIC, **changes), tmp_path)
+    path = write("anchors", "onnx", replace(DYNAMIC, **changes), tmp_path)
+    images, model = blobs(2, IMGSZ, seed=9), tiny_model("anchors")
+    with torch.no_grad():
+        expected = model.decode(model(images))
+    found = load_backend(path, threads=1)(images)
+    torch.testing.assert_close(found.boxes, expected.boxes, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(found.scores, expected.scores, rtol=1e-4, atol=1e-5)
 
 
 def test_half_keeps_input_output_and_decoding_in_float32(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -65,3 +66,11 @@ def test_what_was_called_before_another_error_is_still_done():
         line.call(done.append, 2)
         raise ValueError("other")
     assert done == [1, 2]
+
+
+def test_threads_take_shorter_turns_within_the_block_alone():
+    before = sys.getswitchinterval()
+    with pytest.raises(ValueError), InOrder():
+        assert sys.getswitchinterval() == pytest.approx(5e-4)
+        raise ValueError
+    assert sys.getswitchinterval() == before
